@@ -1,0 +1,16 @@
+"""Gradient clipping for JAX and Optax that is right for every finite gradient."""
+
+from optaxclip import limits as limits
+from optaxclip.clipping import ClipByNormState as ClipByNormState
+from optaxclip.clipping import ClipByValueState as ClipByValueState
+from optaxclip.clipping import clip_by_norm as clip_by_norm
+from optaxclip.clipping import clip_by_value as clip_by_value
+from optaxclip.norms import global_norm as global_norm
+from optaxclip.norms import group_norms as group_norms
+from optaxclip.norms import leaf_norms as leaf_norms
+from optaxclip.norms import unit_norms as unit_norms
+from optaxclip.recording import metrics as metrics
+from optaxclip.scopes import group_names as group_names
+from optaxclip.scopes import leaf_names as leaf_names
+
+__version__ = "0.1.0"

@@ -1,0 +1,338 @@
+"""Which elements one norm is taken over, and what that scope is called."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, PartitionSpec
+
+Per = Literal["tree", "leaf", "unit"] | Callable[[str], str]
+"""What one norm is taken over; a function maps a leaf's name to its group's name."""
+
+Stacked = Callable[[str], bool]
+"""True for the names of leaves whose axis 0 runs over layers."""
+
+
+def leaf_names(tree: Any, *, stacked: Stacked | None = None) -> list[str]:
+    """Names the leaves of a tree by their path, in the order of `jax.tree.leaves`.
+
+    Args:
+      tree: Any tree. The trailing `/value` of Flax nnx variables is left out; a tree
+        that is a single array is called "array".
+      stacked: True for the names of leaves whose axis 0 runs over layers; each layer
+        gets a name of its own.
+
+    Returns:
+      One name a leaf, or a layer of a stacked leaf.
+
+    Raises:
+      ValueError: If `stacked` picks a leaf without axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"rnn": {"hh": jnp.ones((2, 3))}, "bias": jnp.ones(3)}
+      >>> leaf_names(params)
+      ['bias', 'rnn/hh']
+      >>> leaf_names(params, stacked=lambda name: name == "rnn/hh")
+      ['bias', 'rnn/hh[0]', 'rnn/hh[1]']
+    """
+    names = []
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = _name(path)
+        if stacked is not None and stacked(name):
+            if not np.ndim(leaf):
+                raise ValueError(f"stacked= picks {name!r}, which has no axis 0")
+            names += [f"{name}[{layer}]" for layer in range(np.shape(leaf)[0])]
+        else:
+            names.append(name)
+    return names
+
+
+def group_names(
+    tree: Any, group: Callable[[str], str], *, stacked: Stacked | None = None
+) -> list[str]:
+    """Names the groups into which `group` puts the leaves of a tree, in their order.
+
+    Args:
+      tree: Any tree.
+      group: Gives the name of the group for the name of a leaf (see `leaf_names`).
+      stacked: As in `leaf_names`.
+
+    Returns:
+      The groups' names, sorted: the order of every array `[num_groups]`.
+
+    Raises:
+      TypeError: If a group's name is not a string.
+
+    Example:
+      >>> params = {"rnn": {"hh": 1.0, "ih": 1.0}, "head": {"kernel": 1.0}}
+      >>> group_names(params, lambda name: name.split("/")[0])
+      ['head', 'rnn']
+    """
+    groups = [group(name) for name in leaf_names(tree, stacked=stacked)]
+    for name in groups:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"per= must give each group a string for a name, not {name!r}"
+            )
+    return sorted(set(groups))
+
+
+class Leaf(NamedTuple):
+    """How one leaf is measured. Static."""
+
+    shape: tuple[int, ...]
+    """Shape of the leaf."""
+    kept: tuple[int, ...]
+    """Axes that are not summed: each of their indices is a part with its own sum."""
+    is_gradient: bool
+    """False for integers, keys, float0 and zero-size leaves: their norm is 0."""
+    mesh_axes: tuple[str, ...]
+    """Manual mesh axes, sorted, over which the summed axes are sharded."""
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Shape of the leaf's parts: of the axes that are kept."""
+        return tuple(self.shape[axis] for axis in self.kept)
+
+
+class Scopes(NamedTuple):
+    """The scopes of a tree's norms. Static and hashable, so it can key a jit cache."""
+
+    kind: str
+    """One of "tree", "leaf", "unit" and "group"."""
+    leaves: tuple[Leaf, ...]
+    """One for each leaf, in the order of `jax.tree.leaves`."""
+    groups: tuple[tuple[int, ...], ...] = ()
+    """For "group": the parts (leaves, or layers of stacked ones) of each group."""
+
+    def collapse(self, parts: list, reduce: Literal["sum", "max"]):
+        """Combines the parts of all leaves, on all devices, into one value per scope.
+
+        Gives `[]` per tree, `[num_leaves]` per leaf, `[num_groups]` per group and, per
+        unit, a tuple with one array a leaf.
+        """
+        return self._combine(self._reduce_over_mesh(parts, reduce), reduce, jnp)
+
+    def spread(self, values) -> list:
+        """The inverse of `collapse`: for each leaf the values that broadcast to it."""
+        if self.kind == "tree":
+            return [values] * len(self.leaves)
+        if self.kind == "group":
+            group_of = {
+                part: g for g, group in enumerate(self.groups) for part in group
+            }
+            values = values[np.array([group_of[part] for part in sorted(group_of)])]
+        if self.kind != "unit":
+            values = jax.lax.split(
+                values, [math.prod(leaf.part_shape) for leaf in self.leaves]
+            )
+        return [
+            value.reshape(
+                [n if i in leaf.kept else 1 for i, n in enumerate(leaf.shape)]
+            )
+            for value, leaf in zip(values, self.leaves, strict=True)
+        ]
+
+    def any_of(self, flags: list[bool]):
+        """Whether one of its leaves has its flag set, for each scope, as NumPy."""
+        parts = [
+            np.full(leaf.part_shape, float(flag))
+            for leaf, flag in zip(self.leaves, flags, strict=True)
+        ]
+        return jax.tree.map(lambda x: x > 0, self._combine(parts, "max", np))
+
+    def sizes(self):
+        """float32: the number of elements in each scope, over all devices."""
+        axis_sizes = jax.sharding.get_abstract_mesh().shape
+        parts = [
+            np.full(
+                leaf.part_shape,
+                leaf.is_gradient
+                * math.prod(n for i, n in enumerate(leaf.shape) if i not in leaf.kept)
+                * math.prod(axis_sizes[axis] for axis in leaf.mesh_axes),
+                np.float64,
+            )
+            for leaf in self.leaves
+        ]
+        return jax.tree.map(
+            lambda size: jnp.asarray(size, jnp.float32), self._combine(parts, "sum", np)
+        )
+
+    def _combine(self, parts: list, reduce: str, numpy: Any):
+        if self.kind == "unit":
+            return tuple(parts)
+        if not parts:
+            parts = [numpy.zeros(0, np.float32)]
+        flat = numpy.concatenate([part.reshape(-1) for part in parts])
+        if self.kind == "leaf":
+            return flat
+        total = getattr(numpy, reduce)
+        if self.kind == "tree":
+            return total(flat, initial=0)
+        return numpy.stack([total(flat[np.array(group)]) for group in self.groups])
+
+    def _reduce_over_mesh(self, parts: list, reduce: str) -> list:
+        # All parts that need the same mesh axes travel in one all-reduce.
+        parts = list(parts)
+        over_mesh = {"sum": jax.lax.psum, "max": jax.lax.pmax}[reduce]
+        for axes in sorted({leaf.mesh_axes for leaf in self.leaves} - {()}):
+            members = [
+                i for i, leaf in enumerate(self.leaves) if leaf.mesh_axes == axes
+            ]
+            flat = jnp.concatenate([parts[i].reshape(-1) for i in members])
+            flat = over_mesh(flat, axes)
+            shapes = [self.leaves[i].part_shape for i in members]
+            pieces = jax.lax.split(flat, [math.prod(shape) for shape in shapes])
+            for i, piece, shape in zip(members, pieces, shapes, strict=True):
+                parts[i] = piece.reshape(shape)
+        return parts
+
+
+def find_scopes(
+    tree: Any, per: Per, *, specs: Any = None, stacked: Stacked | None = None
+) -> Scopes:
+    """The scopes that `per` makes of a tree; the errors of `specs` and `stacked`."""
+    paths_and_leaves = jax.tree.leaves_with_path(tree)
+    names = leaf_names(tree, stacked=stacked)
+    leaves = []
+    for (path, leaf), spec in zip(
+        paths_and_leaves, _leaf_specs(specs, paths_and_leaves), strict=True
+    ):
+        shape, name = np.shape(leaf), _name(path)
+        kept = ()
+        if per != "tree":
+            is_stacked = stacked is not None and stacked(name)
+            kept = (0,) if is_stacked else ()
+            if per == "unit" and len(shape) - len(kept) > 1:
+                kept += (len(shape) - 1,)
+        if per != "unit" and any(_manual_axes(spec[i : i + 1]) for i in kept):
+            raise ValueError(
+                f"{name!r} is sharded over its layers by {spec}; with per={per!r} and "
+                "stacked= every device needs all layers"
+            )
+        summed = [entry for i, entry in enumerate(spec) if i not in kept]
+        leaves.append(
+            Leaf(shape, kept, is_gradient(leaf), _manual_axes(PartitionSpec(*summed)))
+        )
+    if isinstance(per, str):
+        return Scopes(per, tuple(leaves))
+    groups: dict[str, list[int]] = {
+        group: [] for group in group_names(tree, per, stacked=stacked)
+    }
+    for part, name in enumerate(names):
+        groups[per(name)].append(part)
+    return Scopes("group", tuple(leaves), tuple(map(tuple, groups.values())))
+
+
+class PerTree(NamedTuple):
+    """Layout of one norm over all leaves."""
+
+
+class PerGroup(NamedTuple):
+    """Layout of one norm a group."""
+
+
+class PerLeaf(NamedTuple):
+    """Layout of one norm a leaf."""
+
+    entries: tuple
+    """() if all are plain leaves; otherwise, for each leaf, () for a plain one, a
+    `MaskedNode` for a masked one, and as many () as a stacked one has layers."""
+
+
+class PerUnit(NamedTuple):
+    """Layout of one array of norms a leaf."""
+
+    entries: tuple
+    """As in `PerLeaf`."""
+
+
+Layout = PerTree | PerLeaf | PerUnit | PerGroup
+"""The kind of a state's scopes. It holds no arrays and no names: a tree without leaves,
+which `jit` and checkpoints take for structure."""
+
+
+def layout_of(tree: Any, per: Per, stacked: Stacked | None) -> Layout:
+    """The layout of a transformation's state, from the tree given to `init`."""
+    if per == "tree":
+        return PerTree()
+    if per not in ("leaf", "unit"):
+        return PerGroup()
+    entries = []
+    for path, leaf in jax.tree.leaves_with_path(
+        tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
+    ):
+        if isinstance(leaf, optax.MaskedNode):
+            entries.append(leaf)
+        else:
+            is_stacked = stacked is not None and stacked(_name(path))
+            entries.append(((),) * np.shape(leaf)[0] if is_stacked else ())
+    if all(type(entry) is tuple and not entry for entry in entries):
+        entries = []
+    entries = tuple(entries)
+    return PerLeaf(entries) if per == "leaf" else PerUnit(entries)
+
+
+def is_gradient(leaf: Any) -> bool:
+    """Whether a leaf is measured and clipped; all others pass through untouched."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    return jnp.issubdtype(dtype, jnp.inexact) and math.prod(np.shape(leaf)) > 0
+
+
+def check_per(per: Any) -> None:
+    """Raises the error of an unknown scope."""
+    if per not in ("tree", "leaf", "unit") and not callable(per):
+        raise ValueError(
+            f'per must be "tree", "leaf", "unit" or a function of a name, not {per!r}'
+        )
+
+
+def _name(path: tuple) -> str:
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]  # a Flax nnx variable
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "array"
+
+
+def _leaf_specs(specs: Any, paths_and_leaves: list) -> list[PartitionSpec]:
+    if specs is None:
+        return [PartitionSpec()] * len(paths_and_leaves)
+    # Matched by path, not by structure: specs may be a prefix of the tree, and a
+    # `MaskedNode` in the tree may stand where specs has a whole subtree.
+    flat = jax.tree.leaves_with_path(
+        specs, is_leaf=lambda spec: spec is None or isinstance(spec, PartitionSpec)
+    )
+    by_path = dict(flat)
+    found = []
+    for path, _ in paths_and_leaves:
+        prefixes = [path[:n] for n in range(len(path) + 1)]
+        spec = next((by_path[p] for p in prefixes if p in by_path), None)
+        if not isinstance(spec, PartitionSpec):
+            raise ValueError(
+                f"specs must have a PartitionSpec for {_name(path)!r} (P() if it is "
+                f"replicated), not {spec!r}"
+            )
+        found.append(spec)
+    return found
+
+
+def _manual_axes(spec: PartitionSpec) -> tuple[str, ...]:
+    """The axes of a spec that the code must reduce over itself: those of shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if AxisType.Manual not in types.values():
+        return ()
+    axes = []
+    for entry in spec:
+        for axis in entry if isinstance(entry, tuple) else (entry,):
+            if isinstance(axis, str) and axis not in types:
+                raise ValueError(
+                    f"specs names the mesh axis {axis!r}; the mesh has {tuple(types)}"
+                )
+            if types.get(axis) == AxisType.Manual:
+                axes.append(axis)
+    return tuple(sorted(axes))
