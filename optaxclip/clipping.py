@@ -7,10 +7,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.typing import ArrayLike
 
 from optaxclip.limits import Limit, as_limit, known_value
-from optaxclip.norms import accumulator, check_ord, divided, measure, scaled, widened
+from optaxclip.norms import (
+    check_ord,
+    divided,
+    measure,
+    scaled,
+    where,
+    widened,
+)
 from optaxclip.scopes import (
     Layout,
     Per,
@@ -197,20 +205,25 @@ def clip_by_norm(
         return find_scopes(tree, per, specs=specs, stacked=stacked)
 
     def init(params):
-        sizes = scopes_of(params).sizes()
-        dtype = accumulator(jax.tree.leaves(params))
+        scopes = scopes_of(params)
+        like, _ = jax.eval_shape(lambda: measure(params, scopes, ord))
 
-        def full(value, dtype):
+        def full(value, dtype=None):
             # New arrays on each call: a buffer that appears twice cannot be donated.
-            return jax.tree.map(lambda size: jnp.full(size.shape, value, dtype), sizes)
+            return jax.tree.map(
+                lambda norm: jnp.full(
+                    norm.shape, value, dtype or norm.dtype, device=norm.sharding
+                ),
+                like,
+            )
 
         state = ClipByNormState(
             num_steps=jnp.zeros([], jnp.int32),
-            norm=full(0, dtype),
-            limit=full(jnp.inf, dtype),
+            norm=full(0),
+            limit=full(jnp.inf),
             num_clipped=full(0, jnp.int32),
             num_nonfinite=full(0, jnp.int32),
-            limit_state=limit.init(sizes),
+            limit_state=limit.init(scopes.sizes()),
             layout=layout_of(params, per, stacked),
         )
         return {label: state}
@@ -259,7 +272,9 @@ def clip_by_norm(
         def clip(x, leaf, *numbers):
             if not leaf.is_gradient:
                 return x
-            x = jnp.asarray(x)
+            # Without the barrier XLA shares the conversion of a bfloat16 leaf with the
+            # norm, and stores the whole leaf in float32.
+            x = lax.optimization_barrier(jnp.asarray(x))
             return _rescaled(widened(x, numbers[0].dtype), *numbers).astype(x.dtype)
 
         leaves, structure = jax.tree.flatten(updates)
@@ -278,7 +293,7 @@ def _power_of_two(norm, limit):
     """The first of two factors: 1, unless limit / norm is too small for one float."""
     tiny = jnp.finfo(norm.dtype).tiny
     limit = limit.astype(norm.dtype)
-    return 1 / jnp.where((limit > 0) & (limit < tiny * norm), 1 / tiny, 1)
+    return 1 / where((limit > 0) & (limit < tiny * norm), 1 / tiny, 1)
 
 
 def _factor(norm, excess, limit, fits, pre):
@@ -286,8 +301,8 @@ def _factor(norm, excess, limit, fits, pre):
     is_bad = ~jnp.isfinite(norm) | ~(limit > 0)
     # A few roundings smaller, so that the result never exceeds its limit.
     limit = limit.astype(norm.dtype) * (1 - 4 * jnp.finfo(norm.dtype).eps) / excess
-    dividend = jnp.where(fits, 1, jnp.where(is_bad, 0, limit))
-    return dividend / jnp.where(fits | is_bad, 1, norm * pre)
+    dividend = where(fits, 1, where(is_bad, 0, limit))
+    return dividend / where(fits | is_bad, 1, norm * pre)
 
 
 @jax.custom_jvp
@@ -302,8 +317,8 @@ def _rescaled_jvp(primals, tangents):
     x, pre, post, norm, excess, _ = primals
     d_x, _, _, d_norm, _, d_limit = tangents
     is_clipped = (pre < 1) | (post < 1)
-    direction = divided(divided(x, jnp.where(norm > 0, norm, 1)), excess)
-    direction = jnp.where(is_clipped & jnp.isfinite(norm), direction, 0)
+    direction = divided(divided(x, where(norm > 0, norm, 1)), excess)
+    direction = where(is_clipped & jnp.isfinite(norm), direction, 0)
     d_x = d_x - scaled(direction, d_norm)
     d_out = scaled(scaled(d_x, pre), post) + scaled(
         direction, d_limit.astype(norm.dtype)
@@ -316,13 +331,13 @@ def _bound_for(bound, dtype):
     bound = jnp.asarray(bound)
     info = jnp.finfo(dtype)
     finite = jnp.clip(bound, float(info.min), float(info.max))
-    return jnp.where(jnp.isinf(bound), bound, finite).astype(dtype)
+    return where(jnp.isinf(bound), bound, finite).astype(dtype)
 
 
 def _saturating_cast(norm, like):
     """Casts to the dtype of the state; a finite norm stays finite."""
     largest = jnp.finfo(like.dtype).max.astype(norm.dtype)
-    saturated = jnp.where(jnp.isfinite(norm), jnp.minimum(norm, largest), norm)
+    saturated = where(jnp.isfinite(norm), jnp.minimum(norm, largest), norm)
     return saturated.astype(like.dtype)
 
 
@@ -331,4 +346,4 @@ def _next(count):
 
 
 def _count(total, increment):
-    return jnp.where(increment, _next(total), total)
+    return where(increment, _next(total), total)

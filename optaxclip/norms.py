@@ -162,7 +162,22 @@ def accumulator(leaves: list) -> np.dtype:
 
 def widened(x: jax.Array, dtype: Any) -> jax.Array:
     """Casts to a real dtype, or to the complex dtype made of it."""
-    return x.astype(jnp.result_type(dtype, jnp.complex64) if _is_complex(x) else dtype)
+    if _is_complex(x):
+        dtype = {np.dtype("float32"): np.complex64}.get(dtype, np.complex128)
+    return x.astype(dtype)
+
+
+def where(condition: Any, x: Any, y: Any) -> jax.Array:
+    """`jnp.where` whose numbers take the condition's sharding.
+
+    On a mesh with explicit axes `jnp.where` refuses a number beside a sharded array.
+    """
+    dtype = jnp.result_type(x, y)
+    x, y = (
+        value if np.ndim(value) else jnp.full_like(condition, value, dtype)
+        for value in (x, y)
+    )
+    return jnp.where(condition, x, y)
 
 
 def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
@@ -173,7 +188,13 @@ def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def divided(x: jax.Array, divisor: jax.Array) -> jax.Array:
-    """Divides by a real divisor."""
+    """Divides by a real divisor, also where its reciprocal would be subnormal.
+
+    XLA divides by multiplying with the reciprocal.
+    """
+    is_large = divisor > jnp.finfo(divisor.dtype).max / 2.0**32
+    shrink = where(is_large, 2.0**-64, jnp.ones_like(divisor))
+    x, divisor = scaled(x, shrink), divisor * shrink
     if _is_complex(x):
         return lax.complex(x.real / divisor, x.imag / divisor)
     return x / divisor
@@ -192,19 +213,19 @@ def _measure(gradients: list[jax.Array], *, scopes: Scopes, ord: float):
     @jax.custom_jvp
     def norms_and_excess(gradients):
         values = [widened(x, dtype) for x in gradients]
-        if ord > 2:
-            roots, units = _relative_to_peak(values, scopes, ord, dtype)
-        else:
+        if ord in (1, 2):
             roots, units = _sums_of_powers(gradients, scopes, ord, dtype)
+        else:
+            roots, units = _relative_to_peak(values, scopes, ord, dtype)
         largest = jnp.finfo(dtype).max
 
         def saturate(root, unit):
             is_finite = jnp.isfinite(root)
-            return jnp.where(is_finite, jnp.minimum(root * unit, largest), root)
+            return where(is_finite, jnp.minimum(root * unit, largest), root)
 
         def exceed(root, unit):
             beyond = jnp.isfinite(root) & (root * unit > largest)
-            return jnp.where(beyond, root / (largest / unit), 1)
+            return where(beyond, root / (largest / unit), 1)
 
         return tuple(jax.tree.map(f, roots, units) for f in (saturate, exceed))
 
@@ -224,7 +245,7 @@ def _measure(gradients: list[jax.Array], *, scopes: Scopes, ord: float):
 
 
 def _sums_of_powers(gradients: list, scopes: Scopes, ord: float, dtype: Any):
-    """(roots, units) for ord in [1, 2]: one read, and one more if the sum is unsafe."""
+    """(roots, units) for ord 1 and 2: one read, and one more if the sum is unsafe."""
     # A sum under `low` may have lost elements to underflow. Scaled by 2**-shift the
     # largest float can be raised to `ord` and added up 2**40 times without overflow;
     # by 2**shift, the smallest is far from underflow. Powers of two are exact.
@@ -242,41 +263,53 @@ def _sums_of_powers(gradients: list, scopes: Scopes, ord: float, dtype: Any):
     def is_safe(sums, can_leave):
         return ~can_leave | ((sums >= low) & (sums < jnp.inf))
 
-    def needs_rescue(state):
-        sums, _, is_rescued = state
+    def goes_on(state):
+        sums, _, num_reads = state
         safe = jax.tree.leaves(jax.tree.map(is_safe, sums, can_leave))
-        return ~is_rescued & ~functools.reduce(jnp.logical_and, map(jnp.all, safe))
+        is_unsafe = functools.reduce(jnp.logical_or, [~jnp.all(x) for x in safe])
+        return (num_reads == 0) | ((num_reads == 1) & scopes.anywhere(is_unsafe))
 
-    def rescue(state):
+    def read(state):
+        sums, _, num_reads = state
+        # It ends in a division, which XLA does not compute again for every leaf.
         scale = jax.tree.map(
-            lambda total, can: jnp.where(
-                is_safe(total, can), 1, jnp.where(total < low, up, down)
+            lambda total, can: (
+                1 / where(is_safe(total, can), 1, where(total < low, down, up))
             ),
-            state[0],
+            sums,
             can_leave,
         )
         # The barrier ties the gradients to the loop's state: XLA would otherwise hoist
         # their conversion to float32 out of the loop and into every healthy step.
-        values, scale = lax.optimization_barrier((gradients, scale))
-        values = [widened(x, dtype) for x in values]
-        values = list(map(scaled, values, _spread(scale, scopes)))
-        return sums_of(values), scale, jnp.array(True)
+        values = []
+        for x, factor in zip(gradients, _spread(scale, scopes), strict=True):
+            x, factor = lax.optimization_barrier((x, factor))
+            values.append(scaled(widened(x, dtype), factor))
+        return sums_of(values), scale, num_reads + 1
 
-    sums = sums_of([widened(x, dtype) for x in gradients])
+    # The first read stands before the loop, which in a healthy step then has no turn: a
+    # plain sum of squares is the fastest. With very many small leaves it is the number
+    # of kernels that costs, to compile and to start: the loop makes the first read too.
+    size = sum(x.size for x in gradients)
+    if scopes.kind != "unit" and len(gradients) > max(100, size / 2**15):
+        state = jax.tree.map(lambda can: jnp.ones(can.shape, dtype), can_leave), 0
+    else:
+        state = sums_of([widened(x, dtype) for x in gradients]), 1
+    sums, num_reads = state
     scale = jax.tree.map(jnp.ones_like, sums)
-    if any(can.any() for can in jax.tree.leaves(can_leave)):
-        # A loop of at most one turn and not a `cond`, of which `vmap` runs both sides.
-        state = sums, scale, jnp.array(False)
-        sums, scale, _ = lax.while_loop(needs_rescue, rescue, state)
+    if num_reads == 0 or any(can.any() for can in jax.tree.leaves(can_leave)):
+        # A loop and not a `cond`, of which `vmap` runs both sides.
+        state = sums, scale, jnp.asarray(num_reads, jnp.int32)
+        sums, scale, _ = lax.while_loop(goes_on, read, state)
     return jax.tree.map(lambda x: _root(x, ord), sums), jax.tree.map(
         lambda x: 1 / x, scale
     )
 
 
 def _relative_to_peak(values: list, scopes: Scopes, ord: float, dtype: Any):
-    """(roots, units) for ord > 2: the largest element is the unit of all others."""
+    """(roots, units) for any ord: the largest element is the unit of all others."""
     peaks = _total([_largest_part(x) for x in values], scopes, "max", dtype)
-    units = jax.tree.map(lambda p: jnp.where((p > 0) & (p < jnp.inf), p, 1), peaks)
+    units = jax.tree.map(lambda p: where((p > 0) & (p < jnp.inf), p, 1), peaks)
     ratios = [
         jnp.abs(divided(x, unit))
         for x, unit in zip(values, _spread(units, scopes), strict=True)
@@ -286,7 +319,7 @@ def _relative_to_peak(values: list, scopes: Scopes, ord: float, dtype: Any):
     else:
         tops = jax.tree.map(lambda p, unit: p / unit, peaks, units)
     if not math.isinf(ord):
-        safe = jax.tree.map(lambda top: jnp.where(top > 0, top, 1), tops)
+        safe = jax.tree.map(lambda top: where(top > 0, top, 1), tops)
         ratios = [r / top for r, top in zip(ratios, _spread(safe, scopes), strict=True)]
         sums = _total([_power(r, ord) for r in ratios], scopes, "sum", dtype)
         tops = jax.tree.map(lambda top, total: top * _root(total, ord), tops, sums)
@@ -295,7 +328,7 @@ def _relative_to_peak(values: list, scopes: Scopes, ord: float, dtype: Any):
 
 def _slopes(gradients, norms, excess, scopes: Scopes, ord: float, dtype: Any) -> list:
     """The derivative of the norm by each element; 0 where the norm is 0."""
-    norms = jax.tree.map(lambda n: jnp.where(n > 0, n, 1), norms)
+    norms = jax.tree.map(lambda n: where(n > 0, n, 1), norms)
     ratios = [
         divided(divided(widened(x, dtype), n), e)
         for x, n, e in zip(
@@ -349,7 +382,7 @@ def _root(x: jax.Array, ord: float) -> jax.Array:
 def _largest_part(x: jax.Array) -> jax.Array:
     # NaN reads as inf: not every collective's maximum keeps a NaN.
     parts = [x.real, x.imag] if _is_complex(x) else [x]
-    sizes = [jnp.where(jnp.isnan(part), jnp.inf, jnp.abs(part)) for part in parts]
+    sizes = [where(jnp.isnan(part), jnp.inf, jnp.abs(part)) for part in parts]
     return functools.reduce(jnp.maximum, sizes)
 
 

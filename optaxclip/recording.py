@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip.clipping import ClipByNormState
-from optaxclip.scopes import Layout, PerLeaf, PerTree, PerUnit, leaf_names
+from optaxclip.scopes import (
+    Layout,
+    LeafLayout,
+    PerLeaf,
+    PerTree,
+    PerUnit,
+    leaf_names,
+)
 
 
 def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
@@ -67,22 +74,24 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
 
 
 def _clip_metrics(label: str, state: ClipByNormState, params: Any):
-    norm, limit, num_clipped, num_nonfinite = (
-        _per_name(field, state.layout)
-        for field in (state.norm, state.limit, state.num_clipped, state.num_nonfinite)
-    )
+    fields = state.norm, state.limit, state.num_clipped, state.num_nonfinite
+    norm, limit, num_clipped, num_nonfinite = map(jax.tree.leaves, fields)
     (num_steps,) = jax.tree.leaves(state.num_steps)
-    fits = ~jnp.isfinite(norm) | (norm <= limit)
     columns = {
         "norm": norm,
-        "norm_after": jnp.where(fits, norm, jnp.where(limit > 0, limit, 0)),
+        "norm_after": list(map(_norm_after, norm, limit)),
         "limit": limit,
-        "fraction": num_clipped / jnp.maximum(num_steps, 1).astype(jnp.float32),
+        "fraction": [
+            n / jnp.maximum(num_steps, 1).astype(jnp.float32) for n in num_clipped
+        ],
         "nonfinite": num_nonfinite,
     }
     if isinstance(state.layout, PerTree):
-        return {f"{label}/{column}": value for column, value in columns.items()}
-    names = _scope_names(state.layout, len(norm), label, params)
+        return {f"{label}/{column}": value for column, (value,) in columns.items()}
+    columns = {
+        column: _per_name(values, state.layout) for column, values in columns.items()
+    }
+    names = _scope_names(state.layout, len(columns["norm"]), label, params)
     return {
         f"{label}/{column}": jnp.max(values, initial=0)
         for column, values in columns.items()
@@ -93,33 +102,57 @@ def _clip_metrics(label: str, state: ClipByNormState, params: Any):
     }
 
 
-def _per_name(field: Any, layout: Layout) -> jax.Array:
+def _norm_after(norm: jax.Array, limit: jax.Array) -> jax.Array:
+    fits = ~jnp.isfinite(norm) | (norm <= limit)
+    return jnp.where(fits, norm, jnp.where(limit > 0, limit, 0))
+
+
+def _per_name(arrays: list[jax.Array], layout: Layout) -> jax.Array:
     """One number for each name; per unit the largest of a leaf, or of each layer."""
-    arrays = list(map(jnp.asarray, jax.tree.leaves(field)))
     if not isinstance(layout, PerUnit):
-        return arrays[0]
-    entries = [e for e in layout.entries if not isinstance(e, optax.MaskedNode)]
+        return jnp.asarray(arrays[0])
+    leaves = _leaf_layouts(layout.tree) or [LeafLayout(())] * len(arrays)
     rows = [
-        array.reshape(max(len(entry), 1), -1).max(axis=1, initial=0)
-        for array, entry in zip(arrays, entries or [()] * len(arrays), strict=True)
+        jnp.max(jnp.reshape(array, (max(len(leaf.layers), 1), -1)), axis=1, initial=0)
+        for array, leaf in zip(arrays, leaves, strict=True)
     ]
     return jnp.concatenate(rows) if rows else jnp.zeros(0)
 
 
+def _leaf_layouts(node: Any) -> list[LeafLayout]:
+    if isinstance(node, LeafLayout):
+        return [node]
+    return [leaf for child in node for leaf in _leaf_layouts(child)]
+
+
 def _scope_names(layout: Layout, num_scopes: int, label: str, params: Any) -> list[str]:
-    numbers = [str(i) for i in range(num_scopes)]
     if params is None or not isinstance(layout, PerLeaf | PerUnit):
-        return numbers
+        return [str(i) for i in range(num_scopes)]
     names = leaf_names(params)
-    entries = layout.entries or ((),) * num_scopes
-    if len(entries) != len(names):
-        raise ValueError(
-            f"params has {len(names)} leaves, but {label!r} was made for {len(entries)}"
-        )
-    scope_names = []
-    for name, entry in zip(names, entries, strict=True):
-        if isinstance(entry, optax.MaskedNode):
-            continue
-        layers = [f"{name}[{layer}]" for layer in range(len(entry))]
-        scope_names += layers or [name]
-    return scope_names
+    error = ValueError(
+        f"params does not have the structure that {label!r} was made for"
+    )
+    if layout.tree == ():
+        if len(names) != num_scopes:
+            raise error
+        return names
+    remaining = iter(names)
+
+    def walk(node, structure):
+        if isinstance(node, optax.MaskedNode):  # hides a leaf or a whole subtree
+            for _ in range(structure.num_leaves):
+                next(remaining)
+            return []
+        if isinstance(node, LeafLayout):
+            if not jax.tree_util.treedef_is_leaf(structure):
+                raise error
+            name = next(remaining)
+            return [f"{name}[{i}]" for i in range(len(node.layers))] or [name]
+        children = structure.children()
+        if len(children) != len(node):
+            raise error
+        return [
+            name for pair in zip(node, children, strict=True) for name in walk(*pair)
+        ]
+
+    return walk(layout.tree, jax.tree.structure(params))

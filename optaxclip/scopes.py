@@ -93,6 +93,8 @@ class Leaf(NamedTuple):
     """False for integers, keys, float0 and zero-size leaves: their norm is 0."""
     mesh_axes: tuple[str, ...]
     """Manual mesh axes, sorted, over which the summed axes are sharded."""
+    kept_mesh_axes: tuple[str, ...]
+    """Manual mesh axes, sorted, over which the kept axes are sharded."""
 
     @property
     def part_shape(self) -> tuple[int, ...]:
@@ -138,6 +140,17 @@ class Scopes(NamedTuple):
             for value, leaf in zip(values, self.leaves, strict=True)
         ]
 
+    def anywhere(self, flag):
+        """Whether a flag is set on any device. Only norms per unit can differ."""
+        if not any(leaf.kept_mesh_axes for leaf in self.leaves):
+            return flag
+        axes = {
+            axis
+            for leaf in self.leaves
+            for axis in leaf.kept_mesh_axes + leaf.mesh_axes
+        }
+        return jax.lax.psum(flag.astype(jnp.int32), tuple(sorted(axes))) > 0
+
     def any_of(self, flags: list[bool]):
         """Whether one of its leaves has its flag set, for each scope, as NumPy."""
         parts = [
@@ -177,13 +190,16 @@ class Scopes(NamedTuple):
         return numpy.stack([total(flat[np.array(group)]) for group in self.groups])
 
     def _reduce_over_mesh(self, parts: list, reduce: str) -> list:
-        # All parts that need the same mesh axes travel in one all-reduce.
+        # All parts that need the same mesh axes travel in one all-reduce; with them
+        # only parts that are sharded alike, which per unit they may be.
         parts = list(parts)
         over_mesh = {"sum": jax.lax.psum, "max": jax.lax.pmax}[reduce]
-        for axes in sorted({leaf.mesh_axes for leaf in self.leaves} - {()}):
-            members = [
-                i for i, leaf in enumerate(self.leaves) if leaf.mesh_axes == axes
-            ]
+        kinds = [(leaf.mesh_axes, leaf.kept_mesh_axes) for leaf in self.leaves]
+        for kind in sorted(set(kinds)):
+            axes, _ = kind
+            if not axes:
+                continue
+            members = [i for i, other in enumerate(kinds) if other == kind]
             flat = jnp.concatenate([parts[i].reshape(-1) for i in members])
             flat = over_mesh(flat, axes)
             shapes = [self.leaves[i].part_shape for i in members]
@@ -210,15 +226,15 @@ def find_scopes(
             kept = (0,) if is_stacked else ()
             if per == "unit" and len(shape) - len(kept) > 1:
                 kept += (len(shape) - 1,)
-        if per != "unit" and any(_manual_axes(spec[i : i + 1]) for i in kept):
+        entries = tuple(spec) + (None,) * (len(shape) - len(spec))
+        kept_mesh_axes = _manual_axes([entries[axis] for axis in kept])
+        if per != "unit" and kept_mesh_axes:
             raise ValueError(
                 f"{name!r} is sharded over its layers by {spec}; with per={per!r} and "
                 "stacked= every device needs all layers"
             )
-        summed = [entry for i, entry in enumerate(spec) if i not in kept]
-        leaves.append(
-            Leaf(shape, kept, is_gradient(leaf), _manual_axes(PartitionSpec(*summed)))
-        )
+        mesh_axes = _manual_axes([e for i, e in enumerate(entries) if i not in kept])
+        leaves.append(Leaf(shape, kept, is_gradient(leaf), mesh_axes, kept_mesh_axes))
     if isinstance(per, str):
         return Scopes(per, tuple(leaves))
     groups: dict[str, list[int]] = {
@@ -227,6 +243,13 @@ def find_scopes(
     for part, name in enumerate(names):
         groups[per(name)].append(part)
     return Scopes("group", tuple(leaves), tuple(map(tuple, groups.values())))
+
+
+class LeafLayout(NamedTuple):
+    """Layout of one leaf."""
+
+    layers: tuple[()] | tuple[tuple[()], ...]
+    """One () for each layer of a stacked leaf, none for any other."""
 
 
 class PerTree(NamedTuple):
@@ -240,15 +263,15 @@ class PerGroup(NamedTuple):
 class PerLeaf(NamedTuple):
     """Layout of one norm a leaf."""
 
-    entries: tuple
-    """() if all are plain leaves; otherwise, for each leaf, () for a plain one, a
-    `MaskedNode` for a masked one, and as many () as a stacked one has layers."""
+    tree: Any
+    """The tree as nested tuples, with a `LeafLayout` for each leaf and a `MaskedNode`
+    where one hides others; () if no leaf is stacked and none is hidden."""
 
 
 class PerUnit(NamedTuple):
     """Layout of one array of norms a leaf."""
 
-    entries: tuple
+    tree: Any
     """As in `PerLeaf`."""
 
 
@@ -263,19 +286,27 @@ def layout_of(tree: Any, per: Per, stacked: Stacked | None) -> Layout:
         return PerTree()
     if per not in ("leaf", "unit"):
         return PerGroup()
-    entries = []
-    for path, leaf in jax.tree.leaves_with_path(
+    paths_and_leaves, structure = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
-    ):
-        if isinstance(leaf, optax.MaskedNode):
-            entries.append(leaf)
-        else:
-            is_stacked = stacked is not None and stacked(_name(path))
-            entries.append(((),) * np.shape(leaf)[0] if is_stacked else ())
-    if all(type(entry) is tuple and not entry for entry in entries):
-        entries = []
-    entries = tuple(entries)
-    return PerLeaf(entries) if per == "leaf" else PerUnit(entries)
+    )
+    leaves = [
+        leaf
+        if isinstance(leaf, optax.MaskedNode)
+        else LeafLayout(
+            ((),) * np.shape(leaf)[0] if stacked and stacked(_name(path)) else ()
+        )
+        for path, leaf in paths_and_leaves
+    ]
+    is_plain = all(isinstance(leaf, LeafLayout) and not leaf.layers for leaf in leaves)
+    remaining = iter(leaves)
+
+    def nested(structure):
+        if jax.tree_util.treedef_is_leaf(structure):
+            return next(remaining)
+        return tuple(map(nested, structure.children()))
+
+    layout = PerLeaf if per == "leaf" else PerUnit
+    return layout(() if is_plain else nested(structure))
 
 
 def is_gradient(leaf: Any) -> bool:
@@ -320,14 +351,14 @@ def _leaf_specs(specs: Any, paths_and_leaves: list) -> list[PartitionSpec]:
     return found
 
 
-def _manual_axes(spec: PartitionSpec) -> tuple[str, ...]:
-    """The axes of a spec that the code must reduce over itself: those of shard_map."""
+def _manual_axes(entries: list[Any]) -> tuple[str, ...]:
+    """The axes in entries of a spec that are those of a `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     if AxisType.Manual not in types.values():
         return ()
     axes = []
-    for entry in spec:
+    for entry in entries:
         for axis in entry if isinstance(entry, tuple) else (entry,):
             if isinstance(axis, str) and axis not in types:
                 raise ValueError(

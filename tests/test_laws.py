@@ -1,0 +1,236 @@
+"""The laws of every public transformation, over a registry that grows with them."""
+
+import inspect
+import pathlib
+import re
+from typing import Any
+
+import chex
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optaxclip
+
+REGISTRY: dict[str, Any] = {
+    "clip_by_norm": lambda: optaxclip.clip_by_norm(1.0),
+    "clip_by_norm per leaf": lambda: optaxclip.clip_by_norm(1.0, per="leaf"),
+    "clip_by_norm per unit": lambda: optaxclip.clip_by_norm(1.0, per="unit"),
+    "clip_by_norm per group": lambda: optaxclip.clip_by_norm(1.0, per=lambda n: n[:1]),
+    "clip_by_norm stacked": lambda: optaxclip.clip_by_norm(
+        1.0, per="leaf", stacked=lambda name: name == "w"
+    ),
+    "clip_by_norm ord=1": lambda: optaxclip.clip_by_norm(1.0, ord=1),
+    "clip_by_norm ord=3": lambda: optaxclip.clip_by_norm(1.0, ord=3),
+    "clip_by_norm schedule": lambda: optaxclip.clip_by_norm(
+        optax.linear_schedule(2.0, 1.0, 10)
+    ),
+    "clip_by_value": lambda: optaxclip.clip_by_value(0.5),
+    "clip_by_value schedule": lambda: optaxclip.clip_by_value(
+        optax.linear_schedule(2.0, 1.0, 10)
+    ),
+}
+STATELESS = {"clip_by_value"}
+# The label under which a clip's state stands; None where there is no label.
+LABELS = {name: None if "value" in name else "clip" for name in REGISTRY}
+
+
+@pytest.fixture(params=REGISTRY)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def transformation(name):
+    return REGISTRY[name]()
+
+
+@pytest.fixture(autouse=True)
+def _strict(strict):
+    pass
+
+
+def updates_at(step, dtype=jnp.float32):
+    """Updates with every kind of leaf; on some steps too large, or not finite."""
+    scale = jnp.asarray([0.1, 3.0, 1e30, jnp.nan, 0.0, 1e-30, jnp.inf])[step % 7]
+    rng = np.random.default_rng(0)
+
+    def leaf(*shape):
+        return (jnp.asarray(rng.standard_normal(shape), jnp.float32) * scale).astype(
+            dtype
+        )
+
+    return {
+        "w": leaf(2, 3),
+        "b": leaf(3),
+        "n": {"scalar": leaf(), "half": leaf(2, 2, 2).astype(jnp.bfloat16)},
+        "int": jnp.arange(3),
+        "none": None,
+        "empty": jnp.zeros((0, 2)),
+    }
+
+
+def assert_same_type(a, b):
+    chex.assert_trees_all_equal_shapes_and_dtypes(a, b)
+    chex.assert_trees_all_equal_structs(a, b)
+    weak = [[x.weak_type for x in jax.tree.leaves(tree)] for tree in (a, b)]
+    assert weak[0] == weak[1]
+
+
+def run(transformation: Any, num_steps=7, update=None):
+    update = update or transformation.update
+    state = transformation.init(updates_at(0))
+    outputs = []
+    for step in range(num_steps):
+        updates, state = update(updates_at(step), state)
+        outputs.append(updates)
+    return outputs, state
+
+
+def test_updates_and_state_keep_their_types(transformation):
+    state = transformation.init(updates_at(0))
+    for update in (transformation.update, jax.jit(transformation.update)):
+        for step in range(2):
+            updates, new_state = update(updates_at(step), state)
+            assert_same_type(updates_at(step), updates)
+            assert_same_type(state, new_state)
+            state = new_state
+
+
+def test_state_holds_arrays_under_its_label(name, transformation):
+    state = transformation.init(updates_at(0))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+    if LABELS[name] is not None:
+        assert list(state) == [LABELS[name]]
+        assert hasattr(state[LABELS[name]], "_fields")
+    if name in STATELESS:
+        assert not jax.tree.leaves(state)
+
+
+def test_jit_equals_eager_and_traces_once(transformation):
+    chex.clear_trace_counter()
+    update = jax.jit(chex.assert_max_traces(transformation.update, n=1))
+    found, found_state = run(transformation, update=update)
+    expected, expected_state = run(transformation)
+    chex.assert_trees_all_close(found, expected, rtol=1e-6)
+    chex.assert_trees_all_close(found_state, expected_state, rtol=1e-6)
+
+
+def test_scan_and_cond(transformation):
+    def body(state, step):
+        updates = updates_at(step)
+        updates, state = jax.lax.cond(
+            step >= 0,
+            lambda state: transformation.update(updates, state),
+            lambda state: (updates, state),
+            state,
+        )
+        return state, updates
+
+    state = transformation.init(updates_at(0))
+    state, found = jax.jit(lambda s: jax.lax.scan(body, s, jnp.arange(7)))(state)
+    outputs, expected_state = run(transformation)
+    chex.assert_trees_all_close(state, expected_state, rtol=1e-6)
+    expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+    chex.assert_trees_all_close(found, expected, rtol=1e-6)
+
+
+def test_state_can_be_donated(transformation):
+    update = jax.jit(transformation.update, donate_argnums=(1,))
+    _, state = run(transformation, update=update)
+    _, expected = run(transformation)
+    chex.assert_trees_all_close(state, expected, rtol=1e-6)
+
+
+def test_vmap_equals_a_loop_over_the_runs(transformation):
+    runs = [updates_at(step) for step in range(7)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)
+    state = transformation.init(updates_at(0))
+    update = jax.vmap(transformation.update, in_axes=(0, None))
+    found, found_state = jax.jit(update)(stacked, state)
+    single = jax.jit(transformation.update)
+    for i, updates in enumerate(runs):
+        expected, expected_state = single(updates, state)
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda x, i=i: x[i], found), expected, rtol=1e-6
+        )
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda x, i=i: x[i], found_state), expected_state, rtol=1e-6
+        )
+
+
+def test_lowers_for_cpu_gpu_and_tpu(transformation):
+    updates = updates_at(0)
+    state = transformation.init(updates)
+    exported = jax.export.export(
+        jax.jit(lambda *args: jax.tree.leaves(transformation.update(*args))),
+        platforms=("cpu", "cuda", "tpu"),
+    )(updates, state)
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    assert "callback" not in exported.mlir_module()
+
+
+def test_composes_with_the_wrappers_of_optax(transformation):
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    grads = jax.tree.map(lambda x: 5 * x, params)
+    labels = {"w": "clipped", "b": "plain"}
+    for tx in (
+        optax.chain(transformation, optax.sgd(0.1)),
+        optax.masked(transformation, {"w": True, "b": False}),
+        optax.partition({"clipped": transformation, "plain": optax.sgd(0.1)}, labels),
+        optax.apply_if_finite(transformation, 3),
+        optax.MultiSteps(
+            optax.chain(transformation, optax.sgd(0.1)), 2
+        ).gradient_transformation(),
+    ):
+        tx: Any = optax.with_extra_args_support(tx)
+        state = tx.init(params)
+        step = jax.jit(tx.update)
+        updates = params
+        for _ in range(2):
+            # Some wrappers rely on promotion themselves.
+            with jax.numpy_dtype_promotion("standard"):
+                updates, new_state = step(grads, state, params, value=jnp.float32(1))
+            assert_same_type(state, new_state)
+            state = new_state
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
+        assert np.abs(updates["w"]).max() < 5
+
+
+def test_update_takes_any_extra_argument(transformation):
+    updates = updates_at(1)
+    transformation.update(
+        updates, transformation.init(updates), None, value=1.0, something_else="x"
+    )
+
+
+def test_other_leaves_pass_untouched(transformation):
+    updates = updates_at(1)
+    found, _ = transformation.update(updates, transformation.init(updates))
+    assert found["int"] is updates["int"]
+    assert found["empty"].shape == (0, 2)
+
+
+def test_every_public_name_is_documented_and_registered():
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    namespaces = {"optaxclip": optaxclip, "limits": optaxclip.limits}
+    for prefix, module in namespaces.items():
+        for name, value in vars(module).items():
+            is_ours = getattr(value, "__module__", "").startswith("optaxclip")
+            if name.startswith("_") or not is_ours or inspect.ismodule(value):
+                continue
+            if prefix == "limits" and name in ("as_limit", "known_value"):
+                continue  # for the other modules only
+            assert value.__doc__, name
+            assert "Alias for field" not in value.__doc__
+            if not name.endswith("State"):
+                assert re.search(rf"\b{name}\b", readme), f"{name} is not in the README"
+            if inspect.isfunction(value) and prefix == "optaxclip":
+                for section in ("Args:", "Returns:", "Example:"):
+                    assert section in value.__doc__, (name, section)
+            returned = inspect.signature(value).return_annotation
+            if returned is optax.GradientTransformationExtraArgs:
+                assert any(key.split()[0] == name for key in REGISTRY), name
