@@ -242,12 +242,7 @@ def clip_by_norm(
         limits = jax.tree.map(
             lambda x, n: jnp.broadcast_to(x, n.shape).astype(n.dtype), limits, seen
         )
-        fits = jax.tree.map(
-            lambda n, e, x: jnp.isfinite(n) & (n <= x.astype(n.dtype) / e),
-            norms,
-            excess,
-            limits,
-        )
+        fits = jax.tree.map(_fits, norms, excess, limits)
         state = ClipByNormState(
             num_steps=_next(state.num_steps),
             norm=seen,
@@ -283,6 +278,13 @@ def clip_by_norm(
         return jax.tree.unflatten(structure, leaves), {label: state}
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _fits(norm, excess, limit):
+    """Whether the true norm is finite and at most its limit."""
+    limit = limit.astype(norm.dtype)
+    is_beyond = (excess > 1) & (limit < jnp.inf)
+    return jnp.isfinite(norm) & (norm <= limit) & ~is_beyond
 
 
 # Both factors end in a division of scalars, which XLA computes once; a `where` at the
@@ -336,6 +338,8 @@ def _bound_for(bound, dtype):
 
 def _saturating_cast(norm, like):
     """Casts to the dtype of the state; a finite norm stays finite."""
+    if norm.dtype == like.dtype:
+        return norm
     largest = jnp.finfo(like.dtype).max.astype(norm.dtype)
     saturated = where(jnp.isfinite(norm), jnp.minimum(norm, largest), norm)
     return saturated.astype(like.dtype)

@@ -217,15 +217,16 @@ def _measure(gradients: list[jax.Array], *, scopes: Scopes, ord: float):
             roots, units = _sums_of_powers(gradients, scopes, ord, dtype)
         else:
             roots, units = _relative_to_peak(values, scopes, ord, dtype)
-        largest = jnp.finfo(dtype).max
+        largest = float(jnp.finfo(dtype).max)
 
         def saturate(root, unit):
-            is_finite = jnp.isfinite(root)
-            return where(is_finite, jnp.minimum(root * unit, largest), root)
+            norm = jnp.minimum(root * unit, largest)
+            return where(jnp.isfinite(root), norm, root)
 
         def exceed(root, unit):
-            beyond = jnp.isfinite(root) & (root * unit > largest)
-            return where(beyond, root / (largest / unit), 1)
+            # Smaller by 2**64 on the way, where it cannot overflow.
+            excess = root * (unit * 2.0**-64) * (2.0**64 / largest)
+            return where(jnp.isfinite(root), jnp.maximum(excess, 1), 1)
 
         return tuple(jax.tree.map(f, roots, units) for f in (saturate, exceed))
 
@@ -271,21 +272,22 @@ def _sums_of_powers(gradients: list, scopes: Scopes, ord: float, dtype: Any):
 
     def read(state):
         sums, _, num_reads = state
-        # It ends in a division, which XLA does not compute again for every leaf.
-        scale = jax.tree.map(
-            lambda total, can: (
-                1 / where(is_safe(total, can), 1, where(total < low, down, up))
+        units = jax.tree.map(
+            lambda total, can: where(
+                is_safe(total, can), 1, where(total < low, down, up)
             ),
             sums,
             can_leave,
         )
+        # Divided, since XLA does not compute a division again for every leaf.
+        scale = jax.tree.map(lambda unit: 1 / unit, units)
         # The barrier ties the gradients to the loop's state: XLA would otherwise hoist
         # their conversion to float32 out of the loop and into every healthy step.
         values = []
         for x, factor in zip(gradients, _spread(scale, scopes), strict=True):
             x, factor = lax.optimization_barrier((x, factor))
             values.append(scaled(widened(x, dtype), factor))
-        return sums_of(values), scale, num_reads + 1
+        return sums_of(values), units, num_reads + 1
 
     # The first read stands before the loop, which in a healthy step then has no turn: a
     # plain sum of squares is the fastest. With very many small leaves it is the number
@@ -296,14 +298,12 @@ def _sums_of_powers(gradients: list, scopes: Scopes, ord: float, dtype: Any):
     else:
         state = sums_of([widened(x, dtype) for x in gradients]), 1
     sums, num_reads = state
-    scale = jax.tree.map(jnp.ones_like, sums)
+    units = jax.tree.map(jnp.ones_like, sums)
     if num_reads == 0 or any(can.any() for can in jax.tree.leaves(can_leave)):
         # A loop and not a `cond`, of which `vmap` runs both sides.
-        state = sums, scale, jnp.asarray(num_reads, jnp.int32)
-        sums, scale, _ = lax.while_loop(goes_on, read, state)
-    return jax.tree.map(lambda x: _root(x, ord), sums), jax.tree.map(
-        lambda x: 1 / x, scale
-    )
+        state = sums, units, jnp.asarray(num_reads, jnp.int32)
+        sums, units, _ = lax.while_loop(goes_on, read, state)
+    return jax.tree.map(lambda x: _root(x, ord), sums), units
 
 
 def _relative_to_peak(values: list, scopes: Scopes, ord: float, dtype: Any):

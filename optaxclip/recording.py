@@ -130,7 +130,8 @@ def _scope_names(layout: Layout, num_scopes: int, label: str, params: Any) -> li
         return [str(i) for i in range(num_scopes)]
     names = leaf_names(params)
     error = ValueError(
-        f"params does not have the structure that {label!r} was made for"
+        f"params, with {len(names)} leaves, does not have the structure that {label!r} "
+        "was made for"
     )
     if layout.tree == ():
         if len(names) != num_scopes:
