@@ -5,7 +5,9 @@ installed) and by optaxclip, beside the right one.
 """
 
 import datetime
+import importlib.util
 import platform
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +45,9 @@ def with_optax(clip, leaves) -> str:
 
 
 def with_torch(values, dtype, limit) -> str:
-    try:
-        import torch
-    except ImportError:
+    if not importlib.util.find_spec("torch"):
         return "not installed"
+    torch: Any = importlib.import_module("torch")
     parameters = [torch.zeros(x.shape, dtype=getattr(torch, dtype)) for x in values]
     for parameter, x in zip(parameters, values, strict=True):
         parameter.grad = torch.tensor(x).to(parameter.dtype)
