@@ -212,10 +212,10 @@ def _measure(gradients: list[jax.Array], *, scopes: Scopes, ord: float):
 
     @jax.custom_jvp
     def norms_and_excess(gradients):
-        values = [widened(x, dtype) for x in gradients]
         if ord in (1, 2):
             roots, units = _sums_of_powers(gradients, scopes, ord, dtype)
         else:
+            values = [widened(x, dtype) for x in gradients]
             roots, units = _relative_to_peak(values, scopes, ord, dtype)
         largest = float(jnp.finfo(dtype).max)
 

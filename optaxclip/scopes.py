@@ -128,7 +128,8 @@ class Scopes(NamedTuple):
             group_of = {
                 part: g for g, group in enumerate(self.groups) for part in group
             }
-            values = values[np.array([group_of[part] for part in sorted(group_of)])]
+            members = [group_of[part] for part in sorted(group_of)]
+            values = values[np.array(members, int)]
         if self.kind != "unit":
             values = jax.lax.split(
                 values, [math.prod(leaf.part_shape) for leaf in self.leaves]
@@ -187,6 +188,8 @@ class Scopes(NamedTuple):
         total = getattr(numpy, reduce)
         if self.kind == "tree":
             return total(flat, initial=0)
+        if not self.groups:  # of a tree without leaves
+            return flat
         return numpy.stack([total(flat[np.array(group)]) for group in self.groups])
 
     def _reduce_over_mesh(self, parts: list, reduce: str) -> list:

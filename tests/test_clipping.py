@@ -331,6 +331,13 @@ def test_leaves_that_are_no_gradients_pass_untouched():
         assert np.abs(updates["grad"]).max() <= 1
 
 
+@pytest.mark.parametrize("per", PERS)
+def test_a_tree_without_leaves(per):
+    for tree in ([], [optax.MaskedNode(), None]):
+        updates, _ = run(clip_by_norm(1.0, per), tree)
+        assert updates == tree
+
+
 def test_numpy_and_python_leaves():
     tree = [np.asarray([3.0, 4.0], np.float32), 12.0]
     updates, state = run(clip_by_norm(1.3), tree)
