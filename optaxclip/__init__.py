@@ -5,6 +5,11 @@ from optaxclip.clipping import ClipByNormState as ClipByNormState
 from optaxclip.clipping import ClipByValueState as ClipByValueState
 from optaxclip.clipping import clip_by_norm as clip_by_norm
 from optaxclip.clipping import clip_by_value as clip_by_value
+from optaxclip.methods import adagc as adagc
+from optaxclip.methods import agc as agc
+from optaxclip.methods import autoclip as autoclip
+from optaxclip.methods import block_rms as block_rms
+from optaxclip.methods import zclip as zclip
 from optaxclip.norms import global_norm as global_norm
 from optaxclip.norms import group_norms as group_norms
 from optaxclip.norms import leaf_norms as leaf_norms

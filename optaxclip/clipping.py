@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from optaxclip.limits import Limit, as_limit, known_value
+from optaxclip.limits import LimitLike, as_limit, known_value
 from optaxclip.norms import (
     check_ord,
     divided,
@@ -144,7 +144,7 @@ def clip_by_value(
 
 
 def clip_by_norm(
-    max_norm: ArrayLike | Callable[[jax.Array], ArrayLike] | Limit,
+    max_norm: LimitLike,
     *,
     per: Per = "tree",
     ord: float = 2,
@@ -223,7 +223,9 @@ def clip_by_norm(
             limit=full(jnp.inf),
             num_clipped=full(0, jnp.int32),
             num_nonfinite=full(0, jnp.int32),
-            limit_state=limit.init(scopes.sizes()),
+            limit_state=limit.init(
+                jax.tree.map(lambda n, norm: n.astype(norm.dtype), scopes.sizes(), like)
+            ),
             layout=layout_of(params, per, stacked),
         )
         return {label: state}

@@ -1,0 +1,245 @@
+"""Published clipping methods by their names: a norm clip and the limit of the paper."""
+
+from typing import Any
+
+import optax
+from jax.typing import ArrayLike
+
+from optaxclip import limits
+from optaxclip.clipping import clip_by_norm
+from optaxclip.scopes import Per, Stacked
+
+
+def zclip(
+    max_zscore: ArrayLike = 2.5,
+    *,
+    decay: ArrayLike = 0.97,
+    warmup: int = 25,
+    max_norm: limits.LimitLike | None = None,
+    per: Per = "tree",
+    specs: Any = None,
+    stacked: Stacked | None = None,
+    label: str = "clip",
+) -> optax.GradientTransformationExtraArgs:
+    """ZClip: pulls norms that are outliers back towards their moving average.
+
+    `clip_by_norm(limits.zscore(max_zscore, decay=decay, warmup=warmup))`: the limit of
+    an outlier with z-score z is `mean + max_zscore**2 / z * std`.
+
+    Unlike the reference, it has no cap unless `max_norm` is given (its default of 1.0
+    hides the method), forgets what is not finite (one NaN there ends the clipping), and
+    takes `warmup` outliers in a row for a new baseline (there, a lasting rise is
+    clipped to the old mean for ever).
+
+    Args:
+      max_zscore: Largest z-score, in standard deviations, > 0.
+      decay: Of mean and variance, in a step, within (0, 1).
+      warmup: Number of norms in a baseline, at least 2; the first is not clipped.
+      max_norm: A limit on top, also during the warm-up: a number, schedule or limit.
+      per: What one norm is taken over; not "unit".
+      specs: As in `clip_by_norm`.
+      stacked: As in `clip_by_norm`.
+      label: Under which name the state and the metrics appear.
+
+    Returns:
+      The transformation, with the state `{label: ClipByNormState}`.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import optax, optaxclip
+      >>> tx = optax.chain(optaxclip.zclip(), optax.adam(1e-3))
+
+    Reference: Kumar et al., arXiv:2504.02507, section 3, algorithm 1.
+    """
+    limit = limits.zscore(max_zscore, decay=decay, warmup=warmup)
+    if max_norm is not None:
+        limit = limits.minimum(limit, max_norm)
+    return clip_by_norm(limit, per=per, specs=specs, stacked=stacked, label=label)
+
+
+def autoclip(
+    percent: ArrayLike = 10.0,
+    *,
+    window: int = 1024,
+    per: Per = "tree",
+    specs: Any = None,
+    stacked: Stacked | None = None,
+    label: str = "clip",
+) -> optax.GradientTransformationExtraArgs:
+    """AutoClip: clips to a percentile of the norms seen so far.
+
+    `clip_by_norm(limits.percentile(percent, window=window))`.
+
+    Unlike the reference, it remembers the last `window` norms (there all, so that the
+    state grows with the run, or in its package 1000, without the current one), and
+    forgets what is not finite (there one NaN makes every later gradient NaN) or zero.
+
+    Args:
+      percent: The percentile, within [0, 100].
+      window: Number of norms remembered; as the paper where it is not less than the
+        number of steps.
+      per: What one norm is taken over; not "unit".
+      specs: As in `clip_by_norm`.
+      stacked: As in `clip_by_norm`.
+      label: Under which name the state and the metrics appear.
+
+    Returns:
+      The transformation, with the state `{label: ClipByNormState}`.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import optax, optaxclip
+      >>> tx = optax.chain(optaxclip.autoclip(), optax.adam(1e-3))
+
+    Reference: Seetharaman et al., arXiv:2007.14469, section 3.
+    """
+    limit = limits.percentile(percent, window=window)
+    return clip_by_norm(limit, per=per, specs=specs, stacked=stacked, label=label)
+
+
+def adagc(
+    multiple: ArrayLike = 1.05,
+    *,
+    decay: ArrayLike = 0.98,
+    warmup: int = 100,
+    max_warmup_norm: ArrayLike = 1.0,
+    per: Per = "leaf",
+    specs: Any = None,
+    stacked: Stacked | None = None,
+    label: str = "clip",
+) -> optax.GradientTransformationExtraArgs:
+    """AdaGC: clips each array near the moving average of its own clipped norms.
+
+    `clip_by_norm(limits.ema(multiple, decay=decay, warmup=warmup, max_warmup_norm=...),
+    per="leaf")`: the limit is `multiple * mean`; up to the `warmup`-th step all arrays
+    are clipped together to `max_warmup_norm`.
+
+    Unlike the reference, a leaf without gradient in the warm-up warms up when it has
+    one (there its limit is zero, or next to it, from then on), and what is not finite
+    is forgotten. The clip alone: chain it with any optimizer.
+
+    Args:
+      multiple: The limit in units of the mean, > 1.
+      decay: Of the mean, in a step, within (0, 1).
+      warmup: The first step whose limit is learned, at least 2.
+      max_warmup_norm: The global limit before that step, > 0.
+      per: What one norm is taken over; not "unit".
+      specs: As in `clip_by_norm`.
+      stacked: As in `clip_by_norm`.
+      label: Under which name the state and the metrics appear.
+
+    Returns:
+      The transformation, with the state `{label: ClipByNormState}`.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import optax, optaxclip
+      >>> tx = optax.chain(optaxclip.adagc(), optax.adamw(1e-3))
+
+    Reference: Wang et al., arXiv:2502.11034, section 4, algorithm 1.
+    """
+    limit = limits.ema(
+        multiple, decay=decay, warmup=warmup, max_warmup_norm=max_warmup_norm
+    )
+    return clip_by_norm(limit, per=per, specs=specs, stacked=stacked, label=label)
+
+
+def agc(
+    max_ratio: ArrayLike = 0.01,
+    *,
+    eps: ArrayLike = 1e-3,
+    specs: Any = None,
+    stacked: Stacked | None = None,
+    label: str = "clip",
+) -> optax.GradientTransformationExtraArgs:
+    """AGC: clips each output unit to a fraction of the norm of its weights.
+
+    `clip_by_norm(limits.params(max_ratio, eps=eps), per="unit")`: the limit is
+    `max_ratio * max(norm of the weights, eps)`. A unit is what the last axis of a Flax
+    kernel counts, over all other axes; a vector is one unit.
+
+    Unlike `optax.adaptive_grad_clip`, it sums a kernel of any rank over all axes but
+    the last (optax: rank 3 over the first alone), takes the layers of a scanned kernel
+    `[layers, in, out]` apart with `stacked=`, and has no floor of 1e-6 under the
+    gradient's norm, which shrinks smaller gradients too much.
+
+    Args:
+      max_ratio: The limit in units of the weights' norm, >= 0. The paper takes 0.01 for
+        batches of 4096, and more for smaller ones.
+      eps: The least norm that weights count for, >= 0.
+      specs: As in `clip_by_norm`.
+      stacked: As in `clip_by_norm`.
+      label: Under which name the state and the metrics appear.
+
+    Returns:
+      The transformation, with the state `{label: ClipByNormState}`; `update` needs
+      `params`.
+
+    Raises:
+      ValueError: If an argument is out of range, or in `update` without `params`.
+
+    Example:
+      The paper leaves out the last linear layer; `optax.masked` does that by its name.
+
+      >>> import jax, jax.numpy as jnp, optax, optaxclip
+      >>> params = {"body": jnp.ones((4, 2)), "head": jnp.ones((2, 1))}
+      >>> def is_clipped(params):
+      ...     is_head = lambda path, _: "head" in jax.tree_util.keystr(path)
+      ...     return jax.tree.map_with_path(lambda *leaf: not is_head(*leaf), params)
+      >>> tx = optax.masked(optaxclip.agc(), is_clipped)
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> print(updates["body"][0].round(3), updates["head"][0])
+      [0.01 0.01] [1.]
+
+    Reference: Brock et al., arXiv:2102.06171, section 4.1.
+    """
+    limit = limits.params(max_ratio, eps=eps)
+    return clip_by_norm(limit, per="unit", specs=specs, stacked=stacked, label=label)
+
+
+def block_rms(
+    max_rms: ArrayLike = 1.0,
+    *,
+    specs: Any = None,
+    stacked: Stacked | None = None,
+    label: str = "clip",
+) -> optax.GradientTransformationExtraArgs:
+    """Block RMS: clips the root mean square of each array, as Adafactor does.
+
+    `clip_by_norm(limits.rms(max_rms), per="leaf")`: `g / max(1, rms(g) / max_rms)`.
+
+    Unlike `optax.clip_by_block_rms`, it is right where the squares of the elements
+    overflow or underflow, and takes the layers of a scanned array apart with
+    `stacked=`. Adafactor applies it to updates: put it after `scale_by_*`.
+
+    Args:
+      max_rms: The largest root mean square, in the unit of the updates, >= 0.
+      specs: As in `clip_by_norm`.
+      stacked: As in `clip_by_norm`.
+      label: Under which name the state and the metrics appear.
+
+    Returns:
+      The transformation, with the state `{label: ClipByNormState}`.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> clip = optaxclip.block_rms(1.0)
+      >>> grads = {"w": jnp.full((2, 2), 3.0), "b": jnp.array([0.5])}
+      >>> updates, _ = clip.update(grads, clip.init(grads))
+      >>> print(updates["w"].round(3), updates["b"])
+      [[1. 1.]
+       [1. 1.]] [0.5]
+
+    Reference: Shazeer and Stern, arXiv:1804.04235, section 6.
+    """
+    limit = limits.rms(max_rms)
+    return clip_by_norm(limit, per="leaf", specs=specs, stacked=stacked, label=label)
