@@ -21,7 +21,7 @@ from flax import nnx
 import optaxclip
 
 Preset = Literal["default", "tensorflow", "keras", "pytorch"]
-Clip = Literal["value", "norm", "none"]
+Clip = Literal["value", "norm", "zclip", "autoclip", "adagc", "agc", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,7 @@ class Config:
     standardise: bool = False
 
 
-# What differs from `Config`; `max` is one number for each kind of clip, and epochs
-# become steps.
+# What differs from `Config`; `max` for each kind of clip; epochs become steps.
 PRESETS: dict[Preset, dict[str, Any]] = {
     "default": {"max": {"value": 0.01, "norm": 1.0}},
     "tensorflow": {
@@ -67,8 +66,11 @@ def resolve(preset: Preset, num_train: int, **flags: Any) -> Config:
     """Returns the preset with every flag that is not None in its place."""
     flags = {name: value for name, value in flags.items() if value is not None}
     knobs = PRESETS[preset] | flags
+    clip = knobs.get("clip", Config.clip)
     if "max" not in flags:
-        knobs["max"] = knobs["max"].get(knobs.get("clip", Config.clip), math.inf)
+        knobs["max"] = knobs["max"].get(clip, math.inf)
+    elif clip not in ("value", "norm"):
+        raise mnist.InputError(f"--clip {clip} takes no --max")
     for name in ("hidden", "layers", "batch_size", "steps", "learning_rate", "max"):
         if not knobs.get(name, 1) > 0:
             raise mnist.InputError(f"{name} must be positive, got {knobs[name]}")
@@ -110,11 +112,15 @@ def build(config: Config, *, seed: int = 0, measured: bool = True):
         accuracy: `(params, images, labels) -> share`.
     """
     graphdef, params = nnx.split(LSTM(config, rngs=nnx.Rngs(seed)), nnx.Param)
-    clip = optax.identity()
-    if config.clip == "value":
-        clip = optaxclip.clip_by_value(config.max)
-    elif config.clip == "norm":
-        clip = optaxclip.clip_by_norm(config.max, per=config.per)
+    clip = {
+        "value": lambda: optaxclip.clip_by_value(config.max),
+        "norm": lambda: optaxclip.clip_by_norm(config.max, per=config.per),
+        "zclip": lambda: optaxclip.zclip(per=config.per),
+        "autoclip": lambda: optaxclip.autoclip(per=config.per),
+        "adagc": optaxclip.adagc,
+        "agc": optaxclip.agc,
+        "none": optax.identity,
+    }[config.clip]()
     rate = config.learning_rate
     if config.cosine_decay:
         rate = optax.cosine_decay_schedule(rate, config.steps)
@@ -194,9 +200,8 @@ def main(
 
     Args:
         preset: The settings of a well-known tutorial, or our own.
-        clip: Clip each element (value), the norm (norm), or nothing (none).
-        max: The largest element or norm. Hardly any element reaches 1, the tutorials'
-            limit: the default for elements is 0.01.
+        clip: Each element (value), the norm (norm), by a method's name, or nothing.
+        max: Largest element (0.01; none reaches 1, the tutorials' limit) or norm (1).
         hidden: Units in each LSTM layer.
         layers: LSTM layers.
         batch_size: Images in each step, on all devices together.
@@ -218,7 +223,7 @@ def main(
         carry, speed = fit(config, digits, recorder, seed=seed)
     title = f"LSTM on MNIST, {preset}: --clip {config.clip} --max {config.max:g}"
     limit = config.max if config.clip == "norm" else None
-    recorder.draw(title, limit=limit, per=config.per)
+    recorder.draw(title.removesuffix(" --max inf"), limit=limit, per=config.per)
     print(f"events and picture are in {logdir.resolve()}")
     if not math.isfinite(recorder.last("loss")):
         raise mnist.InputError("the loss is not finite: try a smaller --learning-rate")
@@ -231,10 +236,9 @@ def main(
         "picture": recorder.picture,
     }
     effect = {
-        "norm": f"{result['clipped']:.1%} of steps clipped",
         "value": f"norm after/before the clip {result['norm_ratio']:.3f}",
         "none": "no clip",
-    }[config.clip]
+    }.get(config.clip, f"{result['clipped']:.1%} of steps clipped")
     print(f"test accuracy {result['accuracy']:.4f}, {effect}, {speed:.1f} steps/s")
     return result
 

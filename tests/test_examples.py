@@ -333,8 +333,9 @@ def test_the_picture_shows_the_curves(learned):
         {"clip": "value", "max": 0.01},
         {"clip": "none"},
         {"preset": "tensorflow", "clip": "norm", "max": 0.1},
+        *({"clip": name} for name in ("zclip", "autoclip", "adagc", "agc")),
     ],
-    ids=["value", "none", "norm of each leaf"],
+    ids=["value", "none", "norm of each leaf", "zclip", "autoclip", "adagc", "agc"],
 )
 def test_every_clip_does_what_it_says(lstm, digits, tmp_path, capsys, flags):
     result = lstm.main(data=digits, logdir=tmp_path, **{**FLAGS, **flags, "steps": 8})
@@ -356,6 +357,13 @@ def test_every_clip_does_what_it_says(lstm, digits, tmp_path, capsys, flags):
             assert (norms <= 0.01 * size**0.5 * (1 + 1e-6)).all(), name
         assert result["norm_ratio"] < 0.99
         assert f"norm after/before the clip {result['norm_ratio']:.3f}" in line
+    elif "max" not in flags:
+        total = names.index("norm/before")
+        clipped = after[total] < before[total] * (1 - 1e-6)
+        # The two others are still warming up, and no gradient reaches AdaGC's 1.
+        assert clipped.any() == (flags["clip"] in ("autoclip", "agc"))
+        assert f"{result['clipped']:.1%} of steps clipped" in line
+        assert result["clipped"] >= clipped.mean()
     else:
         leaves = np.array(names) != "norm/before"
         bounded = np.minimum(before, 0.1)[leaves]
@@ -423,6 +431,11 @@ def test_the_seed_decides(lstm, mnist, learned, digits, tmp_path, monkeypatch):
     assert (params[0]["head"]["kernel"][...] != params[1]["head"]["kernel"][...]).all()
     orders = [mnist.shuffled(300, (1, 300), seed=seed) for seed in (5, 6)]
     assert (orders[0] != orders[1]).any()
+
+
+def test_a_learned_limit_takes_no_max(lstm, mnist, digits, tmp_path):
+    with pytest.raises(mnist.InputError, match="--clip zclip takes no --max"):
+        lstm.main(data=digits, logdir=tmp_path, clip="zclip", max=1.0)
 
 
 def test_divergence_ends_with_a_message(lstm, mnist, digits, tmp_path):
