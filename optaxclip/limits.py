@@ -367,7 +367,7 @@ def zscore(
     def update(norms, state, param_norms=None):
         del param_norms
         mean, std = state.mean, state.std
-        max_z, a, b = _like(norms, max_zscore, decay, 1 - decay)
+        max_z, rate = _like(norms, max_zscore, 1 - decay)
         has_baseline = mean > 0
         # The reference adds 1e-6 to std; relative to the mean, units do not matter.
         distance = max_z * (std + 1e-6 * mean)
@@ -378,18 +378,16 @@ def zscore(
         limits = jnp.where(is_outlier, lowered, mean + distance)
         limits = jnp.where(has_baseline, limits, jnp.inf)
 
-        # Standard deviations, not variances: squares of norms overflow.
         x = jnp.where(is_outlier, limits, norms)
-        mean = a * mean + b * x
-        std = jnp.hypot(jnp.sqrt(a) * std, jnp.sqrt(b) * jnp.abs(x - mean))
+        mean = mean + rate * (x - mean)
+        std = _root_mean_square(std, jnp.abs(x - mean), rate)
 
         num_new = jnp.where(is_outlier | ~has_baseline, state.num_new + 1, 0)
         n = jnp.maximum(num_new, 1).astype(norms.dtype)
         step = norms - jnp.where(num_new > 1, state.new_mean, 0)
         new_mean = norms - step + step / n
-        new_std = jnp.hypot(
-            jnp.sqrt((n - 1) / n) * state.new_std,
-            jnp.sqrt(n - 1) / n * jnp.abs(step),
+        new_std = _root_mean_square(
+            state.new_std, jnp.abs(step) * jnp.sqrt((n - 1) / n), 1 / n
         )
         starts = num_new >= warmup
         learned = ZScoreState(
@@ -528,7 +526,7 @@ def ema(
 
     def update(norms, state, param_norms=None):
         del param_norms
-        factor, a, b, cap = _like(norms, multiple, decay, 1 - decay, max_warmup_norm)
+        factor, rate, cap = _like(norms, multiple, 1 - decay, max_warmup_norm)
         total = _norm_of(norms)
         warm_limits = norms * (cap / jnp.maximum(total, cap))
         warm_limits = jnp.where(total <= cap, jnp.inf, warm_limits)
@@ -538,7 +536,10 @@ def ema(
         clipped = jnp.minimum(norms, limits)
         smallest = jnp.where(state.mean > 0, state.mean, clipped)
         smallest = jnp.minimum(smallest, clipped)
-        mean = jnp.where(is_warmup, smallest, a * state.mean + b * clipped)
+        # Not decay * mean + rate * clipped: decay + rate is not 1 in float32, which
+        # adds up where every norm is clipped to a multiple of the mean.
+        moved = state.mean + rate * (clipped - state.mean)
+        mean = jnp.where(is_warmup, smallest, moved)
         tiny = jnp.finfo(norms.dtype).tiny
         learned = EmaState(
             mean=jnp.maximum(mean, tiny),
@@ -740,6 +741,15 @@ def _shifted(values: jax.Array, by: int, fill: float) -> jax.Array:
     end = jnp.full_like(values[..., :1], fill)
     parts = [end, values[..., :-1]] if by > 0 else [values[..., 1:], end]
     return jnp.concatenate(parts, axis=-1)
+
+
+def _root_mean_square(first: jax.Array, second: jax.Array, share: jax.Array):
+    """`sqrt((1 - share) * first**2 + share * second**2)`; the squares may overflow."""
+    largest = jnp.maximum(first, second)
+    unit = jnp.where(largest > 0, largest, 1)
+    first, second = jnp.square(first / unit), jnp.square(second / unit)
+    mean = first + share * (second - first)
+    return largest * jnp.sqrt(jnp.where(largest > 0, mean, 1))
 
 
 def _norm_of(norms: jax.Array) -> jax.Array:
