@@ -1,0 +1,117 @@
+"""The methods give the limits and norms of their public implementations."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import record_references
+from record_references import (
+    AGC_RATIO,
+    NUM_STEPS,
+    REFERENCES,
+    SPIKES,
+    ZCLIP_CAP,
+    norms_of,
+)
+
+import optaxclip
+from optaxclip import limits
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+RTOL = 1e-5
+PARAMS, GRADIENTS, RECORDED = record_references.load()
+
+
+def lagging(limit: limits.Limit) -> limits.Limit:
+    """The limit of the step before, in which the norm itself had no part."""
+
+    def init(sizes):
+        return limit.init(sizes), jnp.full_like(sizes, jnp.inf)
+
+    def update(norms, state, param_norms=None):
+        learned, limit_state = limit.update(norms, state[0], param_norms)
+        return state[1], (limit_state, learned)
+
+    return limits.Limit(init, update)
+
+
+METHODS = {
+    "zclip": optaxclip.zclip(),
+    "zclip_capped": optaxclip.zclip(max_norm=ZCLIP_CAP),
+    "autoclip": optaxclip.autoclip(),
+    "autoclip_package": optaxclip.clip_by_norm(lagging(limits.percentile(10.0))),
+    "autoclip_package_per_leaf": optaxclip.clip_by_norm(
+        lagging(limits.percentile(10.0)), per="leaf"
+    ),
+    "adagc": optaxclip.adagc(),
+    "agc": optaxclip.agc(AGC_RATIO),
+}
+
+
+def run(tx: Any) -> tuple[dict[str, np.ndarray], Any]:
+    """The updates that come out and the states, both with the steps as axis 0."""
+
+    def step(state, gradients):
+        updates, state = tx.update(gradients, state, PARAMS)
+        return state, (updates, state)
+
+    updates, states = jax.lax.scan(step, tx.init(PARAMS), GRADIENTS)[1]
+    return jax.tree.map(np.asarray, updates), states
+
+
+def is_clipped(norms: np.ndarray, per: str) -> np.ndarray:
+    return norms < norms_of(GRADIENTS, per) * (1 - RTOL)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_recorded_reference(name):
+    per, expected = REFERENCES[name].per, RECORDED[name]
+    updates, states = run(METHODS[name])
+    norms = norms_of(updates, per)
+    np.testing.assert_allclose(norms, expected["norms"], RTOL)
+    np.testing.assert_array_equal(
+        is_clipped(norms, per), is_clipped(expected["norms"], per)
+    )
+    found = jax.tree.leaves(states["clip"].limit)
+    found = np.concatenate([np.reshape(x, (NUM_STEPS, -1)).T for x in found])
+    # Where the reference has none, that both clip the same says what can be said.
+    known = np.broadcast_to(expected["limits"], found.shape)
+    is_known = ~np.isnan(known)
+    np.testing.assert_allclose(found[is_known], known[is_known], RTOL)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_recorded_reference_clips_the_spikes_and_not_everything(name):
+    clipped = is_clipped(RECORDED[name]["norms"], REFERENCES[name].per)
+    assert clipped[:, list(SPIKES)].any(axis=0).all()
+    assert not clipped.all(axis=0).all()
+    assert np.isfinite(RECORDED[name]["limits"]).any(axis=1).all()
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_reference_gives_what_was_recorded(name):
+    pytest.importorskip(REFERENCES[name].package)
+    found = record_references.record(REFERENCES[name], PARAMS, GRADIENTS)
+    for key, values in found.items():
+        np.testing.assert_allclose(values, RECORDED[name][key], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "per"),
+    [
+        (optaxclip.agc(), optax.adaptive_grad_clip(0.01), "unit"),
+        (optaxclip.agc(AGC_RATIO), optax.adaptive_grad_clip(AGC_RATIO), "unit"),
+        (optaxclip.block_rms(), optax.clip_by_block_rms(1.0), "leaf"),
+    ],
+    ids=["agc", "agc_of_some_units", "block_rms"],
+)
+def test_optax(ours, theirs, per):
+    updates, _ = run(ours)
+    expected, _ = run(theirs)
+    assert is_clipped(norms_of(expected, per), per)[:, list(SPIKES)].all()
+    for name in PARAMS:
+        np.testing.assert_allclose(updates[name], expected[name], RTOL)
