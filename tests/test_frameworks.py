@@ -615,6 +615,64 @@ def test_a_restored_run_goes_on_as_if_it_never_stopped(scope, round_trip, tmp_pa
     assert max(map(np.max, jax.tree.leaves(state[0]["clip"].num_clipped))) > 0
 
 
+LEARNED = {
+    "zclip": optaxclip.zclip(1.0, per="leaf"),
+    "autoclip": optaxclip.autoclip(window=64),
+    "adagc": optaxclip.adagc(),
+    "agc": optaxclip.agc(stacked=lambda name: name.startswith("layers")),
+    "window_sigma": optaxclip.clip_by_norm(optaxclip.limits.window_sigma(2.0)),
+    "quantile": optaxclip.clip_by_norm(optaxclip.limits.quantile()),
+}
+
+
+@functools.cache
+def long_run() -> Any:
+    """One run for each learned limit: what trains on, the start, after 100 steps."""
+    sizes = np.random.default_rng(0).lognormal(size=200).astype(np.float32)
+
+    @jax.jit
+    def train(runs, sizes):
+        def step(runs, size):
+            new = {}
+            for name, (params, state) in runs.items():
+                grads = jax.tree.map(lambda x: size * (1 + x), params)
+                updates, state = LEARNED[name].update(grads, state, params)
+                updates = jax.tree.map(lambda x: -1e-4 * x, updates)
+                new[name] = optax.apply_updates(params, updates), state
+            return new, None
+
+        return jax.lax.scan(step, runs, sizes)[0]
+
+    start = {
+        n: (stacked_params(), clip.init(stacked_params()))
+        for n, clip in LEARNED.items()
+    }
+    return functools.partial(train, sizes=sizes[100:]), start, train(start, sizes[:100])
+
+
+@pytest.mark.parametrize("round_trip", [through_bytes, through_orbax])
+def test_learned_limits_go_on_from_a_checkpoint_at_step_100(round_trip, tmp_path):
+    go_on, start, saved = long_run()
+    found = go_on(round_trip(saved, start, tmp_path))
+    chex.assert_trees_all_equal(found, go_on(saved))
+
+    # All have clipped since, for which those that learn needed what they had learned.
+    def forget(name):
+        params, state = saved[name]
+        fresh = start[name][1]["clip"].limit_state
+        return params, {"clip": state["clip"]._replace(limit_state=fresh)}
+
+    others = go_on({name: forget(name) for name in saved})
+    for name in LEARNED:
+        totals = [
+            sum(map(np.sum, jax.tree.leaves(runs[name][1]["clip"].num_clipped)))
+            for runs in (saved, found)
+        ]
+        assert totals[0] < totals[1], name
+        same = jax.tree.map(np.array_equal, others[name][0], found[name][0])
+        assert all(jax.tree.leaves(same)) == (name == "agc"), name
+
+
 @pytest.mark.parametrize("round_trip", [through_bytes, through_orbax])
 def test_metrics_reads_a_restored_state(round_trip, tmp_path):
     _, start, saved, _ = interrupted_run("tree")

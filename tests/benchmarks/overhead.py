@@ -1,5 +1,7 @@
 """Clipping by norm adds less to an Adam step than `optax.clip_by_global_norm` does.
 
+A learned limit adds nothing to that.
+
     python tests/benchmarks/overhead.py --tree gpt2 --torch
 
 The same command runs on CPU, GPU and TPU.
@@ -30,6 +32,16 @@ ARMS: dict[str, optax.GradientTransformation] = {
     "optaxclip.clip_by_norm": optaxclip.clip_by_norm(1.0),
     "optaxclip.clip_by_norm, per leaf": optaxclip.clip_by_norm(1.0, per="leaf"),
     "optaxclip.clip_by_value": optaxclip.clip_by_value(1.0),
+    "optaxclip.zclip": optaxclip.zclip(),
+    "optaxclip.autoclip": optaxclip.autoclip(),
+    "optaxclip.adagc": optaxclip.adagc(),
+}
+
+# Each learned limit beside the fixed one over the same scopes.
+LEARNED = {
+    "optaxclip.zclip": "optaxclip.clip_by_norm",
+    "optaxclip.autoclip": "optaxclip.clip_by_norm",
+    "optaxclip.adagc": "optaxclip.clip_by_norm, per leaf",
 }
 
 
@@ -137,7 +149,7 @@ def main(
 
     arms = dict(ARMS)
     if tree == "many":  # XLA takes minutes for a thousand different norms
-        del arms["optaxclip.clip_by_norm, per leaf"]
+        del arms["optaxclip.clip_by_norm, per leaf"], arms["optaxclip.adagc"]
     compile_times: dict[str, list[float]] = {name: [] for name in arms}
     steps, clip_states = {}, {}
     for order in alternating(list(arms), compilations):
@@ -191,6 +203,12 @@ def main(
         f"of that with {theirs} (A/A x{noise:.3f}), and compiles in "
         f"x{ratio(compile_times, ours, theirs):.2f} (A/A x{compile_noise:.2f})."
     )
+    for name, fixed in LEARNED.items():
+        if name in arms:
+            print(
+                f"The step with {name} takes x{ratio(times, name, fixed):.3f} the time "
+                f"of that with {fixed} (A/A x{noise:.3f})."
+            )
     if torch and importlib.util.find_spec("torch"):
         times = measure_torch(list(shapes.values()), repetitions, calls)
         print(
