@@ -1,5 +1,6 @@
 """Eight devices give what one gives, with the contract's number of all-reduces."""
 
+import functools
 import re
 from typing import Any
 
@@ -186,6 +187,56 @@ def test_a_training_run_inside_shard_map():
 
     found = jax.shard_map(run, mesh=mesh, in_specs=(SPECS,), out_specs=P())
     assert jax.jit(found)(place(mesh, tree())) == 3
+
+
+def all_methods(specs=None) -> dict[str, Any]:
+    return {
+        "zclip": optaxclip.zclip(1.0, warmup=2, specs=specs),
+        "autoclip": optaxclip.autoclip(per="leaf", window=4, specs=specs),
+        "adagc": optaxclip.adagc(warmup=2, specs=specs),
+        "agc": optaxclip.agc(specs=specs),
+        "block_rms": optaxclip.block_rms(0.5, specs=specs),
+    }
+
+
+def after_a_spike(methods, gradients, params):
+    """The updates of every method in the last of four steps."""
+
+    def step(run, size):
+        spiked = jax.tree.map(lambda x: size * x, gradients)
+        for name, clip in methods.items():
+            run[name] = clip.update(spiked, run[name][1], params)
+        return run, None
+
+    start = {name: (gradients, clip.init(params)) for name, clip in methods.items()}
+    run, _ = jax.lax.scan(step, start, jnp.array([1.0, 1.2, 0.8, 30.0]))
+    return {name: updates for name, (updates, _) in run.items()}
+
+
+@functools.cache
+def after_a_spike_on_one_device():
+    run = jax.jit(functools.partial(after_a_spike, all_methods()))
+    return run(tree(), tree(0.1))
+
+
+@pytest.mark.parametrize("layout", ["auto", "explicit", "shard_map"])
+def test_methods_do_the_same_on_eight_devices(layout):
+    mesh = mesh_of(AxisType.Explicit if layout == "explicit" else AxisType.Auto)
+    run = functools.partial(after_a_spike, all_methods())
+    if layout == "shard_map":
+        run = jax.shard_map(
+            functools.partial(after_a_spike, all_methods(SPECS)),
+            mesh=mesh,
+            in_specs=(SPECS, SPECS),
+            out_specs=dict.fromkeys(all_methods(), SPECS),
+            check_vma=False,
+        )
+    with jax.set_mesh(mesh):
+        found = jax.jit(run)(place(mesh, tree()), place(mesh, tree(0.1)))
+    expected = after_a_spike_on_one_device()
+    assert_same(found, expected)
+    for updates in expected.values():
+        assert optaxclip.global_norm(updates) < 10 * optaxclip.global_norm(tree())
 
 
 def test_specs_may_be_a_prefix_and_cover_masked_subtrees():
