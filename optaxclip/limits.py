@@ -202,7 +202,7 @@ def params(max_ratio: ArrayLike = 0.01, *, eps: ArrayLike = 1e-3) -> Limit:
       >>> print([round(float(x), 6) for x in limits])
       [0.5, 0.0001]
 
-    Reference: Brock et al., arXiv:2102.06171, section 4.1 (per unit: AGC).
+    Reference: Brock et al., arXiv:2102.06171, section 4, equation 3 (per unit: AGC).
     """
     _check("max_ratio", max_ratio, lambda x: x >= 0, ">= 0")
     _check("eps", eps, lambda x: x >= 0, ">= 0")
@@ -347,7 +347,7 @@ def zscore(
       inf
       2.041
 
-    Reference: Kumar et al., arXiv:2504.02507, section 3 (per tree: ZClip).
+    Reference: Kumar et al., arXiv:2504.02507, algorithm 1 (per tree: ZClip).
     """
     _check("max_zscore", max_zscore, lambda x: x > 0, "> 0")
     _check("decay", decay, lambda x: 0 < x < 1, "within (0, 1)")
@@ -431,7 +431,7 @@ def percentile(percent: ArrayLike = 10.0, *, window: int = 1024) -> Limit:
       2.0
       3.0
 
-    Reference: Seetharaman et al., arXiv:2007.14469, section 3 (per tree: AutoClip).
+    Reference: Seetharaman et al., arXiv:2007.14469 (per tree: AutoClip).
     """
     _check("percent", percent, lambda x: 0 <= x <= 100, "within [0, 100]")
     _check_length("window", window, 1)
@@ -513,7 +513,7 @@ def ema(
       2.0
       3.0
 
-    Reference: Wang et al., arXiv:2502.11034, section 4, algorithm 1 (per leaf: AdaGC).
+    Reference: Wang et al., arXiv:2502.11034, algorithm 1 (per leaf: AdaGC).
     """
     _check("multiple", multiple, lambda x: x > 1, "> 1")
     _check("decay", decay, lambda x: 0 < x < 1, "within (0, 1)")
@@ -646,7 +646,7 @@ def quantile(
       >>> print(4.5 < value < 5.5)
       True
 
-    Reference: Andrew et al., arXiv:1905.03871, section 2.1.
+    Reference: Andrew et al., arXiv:1905.03871, algorithm 1.
     """
     _check("target", target, lambda x: 0 < x < 1, "within (0, 1)")
     _check("initial_norm", initial_norm, lambda x: 0 < x < np.inf, "within (0, inf)")

@@ -51,7 +51,7 @@ def zclip(
       >>> import optax, optaxclip
       >>> tx = optax.chain(optaxclip.zclip(), optax.adam(1e-3))
 
-    Reference: Kumar et al., arXiv:2504.02507, section 3, algorithm 1.
+    Reference: Kumar et al., arXiv:2504.02507, algorithm 1.
     """
     limit = limits.zscore(max_zscore, decay=decay, warmup=warmup)
     if max_norm is not None:
@@ -95,7 +95,7 @@ def autoclip(
       >>> import optax, optaxclip
       >>> tx = optax.chain(optaxclip.autoclip(), optax.adam(1e-3))
 
-    Reference: Seetharaman et al., arXiv:2007.14469, section 3.
+    Reference: Seetharaman et al., arXiv:2007.14469.
     """
     limit = limits.percentile(percent, window=window)
     return clip_by_norm(limit, per=per, specs=specs, stacked=stacked, label=label)
@@ -142,7 +142,7 @@ def adagc(
       >>> import optax, optaxclip
       >>> tx = optax.chain(optaxclip.adagc(), optax.adamw(1e-3))
 
-    Reference: Wang et al., arXiv:2502.11034, section 4, algorithm 1.
+    Reference: Wang et al., arXiv:2502.11034, algorithm 1.
     """
     limit = limits.ema(
         multiple, decay=decay, warmup=warmup, max_warmup_norm=max_warmup_norm
@@ -197,7 +197,7 @@ def agc(
       >>> print(updates["body"][0].round(3), updates["head"][0])
       [0.01 0.01] [1.]
 
-    Reference: Brock et al., arXiv:2102.06171, section 4.1.
+    Reference: Brock et al., arXiv:2102.06171, section 4, equation 3.
     """
     limit = limits.params(max_ratio, eps=eps)
     return clip_by_norm(limit, per="unit", specs=specs, stacked=stacked, label=label)
