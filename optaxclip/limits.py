@@ -320,10 +320,11 @@ def zscore(
     mean. Then mean and std learn from the norm, or from the limit of an outlier.
 
     The baseline comes from the first `warmup` norms, with a limit of +inf. If later so
-    many in a row are outliers, they are the new baseline: a change of regime upwards
-    takes `warmup` steps. After a fall by 10x the limit is below twice its final value
-    within 300 steps. A single spike of any size moves the mean by at most
-    `(1 - decay) * max_zscore * std`, and raises nothing else.
+    many in a row are outliers, they are the new baseline: a change upwards takes
+    `warmup` steps. After a fall by 10x the limit is below twice its final value within
+    `9 / (1 - decay)`. A spike in the baseline counts in full; a later one, of any size,
+    moves the mean by `(1 - decay) * max_zscore * std` at most, and std by a factor
+    `sqrt(decay + (1 - decay) * (decay * max_zscore)**2)`: 1.07 by default.
 
     Args:
       max_zscore: Largest z-score, in standard deviations, > 0.
@@ -371,10 +372,9 @@ def zscore(
         has_baseline = mean > 0
         # The reference adds 1e-6 to std; relative to the mean, units do not matter.
         distance = max_z * (std + 1e-6 * mean)
-        is_outlier = has_baseline & (norms > mean + distance)
-        lowered = mean + max_z * std * (
-            distance / jnp.where(is_outlier, norms - mean, 1)
-        )
+        excess = norms - mean  # compared itself: it may underflow
+        is_outlier = has_baseline & (excess > distance)
+        lowered = mean + max_z * std * (distance / jnp.where(is_outlier, excess, 1))
         limits = jnp.where(is_outlier, lowered, mean + distance)
         limits = jnp.where(has_baseline, limits, jnp.inf)
 
@@ -454,7 +454,8 @@ def percentile(percent: ArrayLike = 10.0, *, window: int = 1024) -> Limit:
 
         # In hundredths of a place, exact for percents without decimals.
         (percents,) = _like(norms, percent)
-        last = jnp.maximum(jnp.sum(state.ordered < jnp.inf, axis=-1) - 1, 0)
+        num = jnp.sum(state.ordered < jnp.inf, axis=-1, dtype=jnp.int32)
+        last = jnp.maximum(num - 1, 0)
         hundredths = percents * last.astype(norms.dtype)
         place = jnp.floor(hundredths / 100)
         share = (hundredths - 100 * place) / 100
@@ -486,9 +487,11 @@ def ema(
     their norms' squares, the limit is `norm * max_warmup_norm / total`, +inf if the
     total is below.
 
-    In a step the limit grows by `1 + (1 - decay) * (multiple - 1)` at most, whatever
-    the spike, and falls by `decay` at most: with 1.05 and 0.98 it follows a change of
-    10x within 2304 steps upwards and 115 downwards.
+    Later the limit grows by `1 + (1 - decay) * (multiple - 1)` in a step at most,
+    whatever the spike. It follows a change of 10x to a factor of 2 within
+    `1.7 / ((1 - decay) * (multiple - 1))` steps upwards and `3.4 / (1 - decay)`
+    downwards: 1700 and 170 with 1.05 and 0.98. As published, a spike of s times `total`
+    in a warm-up with a cap divides the means of all other scopes by s.
 
     Args:
       multiple: The limit in units of the mean, > 1.
@@ -527,8 +530,9 @@ def ema(
     def update(norms, state, param_norms=None):
         del param_norms
         factor, rate, cap = _like(norms, multiple, 1 - decay, max_warmup_norm)
-        total = _norm_of(norms)
-        warm_limits = norms * (cap / jnp.maximum(total, cap))
+        shares, total = _shares(norms)
+        largest = jnp.finfo(norms.dtype).max
+        warm_limits = jnp.minimum(cap, largest) * shares
         warm_limits = jnp.where(total <= cap, jnp.inf, warm_limits)
         is_warmup = state.num_seen < warmup - 1
         limits = jnp.where(is_warmup, warm_limits, factor * state.mean)
@@ -540,9 +544,10 @@ def ema(
         # adds up where every norm is clipped to a multiple of the mean.
         moved = state.mean + rate * (clipped - state.mean)
         mean = jnp.where(is_warmup, smallest, moved)
-        tiny = jnp.finfo(norms.dtype).tiny
+        # Where the growth in a step underflows, the mean would stay for ever.
+        least = jnp.finfo(norms.dtype).tiny / (rate * jnp.minimum(factor - 1, 1))
         learned = EmaState(
-            mean=jnp.maximum(mean, tiny),
+            mean=jnp.maximum(mean, least),
             num_seen=jnp.minimum(state.num_seen + 1, warmup),
         )
         return limits, _keep(norms, learned, state)
@@ -598,7 +603,7 @@ def window_sigma(sigmas: ArrayLike = 3.0, *, window: int = 128) -> Limit:
         num = jnp.sum(is_known, axis=-1, keepdims=True).astype(norms.dtype)
         values = jnp.where(is_known, state.recent, 0)
         # In units of the largest: squares of norms overflow.
-        unit = jnp.max(values, axis=-1, keepdims=True)
+        unit = _divisor(jnp.max(values, axis=-1, keepdims=True))
         values = values / jnp.where(num > 0, unit, 1)
         mean = jnp.sum(values, axis=-1, keepdims=True) / jnp.maximum(num, 1)
         squares = jnp.where(is_known, jnp.square(values - mean), 0)
@@ -622,9 +627,9 @@ def quantile(
     """Tracks a quantile of the norms with one number: a share `target` stays unclipped.
 
     After each step the limit is multiplied by `exp(rate * target)` if the norm exceeded
-    it, else by `exp(rate * (target - 1))`. It follows a change of 10x within
-    `2.4 / (rate * target)` steps upwards, `2.4 / (rate * (1 - target))` downwards, and
-    one spike of any size moves it by no more than any other norm.
+    it, else by `exp(rate * (target - 1))`. It follows a change of 10x to a factor of 2
+    within `2.4 / (rate * target)` steps upwards, `2.4 / (rate * (1 - target))`
+    downwards, and a spike of any size moves it by no more than any other norm.
 
     Args:
       target: Share of the norms that the limit lets pass, within (0, 1).
@@ -696,8 +701,8 @@ def _check(name: str, value: Any, fits: Callable[[float], bool], what: str) -> N
 def _check_length(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, not {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}, not {value!r}")
+    if not least <= int(value) < 2**31:
+        raise ValueError(f"{name} must be >= {least} and < 2**31, not {value!r}")
 
 
 def _refuse_units(name: str, sizes: Any) -> None:
@@ -745,17 +750,23 @@ def _shifted(values: jax.Array, by: int, fill: float) -> jax.Array:
 
 def _root_mean_square(first: jax.Array, second: jax.Array, share: jax.Array):
     """`sqrt((1 - share) * first**2 + share * second**2)`; the squares may overflow."""
-    largest = jnp.maximum(first, second)
-    unit = jnp.where(largest > 0, largest, 1)
+    unit = _divisor(jnp.maximum(first, second))
+    unit = jnp.where(unit > 0, unit, 1)
     first, second = jnp.square(first / unit), jnp.square(second / unit)
     mean = first + share * (second - first)
-    return largest * jnp.sqrt(jnp.where(largest > 0, mean, 1))
+    return jnp.where(mean > 0, unit * jnp.sqrt(jnp.where(mean > 0, mean, 1)), 0)
 
 
-def _norm_of(norms: jax.Array) -> jax.Array:
-    """The root of the sum of the squares of the norms that are finite."""
+def _shares(norms: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(norms / total, total) for the root of the sum of the squares of finite norms."""
     finite = jnp.where(norms < jnp.inf, norms, 0)  # NaN is not
-    largest = jnp.max(finite, initial=0)
-    ratios = finite / jnp.where(largest > 0, largest, 1)
-    total = jnp.sum(jnp.square(ratios))
-    return largest * jnp.sqrt(jnp.where(largest > 0, total, 1))
+    unit = _divisor(jnp.max(finite, initial=0))
+    ratios = finite / jnp.where(unit > 0, unit, 1)
+    squares = jnp.sum(jnp.square(ratios))
+    root = jnp.sqrt(jnp.where(unit > 0, squares, 1))
+    return ratios / root, unit * root
+
+
+def _divisor(largest: jax.Array) -> jax.Array:
+    """What to divide norms by: XLA multiplies with 1 / x, which must not underflow."""
+    return jnp.minimum(largest, jnp.finfo(largest.dtype).max / 4)

@@ -1,0 +1,539 @@
+"""The limits against naive references, and what hostile norms do to them."""
+
+import functools
+import math
+import re
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import optaxclip
+from optaxclip import limits
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+
+# The definitions as loops over the norms of one scope, each with the norm of all
+# scopes together (`totals`); every norm is finite and not zero.
+
+
+def naive_zscore(norms, totals, max_zscore=2.5, decay=0.97, warmup=25):
+    mean = std = math.nan
+    baseline, found = [], []
+    for norm in norms:
+        if math.isnan(mean):
+            limit = math.inf
+            baseline.append(norm)
+        else:
+            unit = std + 1e-6 * mean
+            z = (norm - mean) / unit
+            is_outlier = z > max_zscore
+            limit = mean + max_zscore * (std * max_zscore / z if is_outlier else unit)
+            baseline = [*baseline, norm] if is_outlier else []
+            x = limit if is_outlier else norm
+            mean = decay * mean + (1 - decay) * x
+            std = math.sqrt(decay * std**2 + (1 - decay) * (x - mean) ** 2)
+        if len(baseline) == warmup:
+            mean, std, baseline = np.mean(baseline), np.std(baseline), []
+        found.append(limit)
+    return found
+
+
+def naive_percentile(norms, totals, percent=10, window=1024):
+    steps = range(1, len(norms) + 1)
+    return [np.percentile(norms[max(0, t - window) : t], percent) for t in steps]
+
+
+def naive_ema(
+    norms, totals, multiple, decay=0.98, warmup=100, max_warmup_norm=math.inf
+):
+    mean, found = math.inf, []
+    for step, (norm, total) in enumerate(zip(norms, totals, strict=True), 1):
+        if step < warmup:
+            fits = total <= max_warmup_norm
+            limit = math.inf if fits else norm * max_warmup_norm / total
+            mean = min(mean, norm, limit)
+        else:
+            limit = multiple * mean
+            mean = decay * mean + (1 - decay) * min(norm, limit)
+        found.append(limit)
+    return found
+
+
+def naive_window_sigma(norms, totals, sigmas=3, window=128):
+    found = []
+    for step in range(len(norms)):
+        recent = norms[max(0, step - window) : step]
+        if len(recent) < max(2, window // 2):
+            found.append(math.inf)
+        else:
+            mean, std = np.mean(recent), np.std(recent)
+            found.append(mean + sigmas * max(std, 0.01 * mean))
+    return found
+
+
+def naive_quantile(norms, totals, target=0.5, initial_norm=0.1, rate=0.2):
+    limit, found = initial_norm, []
+    for norm in norms:
+        found.append(limit)
+        limit *= math.exp(-rate * ((norm <= limit) - target))
+    return found
+
+
+def naive_minimum(norms, totals):
+    return np.minimum(naive_zscore(norms, totals), 3.0)
+
+
+def case(name, **kwargs) -> Any:
+    naive = functools.partial(globals()[f"naive_{name}"], **kwargs)
+    return getattr(limits, name)(**kwargs), naive
+
+
+CASES = {
+    "zscore": case("zscore"),
+    "percentile": case("percentile"),
+    "ema": case("ema", multiple=1.05),
+    "window_sigma": case("window_sigma"),
+    "quantile": case("quantile"),
+    "minimum": (limits.minimum(limits.zscore(), 3.0), naive_minimum),
+    "short zscore": case("zscore", max_zscore=4.0, decay=0.8, warmup=7),
+    "short percentile": case("percentile", percent=62.5, window=9),
+    "short ema": case("ema", multiple=2.0, decay=0.8, warmup=12, max_warmup_norm=1.0),
+    "short window_sigma": case("window_sigma", sigmas=2.0, window=15),
+    "short quantile": case("quantile", target=0.883, initial_norm=9.0, rate=0.5),
+}
+EACH_KIND = ["minimum", *(name for name in CASES if "short" in name)]
+every_limit = pytest.mark.parametrize("name", CASES)
+
+
+def expected(name, norms) -> Any:
+    """The naive limits `[steps, ...]`, NaN where a norm is not finite or zero."""
+    norms = np.asarray(norms, np.float64)
+    is_good = (norms > 0) & (norms < np.inf)
+    totals = np.linalg.norm(np.where(is_good, norms, 0).reshape(len(norms), -1), axis=1)
+    found = np.full(norms.shape, np.nan)
+    for scope in np.ndindex(norms.shape[1:]):
+        column = (slice(None), *scope)
+        good = is_good[column]
+        found[(good, *scope)] = CASES[name][1](norms[column][good], totals[good])
+    return found
+
+
+def noisy(*shape, seed=0) -> Any:
+    rng = np.random.default_rng(seed)
+    return np.exp(0.3 * rng.standard_normal(shape)).astype(np.float32)
+
+
+@functools.cache
+def update_of(name) -> Any:
+    return jax.jit(CASES[name][0].update)
+
+
+def run(name, norms, state=None) -> tuple[Any, Any]:
+    """(limits of each step, last state)."""
+    if state is None:
+        state = CASES[name][0].init(jnp.ones_like(norms[0]))
+    found = []
+    for row in norms:
+        value, state = update_of(name)(jnp.asarray(row), state, None)
+        found.append(np.asarray(value))
+    return np.stack(found), state
+
+
+def hostile(num_steps) -> Any:
+    """Three scopes with spikes, a rise, a fall, and values that say nothing."""
+    norms = noisy(num_steps, 3)
+    norms[41::41, 0] *= 1000
+    norms[[8, 26], 0] *= 9  # right after the baseline of 7 and that of 25
+    norms[::67, 1] *= 3
+    norms[250:, 1] *= 10
+    norms[400:, 2] /= 10
+    for step, value in [(3, np.nan), (40, np.inf), (5, 0), (77, -np.inf)]:
+        norms[step, step % 3] = value
+    return norms
+
+
+def assert_equals_the_reference(name, norms, found, rtol):
+    want = expected(name, norms)
+    says = ~np.isnan(want)
+    np.testing.assert_allclose(found[says], want[says], rtol=rtol)
+
+
+def assert_same_type(name, state, shape):
+    like = CASES[name][0].init(jnp.ones(shape))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, like)
+
+
+@every_limit
+def test_equals_the_naive_reference(name):
+    norms = hostile(600)
+    found, state = run(name, norms)
+    # The quantile's walk adds up one rounding a step.
+    rtol = 1e-4 if "quantile" in name else 1e-5
+    assert_equals_the_reference(name, norms, found, rtol)
+    assert_same_type(name, state, 3)
+
+
+@every_limit
+def test_a_constant_sequence_and_then_a_small_rise(name):
+    norms = np.full((200, 3), [1.0, 9.0, 0.03], np.float32)
+    norms[150:] *= 1.005
+    assert_equals_the_reference(name, norms, run(name, norms)[0], rtol=1e-5)
+
+
+@every_limit
+@pytest.mark.usefixtures("x64")
+def test_float64_and_a_single_scope(name):
+    norms = np.float64(hostile(500)[:, 0]) * (1 if "quantile" in name else 1e100)
+    found, state = run(name, norms)
+    assert_equals_the_reference(name, norms, found, 1e-11)
+    assert found.dtype == np.float64
+    assert_same_type(name, state, ())
+
+
+@every_limit
+@pytest.mark.parametrize("shape", [(), (0,), (2, 3)])
+def test_scopes_of_any_shape(name, shape):
+    limit, norms = CASES[name][0], jnp.ones(shape)
+    state = limit.init(norms)
+    found, new_state = jax.eval_shape(limit.update, norms, state, None)
+    chex.assert_trees_all_equal_shapes_and_dtypes((norms, state), (found, new_state))
+
+
+@every_limit
+def test_norms_that_say_nothing_leave_no_trace(name):
+    norms = noisy(60, 3)
+    clean, clean_state = run(name, norms)
+    is_bad = np.isin(np.arange(64), [3, 17, 40, 50])
+    bad = np.asarray([[np.nan], [0], [np.inf], [-np.inf]], np.float32)
+    for scopes in (slice(None), slice(1, 2)):
+        broken = noisy(64, 3, seed=1)
+        broken[~is_bad] = norms
+        broken[is_bad, scopes] = bad
+        found, state = run(name, broken)
+        np.testing.assert_array_equal(found[~is_bad][:, scopes], clean[:, scopes])
+        states = jax.tree.map(lambda x, s=scopes: x[s], (state, clean_state))
+        chex.assert_trees_all_equal(*states)
+
+
+@pytest.mark.parametrize("name", EACH_KIND)
+def test_zero_gradients_do_not_lock_the_clip(name):
+    clip: Any = optaxclip.clip_by_norm(CASES[name][0])
+    update = jax.jit(clip.update)
+    updates = zeros = {"w": jnp.zeros(2), "b": jnp.zeros(())}
+    state = fresh = clip.init(zeros)
+    for _ in range(110):
+        updates, state = update(zeros, state)
+        chex.assert_trees_all_equal(updates, zeros)
+    for size in noisy(60):
+        grads = {"w": size * jnp.asarray([0.6, 0.0]), "b": size * jnp.asarray(0.8)}
+        updates, state = update(grads, state)
+        without_zeros, fresh = update(grads, fresh)
+        chex.assert_trees_all_equal(updates, without_zeros)
+    assert optaxclip.global_norm(updates) > 0.5
+
+
+@pytest.mark.parametrize("name", ["zscore", "percentile", "ema", "window_sigma"])
+def test_the_unit_of_the_norms_does_not_matter(name):
+    norms = hostile(500)[:, :1] * np.asarray([1, 2.0**60, 2.0**-60], np.float32)
+    found, _ = run(name, norms)
+    np.testing.assert_array_equal(found[:, 1], found[:, 0] * np.float32(2.0**60))
+    np.testing.assert_array_equal(found[:, 2], found[:, 0] * np.float32(2.0**-60))
+
+
+@every_limit
+def test_norms_near_the_largest_float(name):
+    norms = noisy(300, 3) * np.float32(1e38)
+    found, _ = run(name, norms)
+    assert_equals_the_reference(name, norms, found, 1e-4)
+
+
+@every_limit
+def test_norms_near_the_smallest_float(name):
+    flat = np.full((100, 3), 2e-38)
+    flat[80:] *= 1.1
+    for norms in (1e-37 * noisy(100, 3), flat):
+        found, state = run(name, np.float32(norms))
+        assert (found > 0).all()
+        last, _ = run(name, noisy(1000, 3), state)
+        # With its defaults, ema grows by 1.001 a step.
+        assert (last[-1] > (2 * found[-1] if name == "ema" else 0.3)).all()
+
+
+# One run of 100,000 steps for all that follows. Scopes: 0 as it is; 1 rises by 10x and
+# 2 falls by 10x at CHANGE; 3 and 4 had that size from the first step.
+
+CHANGE = 90_000
+
+
+@functools.cache
+def long_run(name) -> tuple[Any, Any, Any]:
+    norms = np.repeat(noisy(100_000, 1), 5, axis=1)
+    norms[CHANGE:, 1] *= 10
+    norms[CHANGE:, 2] /= 10
+    norms[:, 3] *= 10
+    norms[:, 4] /= 10
+    limit = CASES[name][0]
+
+    def step(state, norms):
+        value, state = limit.update(norms, state, None)
+        return state, value
+
+    state = limit.init(jnp.ones(5))
+    state, found = jax.jit(lambda *args: lax.scan(step, *args))(state, norms)
+    return norms, np.asarray(found), state
+
+
+@every_limit
+def test_100_000_steps(name):
+    norms, found, state = long_run(name)
+    # A window has forgotten all but its end.
+    start = -1500 if name.endswith(("percentile", "window_sigma")) else 0
+    rtol = 1e-2 if "quantile" in name else 1e-5
+    want = expected(name, norms[start:, 1])
+    np.testing.assert_allclose(found[-1, 1], want[-1], rtol=rtol)
+    assert_same_type(name, state, 5)
+    counts = [x for x in jax.tree.leaves(state) if x.dtype == jnp.int32]
+    assert all(np.all((x >= 0) & (x <= 1024)) for x in counts)
+    if "quantile" in name:
+        target = 0.883 if "short" in name else 0.5
+        np.testing.assert_allclose(np.mean(norms <= found, 0), target, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "up", "down"),
+    [
+        ("zscore", 25, 300),
+        ("short zscore", 7, 45),
+        ("minimum", 25, 300),
+        ("percentile", 1024, 1024),
+        ("short percentile", 9, 9),
+        ("window_sigma", 128, 128),
+        ("short window_sigma", 15, 15),
+        ("ema", 1700, 170),
+        ("short ema", 13, 11),
+        ("quantile", 24, 24),
+        ("short quantile", 6, 42),
+    ],
+)
+def test_a_change_of_regime_is_followed(name, up, down):
+    """Within so many steps, and from then on, to a factor of 2."""
+    _, found, _ = long_run(name)
+    for changed, from_the_start, num_steps in [(1, 3, up), (2, 4, down)]:
+        ratio = found[CHANGE:, changed] / found[CHANGE:, from_the_start]
+        is_far = (ratio > 2) | (ratio < 0.5)
+        assert is_far[0]
+        assert not is_far[num_steps:].any()
+
+
+def after_a_spike(name) -> tuple[Any, Any]:
+    """Norms and limits of three scopes: no spike at step 300, 1000x, 1e30x."""
+    norms = np.repeat(noisy(600, 1), 3, axis=1)
+    norms[300] *= np.asarray([1, 1e3, 1e30], np.float32)
+    return norms, run(name, norms)[0]
+
+
+def test_a_spike_moves_zscore_by_one_outlier_at_its_limit():
+    _, state = run("zscore", np.repeat(noisy(300, 1), 3, axis=1))
+    for z in (2.51, 3.0, 1e3, 1e30):
+        _, after = run("zscore", [state.mean + z * state.std], state)
+        assert np.all(after.mean >= state.mean)
+        assert np.all(after.mean - state.mean <= 1.0001 * 0.03 * 2.5 * state.std)
+        growth = math.sqrt(0.97 + 0.03 * (0.97 * 2.5) ** 2)
+        assert np.all(after.std <= 1.0001 * growth * state.std)
+        if z == 2.51:
+            assert np.all(after.std >= 0.99 * growth * state.std)
+
+
+@pytest.mark.parametrize("name", ["percentile", "short percentile"])
+def test_a_spike_moves_percentile_to_the_next_norm(name):
+    norms, found = after_a_spike(name)
+    window = 9 if "short" in name else 1024
+    ordered = np.sort(norms[:300][-window:, 0])
+    after = found[300, 1:]
+    next_norm = ordered[np.searchsorted(ordered, found[299, 0], "right")]
+    assert np.all((found[299, 0] <= after) & (after <= next_norm))
+
+
+def test_a_spike_raises_window_sigma_for_a_window():
+    norms, found = after_a_spike("window_sigma")
+    for scope in (1, 2):
+        documented = norms[300, scope] * (1 / 128 + 3 / math.sqrt(128))
+        np.testing.assert_allclose(found[301, scope], documented, rtol=0.02)
+        assert found[300 + 128, scope] > 100
+        np.testing.assert_array_equal(found[300 + 129 :, scope], found[300 + 129 :, 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [("ema", 1 + 0.02 * 0.05), ("short ema", 1.2), ("quantile", math.exp(0.1))],
+)
+def test_a_spike_raises_a_limit_by_its_factor(name, factor):
+    _, found = after_a_spike(name)
+    np.testing.assert_allclose(found[301, 1:], factor * found[300, 1:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ema", *EACH_KIND])
+def test_gradients_through_30_steps_are_finite(name):
+    clip: Any = optaxclip.clip_by_norm(CASES[name][0])
+
+    def loss(x, sizes):
+        def step(carry, size):
+            x, state = carry
+            updates, state = clip.update({"x": size * x}, state)
+            return (x - 0.1 * updates["x"], state), None
+
+        (x, _), _ = lax.scan(step, (x, clip.init({"x": x})), sizes)
+        return jnp.sum(x**2)
+
+    grad, x = jax.jit(jax.grad(loss)), jnp.asarray([3.0, 4.0])
+    for sizes in (noisy(30), np.ones(30, np.float32), np.zeros(30, np.float32)):
+        found = grad(x, sizes)
+        assert np.isfinite(found).all()
+        assert np.any(found != 0)
+
+
+@pytest.mark.parametrize("name", EACH_KIND)
+def test_an_ensemble_equals_its_runs(name):
+    limit, norms = CASES[name][0], noisy(60, 4, 3)
+    update = jax.jit(jax.vmap(limit.update, in_axes=(0, 0, None)))
+    state = jax.vmap(limit.init)(jnp.ones((4, 3)))
+    found = []
+    for row in norms:
+        value, state = update(row, state, None)
+        found.append(value)
+    for member in range(4):
+        alone, _ = run(name, norms[:, member])
+        np.testing.assert_allclose(np.stack(found)[:, member], alone, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "traced", "lengths"),
+    [
+        ("constant", {"max_norm": 2.0}, {}),
+        ("params", {"max_ratio": 0.5, "eps": 0.25}, {}),
+        ("rms", {"max_rms": 0.5}, {}),
+        ("zscore", {"max_zscore": 1.5, "decay": 0.75}, {"warmup": 3}),
+        ("percentile", {"percent": 37.5}, {"window": 4}),
+        ("ema", {"multiple": 1.5, "decay": 0.75}, {"warmup": 3}),
+        ("window_sigma", {"sigmas": 1.5}, {"window": 4}),
+        ("quantile", {"target": 0.25, "initial_norm": 0.5, "rate": 0.5}, {}),
+    ],
+)
+def test_traced_arguments(name, traced, lengths):
+    def last(traced):
+        limit = getattr(limits, name)(**traced, **lengths)
+
+        def step(state, norms):
+            value, state = limit.update(norms, state, norms)
+            return state, value
+
+        return lax.scan(step, limit.init(jnp.ones(3)), noisy(12, 3))
+
+    found = jax.jit(last)(jax.tree.map(jnp.float16, traced))
+    chex.assert_trees_all_close(found, jax.jit(lambda: last(traced))(), rtol=1e-6)
+    assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(found))
+
+
+OUT_OF_RANGE = {
+    "constant": {"max_norm": [-1]},
+    "params": {"max_ratio": [-0.5], "eps": [-0.5]},
+    "rms": {"max_rms": [-0.5]},
+    "zscore": {"max_zscore": [0, -2.5], "decay": [0, 1, 1.5]},
+    "percentile": {"percent": [-1, 100.5]},
+    "ema": {"multiple": [1, 0.5], "decay": [0, 1, 1.5], "max_warmup_norm": [0, -1.0]},
+    "window_sigma": {"sigmas": [-0.5]},
+    "quantile": {"target": [0, 1], "initial_norm": [0, math.inf], "rate": [0, -1]},
+}
+
+
+def assert_refuses(error, name, argument, value):
+    needed = {"multiple": 2.0} if name == "ema" else {}
+    message = f"{argument} must be .*{re.escape(repr(value))}"
+    with pytest.raises(error, match=message):
+        getattr(limits, name)(**needed | {argument: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [(name, argument) for name in OUT_OF_RANGE for argument in OUT_OF_RANGE[name]],
+)
+def test_bad_arguments(name, argument):
+    values = OUT_OF_RANGE[name][argument]
+    for value in [*values, np.float32(values[0]), math.nan, np.ones(2), jnp.ones(2)]:
+        assert_refuses(ValueError, name, argument, value)
+    for value in ["1", None, 1j, [1.0]]:
+        assert_refuses(TypeError, name, argument, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "least"),
+    [
+        ("zscore", "warmup", 2),
+        ("percentile", "window", 1),
+        ("ema", "warmup", 2),
+        ("window_sigma", "window", 2),
+    ],
+)
+def test_bad_lengths(name, argument, least):
+    for value in [least - 1, np.int32(-1)]:
+        assert_refuses(ValueError, name, argument, value)
+    for value in [2.0, True, "3", None]:
+        assert_refuses(TypeError, name, argument, value)
+
+
+@every_limit
+def test_what_learns_refuses_units(name):
+    clip = optaxclip.clip_by_norm(CASES[name][0], per="unit")
+    with pytest.raises(ValueError, match=r"limits\.\w+ learns.*per unit.*per tree"):
+        clip.init({"w": jnp.ones((2, 3))})
+
+
+def test_params_is_a_fraction_of_the_norm_of_the_parameters():
+    limit = limits.params(0.25, eps=2.0)
+    norms, param_norms = jnp.ones(4), jnp.asarray([8.0, 1.0, jnp.inf, jnp.nan])
+    found, _ = limit.update(norms, limit.init(norms), param_norms)
+    np.testing.assert_array_equal(found, [2, 0.5, jnp.inf, jnp.nan])
+    units = (norms, norms[0])
+    found, _ = limit.update(units, limit.init(units), (param_norms, param_norms[0]))
+    chex.assert_trees_all_equal(found[1], jnp.asarray(2.0))
+
+    for both in (limit, limits.minimum(9.0, limit), limits.minimum(limit, 9.0)):
+        clip: Any = optaxclip.clip_by_norm(both)
+        params, grads = {"w": jnp.asarray([16.0])}, {"w": jnp.asarray([-30.0])}
+        updates, _ = clip.update(grads, clip.init(params), params)
+        np.testing.assert_allclose(updates["w"], [-4], rtol=1e-6)
+        with pytest.raises(ValueError, match=r"call update.* with params"):
+            clip.update(grads, clip.init(params))
+
+
+def test_rms_is_the_norm_of_elements_of_that_size():
+    clip: Any = optaxclip.clip_by_norm(limits.rms(0.5), per="leaf")
+    grads = {"a": jnp.full((3, 5), -2.0), "b": jnp.asarray(2.0), "c": jnp.ones((0,))}
+    updates, state = clip.update(grads, clip.init(grads))
+    np.testing.assert_allclose(updates["a"], np.full((3, 5), -0.5), rtol=1e-6)
+    np.testing.assert_allclose(state["clip"].limit, [7.5**0.5 / 2**0.5, 0.5, 0])
+
+
+def test_minimum_is_elementwise_also_per_unit():
+    limit = limits.minimum(limits.rms(2.0), lambda count: 5 - count)
+    sizes = (jnp.asarray([1.0, 9.0]), jnp.asarray(4.0))
+    found, state = limit.update(sizes, limit.init(sizes), None)
+    chex.assert_trees_all_equal(found, (jnp.asarray([2.0, 5.0]), jnp.asarray(4.0)))
+    found, _ = limit.update(sizes, state, None)
+    chex.assert_trees_all_equal(found, (jnp.asarray([2.0, 4.0]), jnp.asarray(4.0)))
+
+
+def test_the_count_of_a_schedule_saturates():
+    limit = limits.schedule(lambda count: count > 0)
+    most = jnp.asarray(jnp.iinfo(jnp.int32).max)
+    state = limit.init(jnp.ones(()))._replace(num_steps=most)
+    for _ in range(2):
+        found, state = limit.update(jnp.ones(()), state, None)
+        assert state.num_steps == most
+        assert found == 1
