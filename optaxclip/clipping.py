@@ -238,7 +238,15 @@ def clip_by_norm(
         seen = jax.tree.map(_saturating_cast, norms, state.norm)
         param_norms = None
         if limit.needs_params and params is not None:
-            param_norms, _ = measure(params, scopes_of(params), ord)
+            param_scopes = scopes_of(params)
+            if [x.shape for x in param_scopes.leaves] != [
+                x.shape for x in scopes.leaves
+            ]:
+                raise ValueError(
+                    "the limit compares each scope with its parameters, but params do "
+                    "not have the leaves of the updates; optax.masked hides leaves"
+                )
+            param_norms, _ = measure(params, param_scopes, ord)
             param_norms = jax.tree.map(_saturating_cast, param_norms, seen)
         limits, limit_state = limit.update(seen, state.limit_state, param_norms)
         limits = jax.tree.map(

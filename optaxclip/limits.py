@@ -42,15 +42,12 @@ class ZScoreState(NamedTuple):
     """State of `zscore`; each array in the shape of the norms."""
 
     mean: jax.Array
-    """Moving average of the norms, outliers at their limit; 0 before the baseline."""
+    """Moving average of the norms, outliers at their limit."""
     std: jax.Array
     """Moving standard deviation of the same."""
-    num_new: jax.Array
-    """int32: number of norms in the next baseline; at `warmup` it replaces this one."""
-    new_mean: jax.Array
-    """Mean of the norms in the next baseline."""
-    new_std: jax.Array
-    """Standard deviation of the norms in the next baseline."""
+    num_seen: jax.Array
+    """int32: number of norms seen, up to `warmup`; from there on one more for every
+    outlier and one less for any other norm, within `warmup` and `2 * warmup`."""
 
 
 class PercentileState(NamedTuple):
@@ -193,6 +190,7 @@ def params(max_ratio: ArrayLike = 0.01, *, eps: ArrayLike = 1e-3) -> Limit:
 
     Raises:
       ValueError: If an argument is out of range.
+      TypeError: If an argument is of the wrong type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -240,6 +238,7 @@ def rms(max_rms: ArrayLike = 1.0) -> Limit:
 
     Raises:
       ValueError: If `max_rms` is out of range.
+      TypeError: If it is no number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -278,7 +277,8 @@ def minimum(first: LimitLike, second: LimitLike) -> Limit:
       The limit; its state is the pair of their states.
 
     Raises:
-      ValueError, TypeError: As the two limits do.
+      ValueError: If a limit that is a number is out of range.
+      TypeError: If a limit is of the wrong type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -319,23 +319,26 @@ def zscore(
     max_zscore * std * max_zscore / z` for its z-score z: the larger, the nearer to the
     mean. Then mean and std learn from the norm, or from the limit of an outlier.
 
-    The baseline comes from the first `warmup` norms, with a limit of +inf. If later so
-    many in a row are outliers, they are the new baseline: a change upwards takes
-    `warmup` steps. After a fall by 10x the limit is below twice its final value within
-    `9 / (1 - decay)`. A spike in the baseline counts in full; a later one, of any size,
-    moves the mean by `(1 - decay) * max_zscore * std` at most, and std by a factor
-    `sqrt(decay + (1 - decay) * (decay * max_zscore)**2)`: 1.07 by default.
+    Mean and std start as those of the first `warmup` norms, with a limit of +inf. When
+    outliers outnumber the other norms by `warmup`, outliers too are learned as they
+    are: the limit follows a change of 10x to a factor of 2 within `3 * warmup` steps
+    upwards (a few hundred where heavy tails hide it), `9 / (1 - decay)` downwards.
+
+    A spike in the warm-up counts in full; a later one, of any size, moves the mean by
+    `(1 - decay) * max_zscore * std` at most, and std by a factor `sqrt(decay + (1 -
+    decay) * (decay * max_zscore)**2)`: 1.07 by default.
 
     Args:
       max_zscore: Largest z-score, in standard deviations, > 0.
       decay: Of mean and variance, in a step, within (0, 1).
-      warmup: Number of norms in a baseline, at least 2.
+      warmup: Number of norms in the warm-up, at least 2.
 
     Returns:
-      The limit, per tree, leaf or group. State: 5 numbers a scope.
+      The limit, per tree, leaf or group. State: 3 numbers a scope.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If an argument is out of range, or at `init` per unit.
+      TypeError: If an argument is of the wrong type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -352,52 +355,41 @@ def zscore(
     """
     _check("max_zscore", max_zscore, lambda x: x > 0, "> 0")
     _check("decay", decay, lambda x: 0 < x < 1, "within (0, 1)")
-    _check_length("warmup", warmup, 2)
+    warmup = _check_length("warmup", warmup, 2)
 
     def init(sizes):
         _refuse_units("zscore", sizes)
-        zeros = jnp.zeros_like(sizes)
         return ZScoreState(
-            mean=zeros,
+            mean=jnp.zeros_like(sizes),
             std=jnp.zeros_like(sizes),
-            num_new=jnp.zeros(sizes.shape, jnp.int32),
-            new_mean=jnp.zeros_like(sizes),
-            new_std=jnp.zeros_like(sizes),
+            num_seen=jnp.zeros(sizes.shape, jnp.int32),
         )
 
     def update(norms, state, param_norms=None):
         del param_norms
-        mean, std = state.mean, state.std
+        mean, std, num_seen = state
         max_z, rate = _like(norms, max_zscore, 1 - decay)
-        has_baseline = mean > 0
+        is_warmup = num_seen < warmup
         # The reference adds 1e-6 to std; relative to the mean, units do not matter.
         distance = max_z * (std + 1e-6 * mean)
         excess = norms - mean  # compared itself: it may underflow
-        is_outlier = has_baseline & (excess > distance)
+        is_outlier = ~is_warmup & (excess > distance)
         lowered = mean + max_z * std * (distance / jnp.where(is_outlier, excess, 1))
         limits = jnp.where(is_outlier, lowered, mean + distance)
-        limits = jnp.where(has_baseline, limits, jnp.inf)
+        limits = jnp.where(is_warmup, jnp.inf, limits)
 
-        x = jnp.where(is_outlier, limits, norms)
+        # In warm-up the weights of a mean over all norms so far.
+        n = jnp.minimum(num_seen + 1, warmup).astype(norms.dtype)
+        rate = jnp.where(is_warmup, 1 / n, rate)
+        widening = jnp.where(is_warmup, jnp.sqrt(n / jnp.maximum(n - 1, 1)), 1)
+        is_lowered = is_outlier & (num_seen < 2 * warmup - 1)
+        x = jnp.where(is_lowered, limits, norms)
         mean = mean + rate * (x - mean)
-        std = _root_mean_square(std, jnp.abs(x - mean), rate)
-
-        num_new = jnp.where(is_outlier | ~has_baseline, state.num_new + 1, 0)
-        n = jnp.maximum(num_new, 1).astype(norms.dtype)
-        step = norms - jnp.where(num_new > 1, state.new_mean, 0)
-        new_mean = norms - step + step / n
-        new_std = _root_mean_square(
-            state.new_std, jnp.abs(step) * jnp.sqrt((n - 1) / n), 1 / n
-        )
-        starts = num_new >= warmup
-        learned = ZScoreState(
-            mean=jnp.where(starts, new_mean, jnp.where(has_baseline, mean, 0)),
-            std=jnp.where(starts, new_std, jnp.where(has_baseline, std, 0)),
-            num_new=jnp.where(starts, 0, num_new),
-            new_mean=new_mean,
-            new_std=new_std,
-        )
-        return limits, _keep(norms, learned, state)
+        std = _root_mean_square(std, widening * jnp.abs(x - mean), rate)
+        balance = jnp.where(is_outlier, num_seen + 1, num_seen - 1)
+        balance = jnp.clip(balance, warmup, 2 * warmup)
+        num_seen = jnp.where(is_warmup, num_seen + 1, balance)
+        return limits, _keep(norms, ZScoreState(mean, std, num_seen), state)
 
     return Limit(init, update)
 
@@ -407,7 +399,7 @@ def percentile(percent: ArrayLike = 10.0, *, window: int = 1024) -> Limit:
 
     Exact, with linear interpolation, as `numpy.percentile`. Learns the norms before the
     clip: after a lasting change it follows within `window` steps. One spike of any size
-    moves the limit to the next norm in order at most.
+    moves the limit by one place in their order at most.
 
     Args:
       percent: The percentile, within [0, 100].
@@ -417,7 +409,8 @@ def percentile(percent: ArrayLike = 10.0, *, window: int = 1024) -> Limit:
       The limit, per tree, leaf or group. State: two windows a scope.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If an argument is out of range, or at `init` per unit.
+      TypeError: If an argument is of the wrong type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -434,7 +427,7 @@ def percentile(percent: ArrayLike = 10.0, *, window: int = 1024) -> Limit:
     Reference: Seetharaman et al., arXiv:2007.14469 (per tree: AutoClip).
     """
     _check("percent", percent, lambda x: 0 <= x <= 100, "within [0, 100]")
-    _check_length("window", window, 1)
+    window = _check_length("window", window, 1)
 
     def init(sizes):
         _refuse_units("percentile", sizes)
@@ -445,7 +438,8 @@ def percentile(percent: ArrayLike = 10.0, *, window: int = 1024) -> Limit:
         del param_norms
         recent, position, oldest = _push(state.recent, state.position, norms)
         # Take the oldest out of the ordered norms; put the new one between the last
-        # that is smaller and the first that is larger.
+        # that is smaller and the first that is larger. To sort them in every step takes
+        # longer than all the rest of a small step.
         ordered = state.ordered
         without = jnp.where(ordered < oldest, ordered, _shifted(ordered, -1, jnp.inf))
         new = norms[..., None]
@@ -489,21 +483,27 @@ def ema(
 
     Later the limit grows by `1 + (1 - decay) * (multiple - 1)` in a step at most,
     whatever the spike. It follows a change of 10x to a factor of 2 within
-    `1.7 / ((1 - decay) * (multiple - 1))` steps upwards and `3.4 / (1 - decay)`
-    downwards: 1700 and 170 with 1.05 and 0.98. As published, a spike of s times `total`
-    in a warm-up with a cap divides the means of all other scopes by s.
+    `2.3 / ((1 - decay) * min(multiple - 1, 1))` steps upwards and `3.4 / (1 - decay)`
+    downwards: 2300 and 170 with 1.05 and 0.98.
+
+    As published, the warm-up counts in full: a norm smaller by a factor s (of a layer
+    that starts next to zero, as in LoRA), or, with a cap, a spike s times `total` in
+    any scope, lowers the limit by s. For 1.05 and 0.98 to recover from 1000 takes 6900
+    steps.
 
     Args:
       multiple: The limit in units of the mean, > 1.
       decay: Of the mean, in a step, within (0, 1).
-      warmup: The first step whose limit is learned; at least 2, since one is seen.
+      warmup: The first norm of a scope with a learned limit is its `warmup`-th that is
+        finite and not zero; at least 2.
       max_warmup_norm: The limit for all scopes together before, > 0.
 
     Returns:
       The limit, per tree, leaf or group. State: 2 numbers a scope.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If an argument is out of range, or at `init` per unit.
+      TypeError: If an argument is of the wrong type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -521,7 +521,7 @@ def ema(
     _check("multiple", multiple, lambda x: x > 1, "> 1")
     _check("decay", decay, lambda x: 0 < x < 1, "within (0, 1)")
     _check("max_warmup_norm", max_warmup_norm, lambda x: x > 0, "> 0")
-    _check_length("warmup", warmup, 2)
+    warmup = _check_length("warmup", warmup, 2)
 
     def init(sizes):
         _refuse_units("ema", sizes)
@@ -532,8 +532,9 @@ def ema(
         factor, rate, cap = _like(norms, multiple, 1 - decay, max_warmup_norm)
         shares, total = _shares(norms)
         largest = jnp.finfo(norms.dtype).max
+        is_capped = (total > cap) & (shares > 0)  # 0: not finite, or zero
         warm_limits = jnp.minimum(cap, largest) * shares
-        warm_limits = jnp.where(total <= cap, jnp.inf, warm_limits)
+        warm_limits = jnp.where(is_capped, warm_limits, jnp.inf)
         is_warmup = state.num_seen < warmup - 1
         limits = jnp.where(is_warmup, warm_limits, factor * state.mean)
 
@@ -545,9 +546,10 @@ def ema(
         moved = state.mean + rate * (clipped - state.mean)
         mean = jnp.where(is_warmup, smallest, moved)
         # Where the growth in a step underflows, the mean would stay for ever.
-        least = jnp.finfo(norms.dtype).tiny / (rate * jnp.minimum(factor - 1, 1))
+        info = jnp.finfo(norms.dtype)
+        growth = jnp.maximum(rate * jnp.minimum(factor - 1, 1), info.eps)
         learned = EmaState(
-            mean=jnp.maximum(mean, least),
+            mean=jnp.maximum(mean, info.tiny / growth),
             num_seen=jnp.minimum(state.num_seen + 1, warmup),
         )
         return limits, _keep(norms, learned, state)
@@ -574,7 +576,8 @@ def window_sigma(sigmas: ArrayLike = 3.0, *, window: int = 128) -> Limit:
       The limit, per tree, leaf or group. State: one window a scope.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If an argument is out of range, or at `init` per unit.
+      TypeError: If an argument is of the wrong type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -591,7 +594,7 @@ def window_sigma(sigmas: ArrayLike = 3.0, *, window: int = 128) -> Limit:
     `optim/clip_update_norm.py`.
     """
     _check("sigmas", sigmas, lambda x: x >= 0, ">= 0")
-    _check_length("window", window, 2)
+    window = _check_length("window", window, 2)
 
     def init(sizes):
         _refuse_units("window_sigma", sizes)
@@ -640,7 +643,8 @@ def quantile(
       The limit, per tree, leaf or group. State: 1 number a scope.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If an argument is out of range, or at `init` per unit.
+      TypeError: If an argument is of the wrong type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -698,11 +702,15 @@ def _check(name: str, value: Any, fits: Callable[[float], bool], what: str) -> N
         raise ValueError(f"{name} must be {what}, not {value!r}")
 
 
-def _check_length(name: str, value: Any, least: int) -> None:
+def _check_length(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be a whole number, not {value!r}")
-    if not least <= int(value) < 2**31:
-        raise ValueError(f"{name} must be >= {least} and < 2**31, not {value!r}")
+        raise TypeError(
+            f"{name} must be a whole number, not {value!r}; optax.inject_hyperparams "
+            "takes it in static_args="
+        )
+    if not least <= int(value) < 2**30:
+        raise ValueError(f"{name} must be >= {least} and < 2**30, not {value!r}")
+    return int(value)
 
 
 def _refuse_units(name: str, sizes: Any) -> None:
@@ -718,11 +726,15 @@ def _like(norms: jax.Array, *values: Any) -> list[jax.Array]:
 
 
 def _keep(norms: jax.Array, learned: Any, state: Any) -> Any:
-    """What a limit learned, in the scopes whose norm is finite and not zero."""
+    """What a limit learned, in the scopes whose norm is finite and not zero.
+
+    NaN, from a traced argument that is NaN in this step, is not kept either.
+    """
     learns = (norms > 0) & (norms < jnp.inf)
 
     def keep(new, old):
-        return jnp.where(learns[(...,) + (None,) * (new.ndim - norms.ndim)], new, old)
+        where = learns[(...,) + (None,) * (new.ndim - norms.ndim)]
+        return jnp.where(where & (new == new), new, old)
 
     return jax.tree.map(keep, learned, state)
 

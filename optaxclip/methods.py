@@ -28,15 +28,15 @@ def zclip(
 
     Unlike the reference, it has no cap unless `max_norm` is given (its default of 1.0
     hides the method), forgets what is not finite (one NaN there ends the clipping), and
-    takes `warmup` outliers in a row for a new baseline (there, a lasting rise is
-    clipped to the old mean for ever).
+    learns outliers as they are once they outnumber the other norms by `warmup` (there,
+    a lasting rise is clipped to the old mean for ever).
 
     Args:
       max_zscore: Largest z-score, in standard deviations, > 0.
       decay: Of mean and variance, in a step, within (0, 1).
-      warmup: Number of norms in a baseline, at least 2; the first is not clipped.
+      warmup: Number of norms before the clip starts, at least 2.
       max_norm: A limit on top, also during the warm-up: a number, schedule or limit.
-      per: What one norm is taken over; not "unit".
+      per: As in `clip_by_norm`, but not "unit".
       specs: As in `clip_by_norm`.
       stacked: As in `clip_by_norm`.
       label: Under which name the state and the metrics appear.
@@ -46,6 +46,7 @@ def zclip(
 
     Raises:
       ValueError: If an argument is out of range.
+      TypeError: If an argument is of the wrong type.
 
     Example:
       >>> import optax, optaxclip
@@ -70,7 +71,8 @@ def autoclip(
 ) -> optax.GradientTransformationExtraArgs:
     """AutoClip: clips to a percentile of the norms seen so far.
 
-    `clip_by_norm(limits.percentile(percent, window=window))`.
+    `clip_by_norm(limits.percentile(percent, window=window))`. It clips about
+    `100 - percent` % of all steps, by design.
 
     Unlike the reference, it remembers the last `window` norms (there all, so that the
     state grows with the run, or in its package 1000, without the current one), and
@@ -80,7 +82,7 @@ def autoclip(
       percent: The percentile, within [0, 100].
       window: Number of norms remembered; as the paper where it is not less than the
         number of steps.
-      per: What one norm is taken over; not "unit".
+      per: As in `clip_by_norm`, but not "unit".
       specs: As in `clip_by_norm`.
       stacked: As in `clip_by_norm`.
       label: Under which name the state and the metrics appear.
@@ -90,6 +92,7 @@ def autoclip(
 
     Raises:
       ValueError: If an argument is out of range.
+      TypeError: If an argument is of the wrong type.
 
     Example:
       >>> import optax, optaxclip
@@ -118,16 +121,17 @@ def adagc(
     per="leaf")`: the limit is `multiple * mean`; up to the `warmup`-th step all arrays
     are clipped together to `max_warmup_norm`.
 
-    Unlike the reference, a leaf without gradient in the warm-up warms up when it has
-    one (there its limit is zero, or next to it, from then on), and what is not finite
-    is forgotten. The clip alone: chain it with any optimizer.
+    By design it clips most steps, and as published a leaf whose gradient is tiny in the
+    warm-up stays so for thousands of steps (see `limits.ema`). Unlike the reference, a
+    leaf whose gradient is exactly zero then warms up later, and what is not finite is
+    forgotten. The clip alone: chain it with any optimizer.
 
     Args:
       multiple: The limit in units of the mean, > 1.
       decay: Of the mean, in a step, within (0, 1).
-      warmup: The first step whose limit is learned, at least 2.
-      max_warmup_norm: The global limit before that step, > 0.
-      per: What one norm is taken over; not "unit".
+      warmup: The first step whose limit is learned, at least 2 (see `limits.ema`).
+      max_warmup_norm: The fixed global limit before that step, > 0.
+      per: As in `clip_by_norm`, but not "unit".
       specs: As in `clip_by_norm`.
       stacked: As in `clip_by_norm`.
       label: Under which name the state and the metrics appear.
@@ -137,6 +141,7 @@ def adagc(
 
     Raises:
       ValueError: If an argument is out of range.
+      TypeError: If an argument is of the wrong type.
 
     Example:
       >>> import optax, optaxclip
@@ -165,9 +170,9 @@ def agc(
     kernel counts, over all other axes; a vector is one unit.
 
     Unlike `optax.adaptive_grad_clip`, it sums a kernel of any rank over all axes but
-    the last (optax: rank 3 over the first alone), takes the layers of a scanned kernel
-    `[layers, in, out]` apart with `stacked=`, and has no floor of 1e-6 under the
-    gradient's norm, which shrinks smaller gradients too much.
+    the last (optax: rank 3 over the first alone, and `[1, out]` is one unit), takes the
+    layers of a scanned kernel `[layers, in, out]` apart with `stacked=`, and is right
+    for gradients below 1e-6 or beyond 1e19.
 
     Args:
       max_ratio: The limit in units of the weights' norm, >= 0. The paper takes 0.01 for
@@ -183,15 +188,16 @@ def agc(
 
     Raises:
       ValueError: If an argument is out of range, or in `update` without `params`.
+      TypeError: If an argument is of the wrong type.
 
     Example:
       The paper leaves out the last linear layer; `optax.masked` does that by its name.
 
       >>> import jax, jax.numpy as jnp, optax, optaxclip
       >>> params = {"body": jnp.ones((4, 2)), "head": jnp.ones((2, 1))}
-      >>> def is_clipped(params):
-      ...     is_head = lambda path, _: "head" in jax.tree_util.keystr(path)
-      ...     return jax.tree.map_with_path(lambda *leaf: not is_head(*leaf), params)
+      >>> is_clipped = jax.tree.map_with_path(
+      ...     lambda path, _: "head" not in jax.tree_util.keystr(path), params
+      ... )
       >>> tx = optax.masked(optaxclip.agc(), is_clipped)
       >>> updates, _ = tx.update(params, tx.init(params), params)
       >>> print(updates["body"][0].round(3), updates["head"][0])
@@ -229,6 +235,7 @@ def block_rms(
 
     Raises:
       ValueError: If an argument is out of range.
+      TypeError: If an argument is of the wrong type.
 
     Example:
       >>> import jax.numpy as jnp, optaxclip

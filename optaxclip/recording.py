@@ -26,7 +26,7 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     |---|---|
     | `clip/norm` | the norm before the clip, in the last step |
     | `clip/norm_after` | the norm after it; inf or NaN where the update was |
-    | `clip/limit` | the limit |
+    | `clip/limit` | the limit; +inf for none, as in a warm-up |
     | `clip/fraction` | the share of all steps so far that were clipped |
     | `clip/nonfinite` | the number of steps so far with inf or NaN |
 

@@ -24,22 +24,20 @@ pytestmark = pytest.mark.usefixtures("strict")
 
 def naive_zscore(norms, totals, max_zscore=2.5, decay=0.97, warmup=25):
     mean = std = math.nan
-    baseline, found = [], []
-    for norm in norms:
-        if math.isnan(mean):
-            limit = math.inf
-            baseline.append(norm)
-        else:
-            unit = std + 1e-6 * mean
-            z = (norm - mean) / unit
-            is_outlier = z > max_zscore
-            limit = mean + max_zscore * (std * max_zscore / z if is_outlier else unit)
-            baseline = [*baseline, norm] if is_outlier else []
-            x = limit if is_outlier else norm
-            mean = decay * mean + (1 - decay) * x
-            std = math.sqrt(decay * std**2 + (1 - decay) * (x - mean) ** 2)
-        if len(baseline) == warmup:
-            mean, std, baseline = np.mean(baseline), np.std(baseline), []
+    num_outliers, found = 0, []
+    for step, norm in enumerate(norms, 1):
+        if step <= warmup:
+            found.append(math.inf)
+            mean, std = np.mean(norms[:step]), np.std(norms[:step])
+            continue
+        unit = std + 1e-6 * mean
+        z = (norm - mean) / unit
+        is_outlier = z > max_zscore
+        limit = mean + max_zscore * (std * max_zscore / z if is_outlier else unit)
+        x = limit if is_outlier and num_outliers + 1 < warmup else norm
+        num_outliers = min(max(num_outliers + (1 if is_outlier else -1), 0), warmup)
+        mean = decay * mean + (1 - decay) * x
+        std = math.sqrt(decay * std**2 + (1 - decay) * (x - mean) ** 2)
         found.append(limit)
     return found
 
@@ -308,15 +306,15 @@ def test_100_000_steps(name):
 @pytest.mark.parametrize(
     ("name", "up", "down"),
     [
-        ("zscore", 25, 300),
-        ("short zscore", 7, 45),
-        ("minimum", 25, 300),
+        ("zscore", 75, 300),
+        ("short zscore", 21, 45),
+        ("minimum", 75, 300),
         ("percentile", 1024, 1024),
         ("short percentile", 9, 9),
         ("window_sigma", 128, 128),
         ("short window_sigma", 15, 15),
-        ("ema", 1700, 170),
-        ("short ema", 13, 11),
+        ("ema", 2300, 170),
+        ("short ema", 12, 17),
         ("quantile", 24, 24),
         ("short quantile", 6, 42),
     ],
@@ -440,6 +438,75 @@ def test_traced_arguments(name, traced, lengths):
     assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(found))
 
 
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("zscore", {"decay": 0.9}, {"decay": math.nan}),
+        ("zscore", {"decay": 0.9}, {"decay": 1.0}),
+        ("percentile", {"percent": 50.0}, {"percent": math.nan}),
+        ("ema", {"multiple": 2.0, "decay": 0.9}, {"multiple": 2.0, "decay": math.nan}),
+        ("ema", {"multiple": 2.0, "decay": 0.9}, {"multiple": 1.0, "decay": 1.0}),
+        ("quantile", {"rate": 0.5}, {"rate": math.nan}),
+    ],
+)
+def test_a_bad_traced_argument_leaves_no_trace(name, good, bad):
+    @jax.jit
+    def update(norm, state, arguments):
+        return getattr(limits, name)(**arguments).update(norm, state, None)
+
+    as_arrays = functools.partial(jax.tree.map, jnp.float32)
+    found: Any = None
+    state = getattr(limits, name)(**good).init(jnp.ones(()))
+    for norm in noisy(120):
+        _, state = update(norm, state, as_arrays(good))
+    for _ in range(3):
+        _, state = update(jnp.float32(1), state, as_arrays(bad))
+    for norm in noisy(50):
+        found, state = update(norm, state, as_arrays(good))
+    assert 0.3 < found < 6
+
+
+@pytest.mark.parametrize("name", ["zscore", "ema", "percentile", "window_sigma"])
+def test_a_length_may_be_of_any_integer_type(name, x64):
+    argument = "warmup" if name in ("zscore", "ema") else "window"
+    needed = {"multiple": 2.0} if name == "ema" else {}
+    expected: Any = None
+    found: Any = None
+    for length in (3, np.uint8(3), np.int64(3)):
+        limit = getattr(limits, name)(**needed, **{argument: length})
+        state = limit.init(jnp.ones((), jnp.float32))
+        for norm in noisy(9):
+            found, state = limit.update(norm, state, None)
+        chex.assert_trees_all_equal_dtypes(state, limit.init(jnp.ones((), jnp.float32)))
+        expected = found if expected is None else expected
+        assert found == expected
+
+
+def test_zscore_finds_a_new_level_through_heavy_tails():
+    """Where one norm in three hides among the old ones."""
+    norms = np.exp(noisy(3000, 2, seed=1)).astype(np.float32)
+    norms[600:] *= np.where(np.arange(2400) % 3, 10, 1)[:, None]
+    limit = limits.zscore()
+    found, _ = lax.scan(
+        lambda state, row: limit.update(row, state, None)[::-1],
+        limit.init(jnp.ones(2)),
+        norms,
+    )[::-1]
+    assert np.all(found[590:600] < 10)
+    assert np.all(found[800:] > np.median(norms[800:]))
+
+
+def test_percentile_moves_by_one_place_when_its_window_is_full():
+    norms = noisy(1300)
+    norms[1200] = 1e30
+    found, _ = run("percentile", norms[:, None])
+    before, after = (np.sort(norms[i - 1023 : i + 1]) for i in (1199, 1200))
+    place = 0.1 * 1023
+    for limit, ordered in ((found[1199, 0], before), (found[1200, 0], after)):
+        assert ordered[int(place)] <= limit <= ordered[int(place) + 1]
+    assert found[1200, 0] <= before[int(place) + 2]
+
+
 OUT_OF_RANGE = {
     "constant": {"max_norm": [-1]},
     "params": {"max_ratio": [-0.5], "eps": [-0.5]},
@@ -510,6 +577,8 @@ def test_params_is_a_fraction_of_the_norm_of_the_parameters():
         np.testing.assert_allclose(updates["w"], [-4], rtol=1e-6)
         with pytest.raises(ValueError, match=r"call update.* with params"):
             clip.update(grads, clip.init(params))
+        with pytest.raises(ValueError, match="do not have the leaves of the updates"):
+            clip.update(grads, clip.init(params), params | {"frozen": params["w"]})
 
 
 def test_rms_is_the_norm_of_elements_of_that_size():
