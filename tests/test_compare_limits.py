@@ -46,17 +46,29 @@ def drawn(compare, monkeypatch) -> dict[str, Any]:
 
 # One test, since each worker of pytest-xdist would compile the five programs anew.
 def test_every_clip_gets_the_same_run_and_the_result_tells_it(
-    compare, drawn, tmp_path, capsys
+    compare, drawn, tmp_path, capsys, monkeypatch
 ):
+    given, train = [], compare.train
+
+    def remember(tx, graphdef, params, texts, bar):
+        given.append((params, texts))
+        return train(tx, graphdef, params, texts, bar)
+
+    monkeypatch.setattr(compare, "train", remember)
     result = compare.main(learning_rate=5.0, logdir=tmp_path / "new", **FLAGS)
     assert list(drawn) == CLIPS
     assert list(result) == [*CLIPS, "picture"]
 
-    first = drawn["none"][0][0]
-    assert first[0] != first[1]  # the seeds differ
+    params, texts = given[0]
+    for same_params, same_texts in given:
+        assert same_params is params
+        assert same_texts is texts
+    assert texts.shape == (20, 2, 2, 5)
+    for a, b in (texts[0], params["head"]["kernel"][...]):  # the seeds differ
+        assert (a != b).any()
     for name, (losses, norms, limits, shares) in drawn.items():
         assert {x.shape for x in (losses, norms, limits, shares)} == {(20, 2)}
-        np.testing.assert_allclose(losses[0], first, rtol=1e-6)
+        np.testing.assert_allclose(losses[0], drawn["none"][0][0], rtol=1e-6)
         assert losses[-1].mean() < losses[0].mean()
         found = result[name]
         np.testing.assert_allclose(found["loss"], losses[-1])

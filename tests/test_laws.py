@@ -29,11 +29,9 @@ REGISTRY: dict[str, Any] = {
     "clip_by_norm schedule": lambda: optaxclip.clip_by_norm(
         optax.linear_schedule(2.0, 1.0, 10)
     ),
-    "clip_by_norm window_sigma": lambda: optaxclip.clip_by_norm(
-        limits.window_sigma(1.0, window=2)
-    ),
     "clip_by_norm minimum": lambda: optaxclip.clip_by_norm(
-        limits.minimum(limits.rms(), limits.quantile()), per="leaf"
+        limits.minimum(limits.window_sigma(1.0, window=2), limits.quantile()),
+        per="leaf",
     ),
     "zclip": lambda: optaxclip.zclip(warmup=2, max_norm=1.0, per="leaf"),
     "autoclip": lambda: optaxclip.autoclip(
@@ -51,9 +49,18 @@ STATELESS = {"clip_by_value"}
 # The label under which a clip's state stands; None where there is no label.
 LABELS = {name: None if "value" in name else "clip" for name in REGISTRY}
 LABELS["autoclip"] = "auto"
+# Run with -m slow: they share their code with others in the registry.
+SLOW = {"clip_by_norm ord=1", "clip_by_norm schedule"}
+SLOW_TO_COMPOSE = SLOW | {"clip_by_norm per group", "clip_by_norm stacked"}
+SLOW_TO_COMPOSE |= {"clip_by_norm ord=3", "clip_by_norm minimum", "autoclip"}
 
 
-@pytest.fixture(params=REGISTRY)
+def names(slow: set[str]) -> list[Any]:
+    marks = {name: [pytest.mark.slow] if name in slow else [] for name in REGISTRY}
+    return [pytest.param(name, marks=marks[name]) for name in REGISTRY]
+
+
+@pytest.fixture(params=names(SLOW))
 def name(request):
     return request.param
 
@@ -188,6 +195,7 @@ def test_lowers_for_cpu_gpu_and_tpu(transformation):
     assert "callback" not in exported.mlir_module()
 
 
+@pytest.mark.parametrize("name", names(SLOW_TO_COMPOSE))
 def test_composes_with_the_wrappers_of_optax(transformation):
     params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
     labels = {"w": "clipped", "b": "plain"}

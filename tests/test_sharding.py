@@ -219,7 +219,9 @@ def after_a_spike_on_one_device():
     return run(tree(), tree(0.1))
 
 
-@pytest.mark.parametrize("layout", ["auto", "explicit", "shard_map"])
+@pytest.mark.parametrize(
+    "layout", [pytest.param("auto", marks=pytest.mark.slow), "explicit", "shard_map"]
+)
 def test_methods_do_the_same_on_eight_devices(layout):
     mesh = mesh_of(AxisType.Explicit if layout == "explicit" else AxisType.Auto)
     run = functools.partial(after_a_spike, all_methods())
