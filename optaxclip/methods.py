@@ -29,7 +29,8 @@ def zclip(
     Unlike the reference, it has no cap unless `max_norm` is given (its default of 1.0
     hides the method), forgets what is not finite (one NaN there ends the clipping), and
     learns outliers as they are once they outnumber the other norms by `warmup` (there,
-    a lasting rise is clipped to the old mean for ever).
+    a lasting rise is clipped to the old mean for ever). It does not clip in its first
+    `warmup` steps: give `max_norm` where these may explode.
 
     Args:
       max_zscore: Largest z-score, in standard deviations, > 0.
