@@ -50,9 +50,9 @@ STATELESS = {"clip_by_value"}
 LABELS = {name: None if "value" in name else "clip" for name in REGISTRY}
 LABELS["autoclip"] = "auto"
 # Run with -m slow: they share their code with others in the registry.
-SLOW = {"clip_by_norm ord=1", "clip_by_norm schedule"}
+SLOW = {"clip_by_norm ord=1", "clip_by_norm ord=3", "clip_by_norm schedule"}
 SLOW_TO_COMPOSE = SLOW | {"clip_by_norm per group", "clip_by_norm stacked"}
-SLOW_TO_COMPOSE |= {"clip_by_norm ord=3", "clip_by_norm minimum", "autoclip"}
+SLOW_TO_COMPOSE |= {"clip_by_norm minimum", "autoclip"}
 
 
 def names(slow: set[str]) -> list[Any]:
