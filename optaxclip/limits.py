@@ -117,9 +117,7 @@ def constant(max_norm: ArrayLike) -> Limit:
       >>> print(limits)
       [2. 2.]
     """
-    known = known_value("max_norm", max_norm)
-    if known is not None and not known >= 0:
-        raise ValueError(f"max_norm must be >= 0, not {max_norm!r}")
+    _check("max_norm", max_norm, lambda x: x >= 0, ">= 0")
 
     def init(sizes):
         del sizes
@@ -379,7 +377,7 @@ def zscore(
         limits = jnp.where(is_warmup, jnp.inf, limits)
 
         # In warm-up the weights of a mean over all norms so far.
-        n = jnp.minimum(num_seen + 1, warmup).astype(norms.dtype)
+        n = (num_seen + 1).astype(norms.dtype)
         rate = jnp.where(is_warmup, 1 / n, rate)
         widening = jnp.where(is_warmup, jnp.sqrt(n / jnp.maximum(n - 1, 1)), 1)
         is_lowered = is_outlier & (num_seen < 2 * warmup - 1)
@@ -530,10 +528,10 @@ def ema(
     def update(norms, state, param_norms=None):
         del param_norms
         factor, rate, cap = _like(norms, multiple, 1 - decay, max_warmup_norm)
+        info = jnp.finfo(norms.dtype)
         shares, total = _shares(norms)
-        largest = jnp.finfo(norms.dtype).max
         is_capped = (total > cap) & (shares > 0)  # 0: not finite, or zero
-        warm_limits = jnp.minimum(cap, largest) * shares
+        warm_limits = jnp.minimum(cap, info.max) * shares
         warm_limits = jnp.where(is_capped, warm_limits, jnp.inf)
         is_warmup = state.num_seen < warmup - 1
         limits = jnp.where(is_warmup, warm_limits, factor * state.mean)
@@ -546,7 +544,6 @@ def ema(
         moved = state.mean + rate * (clipped - state.mean)
         mean = jnp.where(is_warmup, smallest, moved)
         # Where the growth in a step underflows, the mean would stay for ever.
-        info = jnp.finfo(norms.dtype)
         growth = jnp.maximum(rate * jnp.minimum(factor - 1, 1), info.eps)
         learned = EmaState(
             mean=jnp.maximum(mean, info.tiny / growth),

@@ -5,23 +5,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CLIPS = ["none", "fixed", "ZClip", "AutoClip", "AdaGC"]
 FLAGS: dict[str, Any] = {"steps": 20, "seeds": 2, "hidden": 4, "batch_size": 2}
 FLAGS |= {"length": 4, "warmup": 0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    """Compiling takes longer than these runs."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

@@ -14,16 +14,9 @@ import pytest
 
 import optaxclip
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    """Compiling takes longer than these runs."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module", autouse=True)

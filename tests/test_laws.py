@@ -224,10 +224,11 @@ def test_composes_with_the_wrappers_of_optax(transformation):
         assert 0 < np.abs(updates["w"]).max() < 2000
 
 
-def test_update_takes_any_extra_argument(transformation):
+def test_update_takes_any_extra_argument_and_no_params(name, transformation):
     updates = updates_at(1)
+    params = updates if name == "agc" else None
     transformation.update(
-        updates, transformation.init(updates), updates, value=1.0, something_else="x"
+        updates, transformation.init(updates), params, value=1.0, something_else="x"
     )
 
 
