@@ -10,11 +10,13 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from optaxclip.limits import LimitLike, as_limit, known_value
+from optaxclip.checks import check_label, known_value
+from optaxclip.limits import LimitLike, as_limit
 from optaxclip.norms import (
     check_ord,
     divided,
     measure,
+    saturating_cast,
     scaled,
     where,
     widened,
@@ -198,8 +200,7 @@ def clip_by_norm(
     limit = as_limit(max_norm)
     check_per(per)
     check_ord(ord)
-    if not isinstance(label, str) or not label:
-        raise TypeError(f"label must be a name, not {label!r}")
+    check_label(label)
 
     def scopes_of(tree):
         return find_scopes(tree, per, specs=specs, stacked=stacked)
@@ -235,7 +236,9 @@ def clip_by_norm(
         state = state[label]
         scopes = scopes_of(updates)
         norms, excess = measure(updates, scopes, ord)
-        seen = jax.tree.map(_saturating_cast, norms, state.norm)
+        seen = jax.tree.map(
+            lambda n, like: saturating_cast(n, like.dtype), norms, state.norm
+        )
         param_norms = None
         if limit.needs_params and params is not None:
             param_scopes = scopes_of(params)
@@ -247,7 +250,9 @@ def clip_by_norm(
                     "not have the leaves of the updates; optax.masked hides leaves"
                 )
             param_norms, _ = measure(params, param_scopes, ord)
-            param_norms = jax.tree.map(_saturating_cast, param_norms, seen)
+            param_norms = jax.tree.map(
+                lambda n, like: saturating_cast(n, like.dtype), param_norms, seen
+            )
         limits, limit_state = limit.update(seen, state.limit_state, param_norms)
         limits = jax.tree.map(
             lambda x, n: jnp.broadcast_to(x, n.shape).astype(n.dtype), limits, seen
@@ -344,15 +349,6 @@ def _bound_for(bound, dtype):
     info = jnp.finfo(dtype)
     finite = jnp.clip(bound, float(info.min), float(info.max))
     return where(jnp.isinf(bound), bound, finite).astype(dtype)
-
-
-def _saturating_cast(norm, like):
-    """Casts to the dtype of the state; a finite norm stays finite."""
-    if norm.dtype == like.dtype:
-        return norm
-    largest = jnp.finfo(like.dtype).max.astype(norm.dtype)
-    saturated = where(jnp.isfinite(norm), jnp.minimum(norm, largest), norm)
-    return saturated.astype(like.dtype)
 
 
 def _next(count):

@@ -1,6 +1,5 @@
 """How large may an update be: limits on norms."""
 
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 from jax.typing import ArrayLike
+
+from optaxclip import windows
+from optaxclip.checks import check_length, check_number
+from optaxclip.norms import divisor, shares_of
 
 
 class Limit(NamedTuple):
@@ -51,14 +53,11 @@ class ZScoreState(NamedTuple):
 
 
 class PercentileState(NamedTuple):
-    """State of `percentile`."""
+    """State of `percentile` and of `log_quantile`."""
 
-    recent: jax.Array
-    """The last norms `[..., window]` in a ring, +inf where there is none yet."""
-    ordered: jax.Array
-    """The same `[..., window]`, ascending."""
-    position: jax.Array
-    """int32, in the shape of the norms: the place in `recent` of the next one."""
+    window: jax.Array
+    """`[..., 2, window]`: the last norms as they came, and the same ascending; +inf
+    where there is none yet."""
 
 
 class EmaState(NamedTuple):
@@ -73,10 +72,8 @@ class EmaState(NamedTuple):
 class WindowSigmaState(NamedTuple):
     """State of `window_sigma`."""
 
-    recent: jax.Array
-    """The last norms `[..., window]` in a ring, +inf where there is none yet."""
-    position: jax.Array
-    """int32, in the shape of the norms: the place in `recent` of the next one."""
+    window: jax.Array
+    """`[..., window]`: the last norms as they came; +inf where there is none yet."""
 
 
 class QuantileState(NamedTuple):
@@ -84,6 +81,15 @@ class QuantileState(NamedTuple):
 
     limit: jax.Array
     """The next limit, in the shape of the norms."""
+
+
+class DriftState(NamedTuple):
+    """State of `drift`."""
+
+    memory: jax.Array
+    """`[..., 5]`: moving averages of the logarithm of the norms and of its change from
+    step to step; the last logarithm; the number of norms seen, up to `window`, and of
+    those in a row above the limit, up to `patience`."""
 
 
 class RmsState(NamedTuple):
@@ -117,7 +123,7 @@ def constant(max_norm: ArrayLike) -> Limit:
       >>> print(limits)
       [2. 2.]
     """
-    _check("max_norm", max_norm, lambda x: x >= 0, ">= 0")
+    check_number("max_norm", max_norm, lambda x: x >= 0, ">= 0")
 
     def init(sizes):
         del sizes
@@ -200,8 +206,8 @@ def params(max_ratio: ArrayLike = 0.01, *, eps: ArrayLike = 1e-3) -> Limit:
 
     Reference: Brock et al., arXiv:2102.06171, section 4, equation 3 (per unit: AGC).
     """
-    _check("max_ratio", max_ratio, lambda x: x >= 0, ">= 0")
-    _check("eps", eps, lambda x: x >= 0, ">= 0")
+    check_number("max_ratio", max_ratio, lambda x: x >= 0, ">= 0")
+    check_number("eps", eps, lambda x: x >= 0, ">= 0")
 
     def init(sizes):
         del sizes
@@ -247,7 +253,7 @@ def rms(max_rms: ArrayLike = 1.0) -> Limit:
 
     Reference: Shazeer and Stern, arXiv:1804.04235, section 6 (per leaf).
     """
-    _check("max_rms", max_rms, lambda x: x >= 0, ">= 0")
+    check_number("max_rms", max_rms, lambda x: x >= 0, ">= 0")
 
     def init(sizes):
         return RmsState(jax.tree.map(jnp.sqrt, sizes))
@@ -351,9 +357,9 @@ def zscore(
 
     Reference: Kumar et al., arXiv:2504.02507, algorithm 1 (per tree: ZClip).
     """
-    _check("max_zscore", max_zscore, lambda x: x > 0, "> 0")
-    _check("decay", decay, lambda x: 0 < x < 1, "within (0, 1)")
-    warmup = _check_length("warmup", warmup, 2)
+    check_number("max_zscore", max_zscore, lambda x: x > 0, "> 0")
+    check_number("decay", decay, lambda x: 0 < x < 1, "within (0, 1)")
+    warmup = check_length("warmup", warmup, 2)
 
     def init(sizes):
         _refuse_units("zscore", sizes)
@@ -424,42 +430,21 @@ def percentile(percent: ArrayLike = 10.0, *, window: int = 1024) -> Limit:
 
     Reference: Seetharaman et al., arXiv:2007.14469 (per tree: AutoClip).
     """
-    _check("percent", percent, lambda x: 0 <= x <= 100, "within [0, 100]")
-    window = _check_length("window", window, 1)
+    check_number("percent", percent, lambda x: 0 <= x <= 100, "within [0, 100]")
+    window = check_length("window", window, 1)
 
     def init(sizes):
         _refuse_units("percentile", sizes)
-        recent, position = _empty_ring(sizes, window)
-        return PercentileState(recent, jnp.copy(recent), position)
+        return PercentileState(windows.empty_ordered_window(sizes, window))
 
     def update(norms, state, param_norms=None):
         del param_norms
-        recent, position, oldest = _push(state.recent, state.position, norms)
-        # Take the oldest out of the ordered norms; put the new one between the last
-        # that is smaller and the first that is larger. To sort them in every step takes
-        # longer than all the rest of a small step.
-        ordered = state.ordered
-        without = jnp.where(ordered < oldest, ordered, _shifted(ordered, -1, jnp.inf))
-        new = norms[..., None]
-        ordered = jnp.maximum(_shifted(without, 1, 0), jnp.minimum(new, without))
-        state = _keep(norms, PercentileState(recent, ordered, position), state)
-
-        # In hundredths of a place, exact for percents without decimals.
-        (percents,) = _like(norms, percent)
-        num = jnp.sum(state.ordered < jnp.inf, axis=-1, dtype=jnp.int32)
-        last = jnp.maximum(num - 1, 0)
-        hundredths = percents * last.astype(norms.dtype)
-        place = jnp.floor(hundredths / 100)
-        share = (hundredths - 100 * place) / 100
-        low, high = (
-            jnp.take_along_axis(state.ordered, index[..., None], axis=-1)[..., 0]
-            for index in (
-                jnp.minimum(place.astype(jnp.int32), last),
-                jnp.minimum(place.astype(jnp.int32) + 1, last),
-            )
-        )
+        learned = PercentileState(windows.push_in_order(state.window, norms))
+        state = _keep(norms, learned, state)
+        (percents,) = _like(norms, [percent])
+        low, high, share = windows.percentiles_of(state.window, percents)
         rise = jnp.where(high > low, high, 0) - jnp.where(high > low, low, 0)
-        return low + share * rise, state
+        return (low + share * rise)[..., 0], state
 
     return Limit(init, update)
 
@@ -516,10 +501,10 @@ def ema(
 
     Reference: Wang et al., arXiv:2502.11034, algorithm 1 (per leaf: AdaGC).
     """
-    _check("multiple", multiple, lambda x: x > 1, "> 1")
-    _check("decay", decay, lambda x: 0 < x < 1, "within (0, 1)")
-    _check("max_warmup_norm", max_warmup_norm, lambda x: x > 0, "> 0")
-    warmup = _check_length("warmup", warmup, 2)
+    check_number("multiple", multiple, lambda x: x > 1, "> 1")
+    check_number("decay", decay, lambda x: 0 < x < 1, "within (0, 1)")
+    check_number("max_warmup_norm", max_warmup_norm, lambda x: x > 0, "> 0")
+    warmup = check_length("warmup", warmup, 2)
 
     def init(sizes):
         _refuse_units("ema", sizes)
@@ -529,7 +514,7 @@ def ema(
         del param_norms
         factor, rate, cap = _like(norms, multiple, 1 - decay, max_warmup_norm)
         info = jnp.finfo(norms.dtype)
-        shares, total = _shares(norms)
+        shares, total = shares_of(jnp.where(norms < jnp.inf, norms, 0))
         is_capped = (total > cap) & (shares > 0)  # 0: not finite, or zero
         warm_limits = jnp.minimum(cap, info.max) * shares
         warm_limits = jnp.where(is_capped, warm_limits, jnp.inf)
@@ -590,20 +575,20 @@ def window_sigma(sigmas: ArrayLike = 3.0, *, window: int = 128) -> Limit:
     Reference: OLMo-core, `optim/skip_step_optimizer.py`; Levanter,
     `optim/clip_update_norm.py`.
     """
-    _check("sigmas", sigmas, lambda x: x >= 0, ">= 0")
-    window = _check_length("window", window, 2)
+    check_number("sigmas", sigmas, lambda x: x >= 0, ">= 0")
+    window = check_length("window", window, 2)
 
     def init(sizes):
         _refuse_units("window_sigma", sizes)
-        return WindowSigmaState(*_empty_ring(sizes, window))
+        return WindowSigmaState(windows.empty_window(sizes, window))
 
     def update(norms, state, param_norms=None):
         del param_norms
-        is_known = state.recent < jnp.inf
+        is_known = state.window < jnp.inf
         num = jnp.sum(is_known, axis=-1, keepdims=True).astype(norms.dtype)
-        values = jnp.where(is_known, state.recent, 0)
+        values = jnp.where(is_known, state.window, 0)
         # In units of the largest: squares of norms overflow.
-        unit = _divisor(jnp.max(values, axis=-1, keepdims=True))
+        unit = divisor(jnp.max(values, axis=-1, keepdims=True))
         values = values / jnp.where(num > 0, unit, 1)
         mean = jnp.sum(values, axis=-1, keepdims=True) / jnp.maximum(num, 1)
         squares = jnp.where(is_known, jnp.square(values - mean), 0)
@@ -614,8 +599,7 @@ def window_sigma(sigmas: ArrayLike = 3.0, *, window: int = 128) -> Limit:
         limits = jnp.where(
             num >= max(2, window // 2), (mean + factor * std) * unit, jnp.inf
         )
-        recent, position, _ = _push(state.recent, state.position, norms)
-        learned = WindowSigmaState(recent, position)
+        learned = WindowSigmaState(windows.push(state.window, norms))
         return limits[..., 0], _keep(norms, learned, state)
 
     return Limit(init, update)
@@ -654,9 +638,11 @@ def quantile(
 
     Reference: Andrew et al., arXiv:1905.03871, algorithm 1.
     """
-    _check("target", target, lambda x: 0 < x < 1, "within (0, 1)")
-    _check("initial_norm", initial_norm, lambda x: 0 < x < np.inf, "within (0, inf)")
-    _check("rate", rate, lambda x: 0 < x < np.inf, "within (0, inf)")
+    check_number("target", target, lambda x: 0 < x < 1, "within (0, 1)")
+    check_number(
+        "initial_norm", initial_norm, lambda x: 0 < x < np.inf, "within (0, inf)"
+    )
+    check_number("rate", rate, lambda x: 0 < x < np.inf, "within (0, inf)")
 
     def init(sizes):
         _refuse_units("quantile", sizes)
@@ -674,40 +660,156 @@ def quantile(
     return Limit(init, update)
 
 
+def log_quantile(
+    power: ArrayLike = 3.0,
+    *,
+    min_ratio: ArrayLike = 3.0,
+    max_jump: ArrayLike = 5.0,
+    window: int = 128,
+) -> Limit:
+    """Limits a norm by the spread of the last norms above their median.
+
+    `median * max((high / median)**power, min_ratio)`, where high is the 95th percentile
+    of the last `window` norms before the clip, without its own; but no more than
+    `max_jump` times the largest of the last `window / 4`, which is the limit from the
+    second norm on, until half of the window is there.
+
+    On a logarithmic scale that is a multiple of the spread above the median: it needs
+    no Gaussian tail, and units do not matter. After a lasting rise of any size, norms
+    are below the limit again after 5 % of the window (7 steps of 128), and the limit
+    has forgotten the old ones after `window` steps. A single spike moves the limit by
+    one place in the order of the norms. Also for a loss that is positive; see
+    `window_sigma` for any other.
+
+    Args:
+      power: How many times as far above the median as the 95th percentile, on a
+        logarithmic scale, >= 0.
+      min_ratio: The least limit in units of the median, >= 1.
+      max_jump: The limit in units of the largest recent norm, >= 1.
+      window: Number of norms remembered, at least 4.
+
+    Returns:
+      The limit, per tree, leaf or group. State: two windows a scope.
+
+    Raises:
+      ValueError: If an argument is out of range, or at `init` per unit.
+      TypeError: If an argument is of the wrong type.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> limit = log_quantile(window=4)
+      >>> state = limit.init(jnp.ones(()))
+      >>> for norm in [1.0, 2.0, 100.0]:
+      ...     value, state = limit.update(jnp.array(norm), state, None)
+      ...     print(round(float(value), 3))
+      inf
+      5.0
+      4.243
+    """
+    check_number("power", power, lambda x: x >= 0, ">= 0")
+    check_number("min_ratio", min_ratio, lambda x: x >= 1, ">= 1")
+    check_number("max_jump", max_jump, lambda x: x >= 1, ">= 1")
+    window = check_length("window", window, 4)
+
+    def init(sizes):
+        _refuse_units("log_quantile", sizes)
+        return PercentileState(windows.empty_ordered_window(sizes, window))
+
+    def update(norms, state, param_norms=None):
+        del param_norms
+        exponent, least, jump = _like(norms, power, min_ratio, max_jump)
+        low, high, share = windows.percentiles_of(
+            state.window, jnp.asarray([50, 95], norms.dtype)
+        )
+        is_known = low[..., 0] < jnp.inf
+        low, high = (_log(jnp.where(x < jnp.inf, x, 1)) for x in (low, high))
+        logs = low + share * (high - low)
+        median, spread = logs[..., 0], logs[..., 1] - logs[..., 0]
+        limits = jnp.exp(median + jnp.maximum(exponent * spread, jnp.log(least)))
+        has_half = state.window[..., 1, window // 2 - 1] < jnp.inf
+        latest = state.window[..., 0, -(window // 4) :]
+        latest = jnp.max(jnp.where(latest < jnp.inf, latest, 0), axis=-1)
+        highest = jnp.where(is_known, jump * latest, jnp.inf)
+        limits = jnp.where(has_half, jnp.minimum(limits, highest), highest)
+        learned = PercentileState(windows.push_in_order(state.window, norms))
+        return limits, _keep(norms, learned, state)
+
+    return Limit(init, update)
+
+
+def drift(max_ratio: ArrayLike = 5.0, *, window: int = 64, patience: int = 3) -> Limit:
+    """Limits a norm that stays above its slow moving average, as in an explosion.
+
+    `mean * max(change**2.5, max_ratio)`, where mean is the geometric moving average of
+    the norms and change that of their ratio, up or down, from step to step; +inf unless
+    the last `patience - 1` norms were above that too. It is meant for the share of a
+    leaf in the global norm: a layer that explodes under larger ones shows nowhere else.
+
+    After a lasting rise of any size the limit follows within about `window` steps.
+
+    Args:
+      max_ratio: The least limit in units of the mean, > 1.
+      window: Number of steps over which the averages forget; at first they are plain
+        averages.
+      patience: How many norms in a row must be above for the last of them to exceed
+        the limit, at least 1.
+
+    Returns:
+      The limit, per tree, leaf or group. State: 5 numbers a scope.
+
+    Raises:
+      ValueError: If an argument is out of range, or at `init` per unit.
+      TypeError: If an argument is of the wrong type.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> limit = drift(patience=2)
+      >>> state = limit.init(jnp.ones(()))
+      >>> for norm in [1.0] * 50 + [8.0, 8.0]:
+      ...     value, state = limit.update(jnp.array(norm), state, None)
+      >>> print(round(float(value), 1))
+      5.2
+    """
+    check_number("max_ratio", max_ratio, lambda x: x > 1, "> 1")
+    window = check_length("window", window, 2)
+    patience = check_length("patience", patience, 1)
+
+    def init(sizes):
+        _refuse_units("drift", sizes)
+        return DriftState(jnp.zeros((*sizes.shape, 5), sizes.dtype))
+
+    def update(norms, state, param_norms=None):
+        del param_norms
+        mean, change, previous, num_seen, num_above = (
+            state.memory[..., i] for i in range(5)
+        )
+        (least,) = _like(norms, max_ratio)
+        limits = jnp.exp(mean + jnp.maximum(2.5 * change, jnp.log(least)))
+        is_above = (num_seen > 0) & (norms > limits)
+        num_above = jnp.where(is_above, num_above + 1, 0)
+        limits = jnp.where(num_above >= patience, limits, jnp.inf)
+
+        log = _log(norms)
+        difference = jnp.where(num_seen > 0, jnp.abs(log - previous), 0)
+        rate = jnp.maximum(1 / (num_seen + 1), 1 / window)
+        rate_of_change = jnp.maximum(1 / jnp.maximum(num_seen, 1), 1 / window)
+        learned = [
+            mean + rate * (log - mean),
+            change + rate_of_change * (difference - change),
+            log,
+            jnp.minimum(num_seen + 1, window),
+            jnp.minimum(num_above, patience),
+        ]
+        return limits, _keep(norms, DriftState(jnp.stack(learned, axis=-1)), state)
+
+    return Limit(init, update)
+
+
 def as_limit(max_norm: LimitLike) -> Limit:
     """Turns a number into `constant` and a function into `schedule`."""
     if isinstance(max_norm, Limit):
         return max_norm
     return schedule(max_norm) if callable(max_norm) else constant(max_norm)
-
-
-def known_value(name: str, value: Any) -> float | None:
-    """The value of a number; None for a JAX array, which may be traced.
-
-    Raises the error of an argument that is not a single real number.
-    """
-    if not isinstance(value, numbers.Real | np.ndarray | jax.Array):
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    if isinstance(value, np.ndarray | jax.Array) and value.ndim:
-        raise ValueError(f"{name} must be a single number, not {value!r}")
-    return None if isinstance(value, jax.Array) else float(value)
-
-
-def _check(name: str, value: Any, fits: Callable[[float], bool], what: str) -> None:
-    known = known_value(name, value)
-    if known is not None and not fits(known):
-        raise ValueError(f"{name} must be {what}, not {value!r}")
-
-
-def _check_length(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(
-            f"{name} must be a whole number, not {value!r}; optax.inject_hyperparams "
-            "takes it in static_args="
-        )
-    if not least <= int(value) < 2**30:
-        raise ValueError(f"{name} must be >= {least} and < 2**30, not {value!r}")
-    return int(value)
 
 
 def _refuse_units(name: str, sizes: Any) -> None:
@@ -736,46 +838,14 @@ def _keep(norms: jax.Array, learned: Any, state: Any) -> Any:
     return jax.tree.map(keep, learned, state)
 
 
-def _empty_ring(sizes: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
-    recent = jnp.full((*sizes.shape, window), jnp.inf, sizes.dtype)
-    return recent, jnp.zeros(sizes.shape, jnp.int32)
-
-
-def _push(recent: jax.Array, position: jax.Array, norms: jax.Array):
-    """The ring and its position after the norms took the places of the oldest."""
-    places = lax.broadcasted_iota(jnp.int32, recent.shape, recent.ndim - 1)
-    is_here = places == position[..., None]
-    oldest = jnp.min(jnp.where(is_here, recent, jnp.inf), axis=-1, keepdims=True)
-    recent = jnp.where(is_here, norms[..., None], recent)
-    return recent, (position + 1) % recent.shape[-1], oldest
-
-
-def _shifted(values: jax.Array, by: int, fill: float) -> jax.Array:
-    """Moves values along the last axis by 1 or -1."""
-    end = jnp.full_like(values[..., :1], fill)
-    parts = [end, values[..., :-1]] if by > 0 else [values[..., 1:], end]
-    return jnp.concatenate(parts, axis=-1)
+def _log(norms: jax.Array) -> jax.Array:
+    return jnp.log(jnp.maximum(norms, jnp.finfo(norms.dtype).tiny))
 
 
 def _root_mean_square(first: jax.Array, second: jax.Array, share: jax.Array):
     """`sqrt((1 - share) * first**2 + share * second**2)`; the squares may overflow."""
-    unit = _divisor(jnp.maximum(first, second))
+    unit = divisor(jnp.maximum(first, second))
     unit = jnp.where(unit > 0, unit, 1)
     first, second = jnp.square(first / unit), jnp.square(second / unit)
     mean = first + share * (second - first)
     return jnp.where(mean > 0, unit * jnp.sqrt(jnp.where(mean > 0, mean, 1)), 0)
-
-
-def _shares(norms: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(norms / total, total) for the root of the sum of the squares of finite norms."""
-    finite = jnp.where(norms < jnp.inf, norms, 0)  # NaN is not
-    unit = _divisor(jnp.max(finite, initial=0))
-    ratios = finite / jnp.where(unit > 0, unit, 1)
-    squares = jnp.sum(jnp.square(ratios))
-    root = jnp.sqrt(jnp.where(unit > 0, squares, 1))
-    return ratios / root, unit * root
-
-
-def _divisor(largest: jax.Array) -> jax.Array:
-    """What to divide norms by: XLA multiplies with 1 / x, which must not underflow."""
-    return jnp.minimum(largest, jnp.finfo(largest.dtype).max / 4)

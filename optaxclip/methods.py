@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 
 from optaxclip import limits
 from optaxclip.clipping import clip_by_norm
+from optaxclip.explosions import skip_explosions
 from optaxclip.scopes import Per, Stacked
 
 
@@ -251,3 +252,29 @@ def block_rms(
     """
     limit = limits.rms(max_rms)
     return clip_by_norm(limit, per="leaf", specs=specs, stacked=stacked, label=label)
+
+
+def stabilize(
+    optimizer: optax.GradientTransformation,
+    *,
+    max_norm: limits.LimitLike | None = None,
+    rollback: bool = True,
+    specs: Any = None,
+    stacked: Stacked | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer in the recommended stack, without a number to choose.
+
+    `skip_explosions(chain(clip_by_norm(limits.log_quantile()), optimizer),
+    cool_down=0.5, rollback=True)`.
+    """
+    limit = limits.log_quantile()
+    if max_norm is not None:
+        limit = limits.minimum(limit, max_norm)
+    clip = clip_by_norm(limit, specs=specs, stacked=stacked)
+    return skip_explosions(
+        optax.chain(clip, optimizer),
+        cool_down=0.5,
+        rollback=rollback,
+        specs=specs,
+        stacked=stacked,
+    )

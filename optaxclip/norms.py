@@ -200,6 +200,33 @@ def divided(x: jax.Array, divisor: jax.Array) -> jax.Array:
     return x / divisor
 
 
+def saturating_cast(norm: jax.Array, dtype: Any) -> jax.Array:
+    """Casts to another dtype; a finite norm stays finite."""
+    if norm.dtype == dtype:
+        return norm
+    largest = jnp.finfo(dtype).max.astype(norm.dtype)
+    saturated = where(jnp.isfinite(norm), jnp.minimum(norm, largest), norm)
+    return saturated.astype(dtype)
+
+
+def shares_of(norms: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(norms / total, total) for the root of the sum of the squares of all norms.
+
+    The total is NaN or inf if a norm is, and otherwise at most the largest float.
+    """
+    unit = divisor(jnp.max(norms, initial=0))
+    ratios = norms / jnp.where(unit > 0, unit, 1)
+    squares = jnp.sum(jnp.square(ratios))
+    root = jnp.sqrt(jnp.where(squares == 0, 1, squares))
+    total = jnp.minimum(unit * root, jnp.finfo(norms.dtype).max)
+    return ratios / root, jnp.where(squares < jnp.inf, total, squares)
+
+
+def divisor(largest: jax.Array) -> jax.Array:
+    """What to divide norms by: XLA multiplies with 1 / x, which must not underflow."""
+    return jnp.minimum(largest, jnp.finfo(largest.dtype).max / 4)
+
+
 def _norms(tree: Any, per: Per, ord: float, specs: Any, stacked: Stacked | None) -> Any:
     check_ord(ord)
     return measure(tree, find_scopes(tree, per, specs=specs, stacked=stacked), ord)[0]
@@ -296,7 +323,10 @@ def _sums_of_powers(gradients: list, scopes: Scopes, ord: float, dtype: Any):
     if scopes.kind != "unit" and len(gradients) > max(100, size / 2**15):
         state = jax.tree.map(lambda can: jnp.ones(can.shape, dtype), can_leave), 0
     else:
-        state = sums_of([widened(x, dtype) for x in gradients]), 1
+        # The barrier keeps an optimizer from sharing the squares, which XLA would then
+        # store. One for all leaves: it is another than that of the clip.
+        values = lax.optimization_barrier(gradients)
+        state = sums_of([widened(x, dtype) for x in values]), 1
     sums, num_reads = state
     units = jax.tree.map(jnp.ones_like, sums)
     if num_reads == 0 or any(can.any() for can in jax.tree.leaves(can_leave)):

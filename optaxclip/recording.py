@@ -7,6 +7,13 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip.clipping import ClipByNormState
+from optaxclip.explosions import (
+    RULES,
+    DetectExplosionsState,
+    SkipExplosionsState,
+    count,
+    read_step,
+)
 from optaxclip.scopes import (
     Layout,
     LeafLayout,
@@ -30,9 +37,26 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     | `clip/fraction` | the share of all steps so far that were clipped |
     | `clip/nonfinite` | the number of steps so far with inf or NaN |
 
-    With more than one scope these are the largest of them, and each scope has its own
+    With more than one scope a clip gives the largest of them, and each scope its own
     under its name: `clip/norm/rnn/hh/kernel`; per unit, a leaf's largest. Groups are
     numbered, in the order of `group_names`.
+
+    Each `detect_explosions` and `skip_explosions` gives, under its label:
+
+    | name | value |
+    |---|---|
+    | `explosions/exploded` | 1 if the last step exploded, else 0 |
+    | `explosions/count` | the number of steps so far that did |
+    | `explosions/count/nonfinite`, `norm`, `share`, `loss` | the same for each rule |
+    | `explosions/in_a_row` | how many in a row did, up to the last step |
+    | `explosions/began` | the step on which the last explosion began; -1 for none |
+    | `explosions/leaf` | the index of the leaf that led then; -1 for none |
+    | `explosions/growth` | the growth of the norm per step, fitted to the last eight |
+    | `explosions/norm`, `norm_limit`, `loss`, `loss_limit` | of the last step |
+    | `explosions/skipped` | skip only: the share of all steps so far it skipped |
+    | `explosions/gave_up` | skip only: 1 if the last 100 steps were not finite |
+    | `explosions/scale` | skip only: the factor of the updates, below 1 to cool down |
+    | `explosions/rollbacks` | skip only: the number of rollbacks |
 
     Args:
       opt_state: Any tree: the state of a chain, of `optax.masked`, `partition`,
@@ -56,21 +80,66 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
       5.0 1.0
     """
     result: dict[str, jax.Array] = {}
-    labels: set[str] = set()
-    for path, state in jax.tree.leaves_with_path(
-        opt_state, is_leaf=lambda x: isinstance(x, ClipByNormState)
-    ):
-        if not isinstance(state, ClipByNormState):
-            continue
-        label = path[-1].key
-        if label in labels:
-            raise ValueError(
-                f"two transformations have the label {label!r}: give them different "
-                "ones with label="
-            )
-        labels.add(label)
-        result |= _clip_metrics(label, state, params)
+    for label, state in find_states(opt_state).items():
+        if isinstance(state, ClipByNormState):
+            result |= _clip_metrics(label, state, params)
+        else:
+            result |= _explosion_metrics(label, state)
     return result
+
+
+def find_states(opt_state: Any) -> dict[str, Any]:
+    """The states of optaxclip in any tree by their label; the error of equal labels."""
+    kinds = ClipByNormState, DetectExplosionsState, SkipExplosionsState
+    found: dict[str, Any] = {}
+
+    def visit(tree):
+        for path, state in jax.tree.leaves_with_path(
+            tree, is_leaf=lambda x: isinstance(x, kinds)
+        ):
+            if not isinstance(state, kinds):
+                continue
+            label = path[-1].key
+            if label in found:
+                raise ValueError(
+                    f"two transformations have the label {label!r}: give them "
+                    "different ones with label="
+                )
+            found[label] = state
+            if isinstance(state, SkipExplosionsState):
+                visit(state.inner_state)
+
+    visit(opt_state)
+    return found
+
+
+def _explosion_metrics(label: str, state: Any) -> dict[str, jax.Array]:
+    result = {}
+    if isinstance(state, SkipExplosionsState):
+        num_skipped, num_rollbacks = state.num_responses
+        num_steps = jnp.maximum(count(state.explosions, "steps"), 1)
+        result = {
+            "skipped": num_skipped.astype(jnp.float32) / num_steps.astype(jnp.float32),
+            "gave_up": state.gave_up.astype(jnp.int32),
+            "scale": state.scale,
+            "rollbacks": num_rollbacks,
+        }
+        state = state.explosions
+    last = read_step(state, "last")
+    result = {
+        "exploded": jnp.any(last.fired).astype(jnp.int32),
+        "count": count(state, "exploded"),
+        **{f"count/{rule}": count(state, rule) for rule in RULES},
+        "in_a_row": count(state, "in_a_row"),
+        "began": read_step(state, "began").step,
+        "leaf": read_step(state, "began").leaf,
+        "growth": last.growth,
+        "norm": last.norm,
+        "norm_limit": last.norm_limit,
+        "loss": last.loss,
+        "loss_limit": last.loss_limit,
+    } | result
+    return {f"{label}/{name}": value for name, value in result.items()}
 
 
 def _clip_metrics(label: str, state: ClipByNormState, params: Any):
@@ -91,7 +160,7 @@ def _clip_metrics(label: str, state: ClipByNormState, params: Any):
     columns = {
         column: _per_name(values, state.layout) for column, values in columns.items()
     }
-    names = _scope_names(state.layout, len(columns["norm"]), label, params)
+    names = scope_names(state.layout, len(columns["norm"]), label, params)
     return {
         f"{label}/{column}": jnp.max(values, initial=0)
         for column, values in columns.items()
@@ -125,7 +194,8 @@ def _leaf_layouts(node: Any) -> list[LeafLayout]:
     return [leaf for child in node for leaf in _leaf_layouts(child)]
 
 
-def _scope_names(layout: Layout, num_scopes: int, label: str, params: Any) -> list[str]:
+def scope_names(layout: Layout, num_scopes: int, label: str, params: Any) -> list[str]:
+    """The names of a state's scopes from `params`; without it their numbers."""
     if params is None or not isinstance(layout, PerLeaf | PerUnit):
         return [str(i) for i in range(num_scopes)]
     names = leaf_names(params)

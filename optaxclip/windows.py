@@ -1,0 +1,79 @@
+"""The last values of a signal, as they came and in order, in one array."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def empty_window(like: jax.Array, size: int) -> jax.Array:
+    """A window `[..., size]` for each element of `like`; +inf for no value yet."""
+    return jnp.full((*like.shape, size), jnp.inf, like.dtype)
+
+
+def push(window: jax.Array, values: jax.Array) -> jax.Array:
+    """The window without its oldest value, which is the first, and with a new one."""
+    return jnp.concatenate([window[..., 1:], values[..., None]], axis=-1)
+
+
+def empty_ordered_window(like: jax.Array, size: int) -> jax.Array:
+    """Windows `[..., 2, size]`: the values as they came, and the same ascending.
+
+    One array, since every array of a state costs a small step some microseconds.
+    """
+    return jnp.full((*like.shape, 2, size), jnp.inf, like.dtype)
+
+
+def push_in_order(window: jax.Array, values: jax.Array) -> jax.Array:
+    """As `push`, for ordered windows.
+
+    Takes the oldest out of the order, and puts the new one between the last that is
+    smaller and the first that is larger. To sort them in every step takes longer than
+    all the rest of a small step; so does any formula that XLA cannot fuse into one
+    loop, such as one with a concatenation.
+    """
+    oldest, new = window[..., :1, :1], values[..., None, None]
+    left, right = _shifted(window, -1, jnp.inf), _shifted(window, 1, -jnp.inf)
+    rows, columns = (
+        lax.broadcasted_iota(jnp.int32, window.shape, window.ndim - i) for i in (2, 1)
+    )
+    recent = jnp.where(columns == window.shape[-1] - 1, new, left)
+    without = jnp.where(window < oldest, window, left)
+    right_of_without = jnp.where(right < oldest, right, window)
+    ordered = jnp.maximum(right_of_without, jnp.minimum(new, without))
+    return jnp.where(rows == 0, recent, ordered)
+
+
+def num_known(window: jax.Array) -> jax.Array:
+    """int32: how many values an ordered window holds."""
+    ordered = window[..., 1, :]
+    first_unknown = jnp.argmax(ordered == jnp.inf, axis=-1).astype(jnp.int32)
+    is_full = ordered[..., -1] < jnp.inf
+    return jnp.where(is_full, ordered.shape[-1], first_unknown)
+
+
+def percentiles_of(
+    window: jax.Array, percents: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where percentiles `[num]` of the values lie, as `numpy.percentile` has them.
+
+    Returns:
+      (low, high, share), each `[..., num]`: the percentile is `low + share * (high -
+      low)`, between two neighbours in the order; +inf if there is no value.
+    """
+    ordered = window[..., 1, :]
+    # In hundredths of a place, exact for percents without decimals.
+    last = jnp.maximum(num_known(window) - 1, 0)[..., None]
+    percents = jnp.expand_dims(percents, range(last.ndim - 1))
+    hundredths = percents * last.astype(ordered.dtype)
+    place = jnp.floor(hundredths / 100)
+    share = (hundredths - 100 * place) / 100
+    low = jnp.minimum(place.astype(jnp.int32), last)
+    high = jnp.minimum(low + 1, last)
+    low, high = (jnp.take_along_axis(ordered, x, axis=-1) for x in (low, high))
+    return low, high, share
+
+
+def _shifted(values: jax.Array, by: int, fill: float) -> jax.Array:
+    """Moves values along the last axis by 1 or -1."""
+    none = [(0, 0, 0)] * (values.ndim - 1)
+    return lax.pad(values, jnp.asarray(fill, values.dtype), [*none, (by, -by, 0)])
