@@ -73,7 +73,7 @@ def _evaluate(closed: Any, args: list, kept: list, keep: jax.Array) -> list:
     def read(atom):
         return atom.val if isinstance(atom, jex.Literal) else values[atom]
 
-    is_selected = set()
+    computed = set()
     for eqn in jaxpr.eqns:
         inputs = list(map(read, eqn.invars))
         olds = [wanted.get(v) for v in eqn.outvars]
@@ -85,14 +85,18 @@ def _evaluate(closed: Any, args: list, kept: list, keep: jax.Array) -> list:
                 for old, new in zip(olds, _apply(jaxpr, eqn, inputs), strict=True)
             ]
         values |= dict(zip(eqn.outvars, found, strict=True))
-        is_selected |= set(eqn.outvars)
-    # What is left: a literal, an input passed through, and a value that is the state of
-    # two leaves at once, which is selected for the first of them.
+        computed |= set(eqn.outvars)
+    # Left are literals, inputs passed through, and a value that is the state of two
+    # leaves at once, which is selected for the first of them.
     outputs = []
     for atom, old in zip(jaxpr.outvars, kept, strict=True):
+        is_selected = old is None or (
+            not isinstance(atom, jex.Literal)
+            and atom in computed
+            and wanted[atom] is old
+        )
         new = read(atom)
-        is_done = atom in is_selected and wanted.get(atom) is old
-        outputs.append(new if old is None or is_done else _select(keep, old, new))
+        outputs.append(new if is_selected else _select(keep, old, new))
     return outputs
 
 
