@@ -181,12 +181,12 @@ def skip_explosions(
     """Wraps an optimizer: skips the steps that explode.
 
     A step is skipped if `detect_explosions` would notice an explosion: the updates are
-    zeros, and the inner state stays, bit for bit. If explosions persist, the
-    `max_consecutive`-th finite one in a row is a change of regime: its step is taken
-    and the rules start afresh. A non-finite step is never taken; after 100 in a row
-    the run is given up, which `metrics` and `raise_if_exploded` say. Where `inner`
-    itself makes something that is not finite, or an update would overflow the dtype of
-    its parameter, those elements become 0.
+    zeros, the inner state stays, bit for bit, and the rules learn nothing from it. If
+    explosions persist, the `max_consecutive`-th in a row, if it is finite, is a change
+    of regime: its step is taken and the rules start afresh. A non-finite step is never
+    taken; after 100 in a row the run is given up, which `metrics` and
+    `raise_if_exploded` say. Where `inner` itself makes something that is not finite, or
+    an update would overflow the dtype of its parameter, those elements become 0.
 
     Two more responses are off unless asked for. To cool down: a factor of the inner
     updates that each skipped step multiplies by `cool_down`, down to 1/64, and any
@@ -272,7 +272,9 @@ def skip_explosions(
         is_finite = count(explosions, "nonfinite_in_a_row") == 0
         is_accepted = is_finite & (num_in_a_row >= max_consecutive)
         is_skipped = is_exploded & ~is_accepted
-        explosions = detector.restarted(is_accepted, explosions)
+        explosions = detector.judged(
+            updates, explosions, state.explosions, is_skipped, is_accepted
+        )
 
         scale = state.scale
         if cool_down is not None:
@@ -429,16 +431,24 @@ class _Detector:
         )
         return norm, share, loss
 
-    def restarted(self, is_restarted, state):
-        """The state with rules that know nothing, if so."""
+    def judged(
+        self, updates, state, old, is_skipped, is_accepted
+    ) -> DetectExplosionsState:
+        """The state once it is known what becomes of the step.
+
+        The rules learn nothing from a skipped step: what comes of bad parameters would
+        soon look usual. After an accepted explosion they start afresh.
+        """
         is_reset = np.array([name == "in_a_row" for name in COUNTS])
+
+        def keep(new, old, fresh):
+            return jnp.where(is_accepted, fresh, jnp.where(is_skipped, old, new))
+
+        sizes = self.scopes_of(updates).sizes().astype(state.baseline.dtype)
+        fresh = self.rule_states(sizes)
         return state._replace(
-            counts=jnp.where(is_restarted & is_reset, 0, state.counts),
-            rule_states=jax.tree.map(
-                lambda new, old: jnp.where(is_restarted, new, old),
-                self.rule_states(jnp.ones_like(state.baseline[:, 0])),
-                state.rule_states,
-            ),
+            counts=jnp.where(is_accepted & is_reset, 0, state.counts),
+            rule_states=jax.tree.map(keep, state.rule_states, old.rule_states, fresh),
         )
 
     def update(self, updates, value, state) -> DetectExplosionsState:

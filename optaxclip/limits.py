@@ -542,9 +542,10 @@ def ema(
 def window_sigma(sigmas: ArrayLike = 3.0, *, window: int = 128) -> Limit:
     """Limits a norm to so many standard deviations above the mean of the last norms.
 
-    `mean + sigmas * max(std, 0.01 * mean)` over the last `window` norms before the
+    `mean + sigmas * max(std, 0.01 * abs(mean))` over the last `window` norms before the
     clip, without its own; +inf until half of them are there. The floor of 1 % keeps a
-    small rise after a flat stretch from being a spike.
+    small rise after a flat stretch from being a spike. As the limit of a loss, which
+    may be negative, it is the one on a linear scale.
 
     After a lasting change it follows within `window` steps. It is not robust: a spike
     of s means raises the limit to about `s * (1 / window + sigmas / sqrt(window))`
@@ -588,7 +589,7 @@ def window_sigma(sigmas: ArrayLike = 3.0, *, window: int = 128) -> Limit:
         num = jnp.sum(is_known, axis=-1, keepdims=True).astype(norms.dtype)
         values = jnp.where(is_known, state.window, 0)
         # In units of the largest: squares of norms overflow.
-        unit = divisor(jnp.max(values, axis=-1, keepdims=True))
+        unit = divisor(jnp.max(jnp.abs(values), axis=-1, keepdims=True))
         values = values / jnp.where(num > 0, unit, 1)
         mean = jnp.sum(values, axis=-1, keepdims=True) / jnp.maximum(num, 1)
         squares = jnp.where(is_known, jnp.square(values - mean), 0)
@@ -600,7 +601,8 @@ def window_sigma(sigmas: ArrayLike = 3.0, *, window: int = 128) -> Limit:
             num >= max(2, window // 2), (mean + factor * std) * unit, jnp.inf
         )
         learned = WindowSigmaState(windows.push(state.window, norms))
-        return limits[..., 0], _keep(norms, learned, state)
+        # The sign says nothing here: a loss may be negative.
+        return limits[..., 0], _keep(jnp.abs(norms), learned, state)
 
     return Limit(init, update)
 

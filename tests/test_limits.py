@@ -83,6 +83,35 @@ def naive_quantile(norms, totals, target=0.5, initial_norm=0.1, rate=0.2):
     return found
 
 
+def naive_log_quantile(norms, totals, power=3, min_ratio=3, max_jump=5, window=128):
+    logs, found = np.log(norms), []
+    for step in range(len(norms)):
+        recent = logs[max(0, step - window) : step]
+        if not len(recent):
+            found.append(math.inf)
+            continue
+        limit = np.max(recent[-(window // 4) :]) + math.log(max_jump)
+        if len(recent) >= window // 2:
+            median, high = np.percentile(recent, [50, 95])
+            rise = max(power * (high - median), math.log(min_ratio))
+            limit = min(limit, median + rise)
+        found.append(math.exp(limit))
+    return found
+
+
+def naive_drift(norms, totals, max_ratio=5, window=64, patience=3):
+    mean = change = num_above = 0
+    logs, found = np.log(norms), []
+    for step, log in enumerate(logs):
+        limit = mean + max(2.5 * change, math.log(max_ratio)) if step else math.inf
+        num_above = num_above + 1 if log > limit else 0
+        found.append(math.exp(limit) if num_above >= patience else math.inf)
+        mean += (log - mean) / min(step + 1, window)
+        if step:
+            change += (abs(log - logs[step - 1]) - change) / min(step, window)
+    return found
+
+
 def naive_minimum(norms, totals):
     return np.minimum(naive_zscore(norms, totals), 3.0)
 
@@ -98,11 +127,17 @@ CASES = {
     "ema": case("ema", multiple=1.05),
     "window_sigma": case("window_sigma"),
     "quantile": case("quantile"),
+    "log_quantile": case("log_quantile"),
+    "drift": case("drift"),
     "minimum": (limits.minimum(limits.zscore(), 3.0), naive_minimum),
     "short zscore": case("zscore", max_zscore=4.0, decay=0.8, warmup=7),
     "short percentile": case("percentile", percent=62.5, window=9),
     "short ema": case("ema", multiple=2.0, decay=0.8, warmup=12, max_warmup_norm=1.0),
     "short window_sigma": case("window_sigma", sigmas=2.0, window=15),
+    "short log_quantile": case(
+        "log_quantile", power=1.5, min_ratio=1.2, max_jump=2.0, window=11
+    ),
+    "short drift": case("drift", max_ratio=1.3, window=5, patience=2),
     "short quantile": case("quantile", target=0.883, initial_norm=9.0, rate=0.5),
 }
 EACH_KIND = ["minimum", *(name for name in CASES if "short" in name)]
@@ -159,6 +194,7 @@ def hostile(num_steps) -> Any:
 def assert_equals_the_reference(name, norms, found, rtol):
     want = expected(name, norms)
     says = ~np.isnan(want)
+    want = np.where(want > np.finfo(found.dtype).max, np.inf, want)
     np.testing.assert_allclose(found[says], want[says], rtol=rtol)
 
 
@@ -291,14 +327,17 @@ def long_run(name) -> tuple[Any, Any, Any]:
 def test_100_000_steps(name):
     norms, found, state = long_run(name)
     # A window has forgotten all but its end.
-    start = -1500 if name.endswith(("percentile", "window_sigma")) else 0
-    rtol = 1e-2 if "quantile" in name else 1e-5
+    windows = "percentile", "window_sigma", "log_quantile"
+    start = -1500 if name.endswith(windows) else 0
+    rtol = 1e-2 if name in ("quantile", "short quantile") else 1e-5
     want = expected(name, norms[start:, 1])
     np.testing.assert_allclose(found[-1, 1], want[-1], rtol=rtol)
     assert_same_type(name, state, 5)
     counts = [x for x in jax.tree.leaves(state) if x.dtype == jnp.int32]
     assert all(np.all((x >= 0) & (x <= 1024)) for x in counts)
-    if "quantile" in name:
+    if name == "log_quantile":
+        assert np.all(np.mean(norms > found, 0) < 1e-3)
+    if name in ("quantile", "short quantile"):
         target = 0.883 if "short" in name else 0.5
         np.testing.assert_allclose(np.mean(norms <= found, 0), target, atol=1e-3)
 
@@ -313,6 +352,8 @@ def test_100_000_steps(name):
         ("short percentile", 9, 9),
         ("window_sigma", 128, 128),
         ("short window_sigma", 15, 15),
+        ("log_quantile", 128, 128),
+        ("short log_quantile", 11, 11),
         ("ema", 2300, 170),
         ("short ema", 12, 17),
         ("quantile", 24, 24),
@@ -606,3 +647,25 @@ def test_the_count_of_a_schedule_saturates():
         found, state = limit.update(jnp.ones(()), state, None)
         assert state.num_steps == most
         assert found == 1
+
+
+def test_window_sigma_takes_a_signal_of_any_sign():
+    losses = noisy(200) - 3
+    found, _ = run("short window_sigma", losses)
+    for step in range(15, 200):
+        recent = np.float64(losses[step - 15 : step])
+        std = max(np.std(recent), 0.01 * abs(np.mean(recent)))
+        np.testing.assert_allclose(found[step], np.mean(recent) + 2 * std, rtol=1e-4)
+
+
+def test_log_quantile_is_idle_where_a_loss_is_not_positive():
+    found, state = run("log_quantile", np.float32([-1.0, 0.0, -5.0, 2.0, -1.0]))
+    np.testing.assert_allclose(found, [np.inf] * 4 + [10.0], rtol=1e-6)
+    assert np.sum(np.isfinite(state.window[1])) == 1
+
+
+def test_drift_needs_patience():
+    flat, high = np.ones(100, np.float32), np.float32([8, 8, 1, 8, 8, 8])
+    found, _ = run("drift", np.concatenate([flat, high]))
+    is_above = np.concatenate([flat, high]) > found
+    assert np.flatnonzero(is_above).tolist() == [105]
