@@ -475,7 +475,10 @@ class _Detector:
             rule_states.append(rule_state)
         fired = jnp.stack(
             [~is_finite]
-            + [jnp.any(x > limit) for x, limit in zip(signals, highest, strict=True)]
+            + [
+                jnp.any((x > limit) & (x < jnp.inf))
+                for x, limit in zip(signals, highest, strict=True)
+            ]
         )
 
         leaf, baseline = _leading_leaf(norms, state.baseline)

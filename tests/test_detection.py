@@ -1,0 +1,207 @@
+"""What the default rules of `detect_explosions` reach on recorded runs."""
+
+import importlib
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from optaxclip.explosions import RULES
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+ROUNDING = 1e-4
+"""Of the logarithm of a norm or limit in float32."""
+
+
+@pytest.fixture(scope="module")
+def detection() -> Any:
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module("detection")
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def traces(detection) -> list[Any]:
+    return detection.load()
+
+
+@pytest.fixture(scope="module")
+def verdicts(detection, traces) -> list[Any]:
+    return detection.watch(traces)
+
+
+@pytest.fixture(scope="module")
+def found(detection, traces, verdicts) -> Any:
+    return detection.score(traces, [verdict.flags for verdict in verdicts])
+
+
+def test_explosions_are_caught(found):
+    assert found.macro >= 98.5
+    for group in ("A.fast", "A.mid", "A.finite", "A.scale", "D.nonfin", "D.layer"):
+        assert found.recall[group] == 100, group
+    assert found.lead["A.mid"] >= 4
+    assert found.lead["D.layer"] >= 40
+    assert found.alive == 100
+
+
+def test_healthy_steps_pass(found):
+    assert found.false_alarms <= 10
+    assert found.early <= 10
+    assert found.recovery == 100
+    assert found.mean_flags <= 5
+
+
+def test_exploding_tower_is_named(detection, traces, verdicts):
+    layers = [
+        detection.named_leaves(trace, verdict)
+        for trace, verdict in zip(traces, verdicts, strict=True)
+        if trace.group == "D.layer"
+    ]
+    assert len(layers) == 6
+    assert all(names for names in layers)
+    assert all(name.startswith("aux.") for names in layers for name in names)
+
+
+def naive_scalar(signal, power, ratio):
+    """How far above its limit each value is, on a logarithmic scale.
+
+    NaN for those that are not finite, of which the rule need not say anything.
+    """
+    margins = np.where(np.isfinite(signal), -np.inf, np.nan)
+    known = np.flatnonzero((signal > 0) & (signal < np.inf))
+    logs = np.log(signal[known])
+    for num in range(1, len(logs)):
+        limit = logs[max(0, num - 32) : num].max() + math.log(5)
+        if num >= 64:
+            past = np.sort(logs[max(0, num - 128) : num])
+            places = np.array([0.5, 0.95]) * (len(past) - 1)
+            middle, high = np.interp(places, np.arange(len(past)), past)
+            spread = max(power * (high - middle), math.log(ratio))
+            limit = min(limit, middle + spread)
+        margins[known[num]] = logs[num] - limit
+    return margins
+
+
+def naive_share(norms, leaf):
+    """The least of how far above their limits the last three values were."""
+    margins = np.full(len(leaf), -np.inf)
+    mean = change = previous = 0.0
+    num, last_three = 0, [-math.inf] * 3
+    pairs = zip(norms.tolist(), leaf.tolist(), strict=True)
+    for step, (norm, value) in enumerate(pairs):
+        if not (0 < norm < math.inf and value > 0):
+            continue
+        share = math.log(value) - math.log(norm)
+        if num:
+            excess = share - mean - max(2.5 * change, math.log(5))
+            last_three = [*last_three[1:], excess]
+            margins[step] = min(last_three)
+            change += max(1 / num, 1 / 64) * (abs(share - previous) - change)
+        mean += max(1 / (num + 1), 1 / 64) * (share - mean)
+        previous, num = share, num + 1
+    return margins
+
+
+def naive(trace):
+    """Margins above the limits of norm, share and loss, each `[num_steps]`."""
+    is_finite = np.isfinite(trace.leaves).all(axis=1)
+    norms = np.where(is_finite, np.sqrt((trace.leaves**2).sum(axis=1)), np.inf)
+    shares = [naive_share(norms, leaf) for leaf in trace.leaves.T]
+    return {
+        "norm": naive_scalar(norms, 3, 3),
+        "share": np.max(shares, axis=0),
+        "loss": naive_scalar(trace.loss, 2.4, 1.7),
+    }
+
+
+def test_rules_agree_with_their_definition(detection, traces, verdicts):
+    num_fired: dict[str, int] = dict.fromkeys(RULES, 0)
+    num_unclear = 0
+    for trace, verdict in zip(traces, verdicts, strict=True):
+        name = trace.labels["name"]
+        with np.errstate(invalid="ignore"):
+            expected = naive(trace)
+        expected["nonfinite"] = np.where(detection.is_nonfinite(trace), 1, -1)
+        for rule, margins in expected.items():
+            fired = verdict.fired[:, RULES.index(rule)]
+            is_clear = np.abs(margins) > ROUNDING
+            np.testing.assert_array_equal(
+                fired[is_clear], margins[is_clear] > 0, f"{name}: {rule}"
+            )
+            num_fired[rule] += fired[is_clear].sum()
+            num_unclear += (np.abs(margins) <= ROUNDING).sum()
+    assert all(num_fired.values()), num_fired
+    assert num_unclear <= 10
+
+
+def replaced(detection, trace, change):
+    """A trace with other steps: `change` gets and returns `[num_steps, ...]`."""
+    return detection.Trace(
+        change(trace.loss), change(trace.norm), change(trace.leaves), trace.labels
+    )
+
+
+def test_verdicts_know_nothing_of_the_future(detection, traces, verdicts):
+    stops = np.random.default_rng(0).integers(1, [len(x.loss) for x in traces])
+
+    def cut(trace, stop):
+        def change(x):
+            x = x.copy()
+            x[stop:] = 1e3
+            return x
+
+        return replaced(detection, trace, change)
+
+    cuts = [cut(*pair) for pair in zip(traces, stops, strict=True)]
+    for verdict, expected, stop in zip(
+        detection.watch(cuts), verdicts, stops, strict=True
+    ):
+        for x, y in zip(verdict, expected, strict=True):
+            np.testing.assert_array_equal(x[:stop], y[:stop])
+
+
+def test_nonfinite_steps_blind_no_rule(detection, traces, verdicts):
+    """All other steps are judged as without them, whose other leaves are large."""
+    rng = np.random.default_rng(0)
+    places = [rng.integers(1, len(trace.loss), 5).repeat(3) for trace in traces]
+    values = np.tile([np.nan, np.inf, np.nan], 5)
+
+    def hit(trace, where):
+        def change(x):
+            bad = np.full((len(values), *x.shape[1:]), 1e6)
+            bad[(slice(None),) + (0,) * (x.ndim - 1)] = values
+            return np.insert(x, where, bad, axis=0)[: len(x)]
+
+        return replaced(detection, trace, change)
+
+    hits = [hit(*pair) for pair in zip(traces, places, strict=True)]
+    for verdict, expected, where in zip(
+        detection.watch(hits), verdicts, places, strict=True
+    ):
+        is_old = np.insert(np.ones(len(expected.flags), bool), where, False)
+        is_old = is_old[: len(expected.flags)]
+        assert verdict.fired[~is_old, RULES.index("nonfinite")].all()
+        for x, y in zip(verdict, expected, strict=True):
+            np.testing.assert_array_equal(x[is_old], y[: is_old.sum()])
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_score_of_no_judgement(detection, traces, always):
+    flags = [np.full(len(trace.loss), always) for trace in traces]
+    found = detection.score(traces, flags)
+    assert found.macro == found.alive == 100 * always
+    assert found.false_alarms == found.early == 10_000 * always
+    assert found.recovery == 100 * (not always)
+    assert found.mean_flags == found.max_flags == 200 * always
+    assert all((lead > 0) == always for lead in found.lead.values())
+
+
+def test_benchmark_prints_what_it_claims(detection, found, capsys):
+    detection.main(peers=("non-finite check",))
+    printed = capsys.readouterr().out
+    assert f"detect_explosions notices {found.macro:.1f} % of the explos" in printed
+    assert '"non-finite check" notices most: 14.3 %, with 0.0.' in printed
+    assert "In 6 of the 6 D.layer runs caught" in printed

@@ -1,0 +1,511 @@
+"""Explosions: what is noticed, skipped, accepted, undone and told."""
+
+import functools
+import math
+import re
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import optaxclip
+from optaxclip import limits
+from optaxclip.explosions import COUNTS, RULES, count, read_step
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
+PARAMS = {"a": jnp.ones(3), "b": {"c": jnp.full((2, 2), 2.0)}}
+ONLY_NONFINITE: Any = {"norm": None, "share": None, "loss": None}
+
+
+def grads_of(size, like: Any = PARAMS) -> Any:
+    """Gradients with a norm of `size` in each leaf."""
+    return jax.tree.map(lambda x: jnp.full_like(x, size / math.sqrt(x.size)), like)
+
+
+def healthy(num, seed=0) -> Any:
+    rng = np.random.default_rng(seed)
+    return np.exp(0.2 * rng.standard_normal(num)).astype(np.float32)
+
+
+@functools.cache
+def update_of(tx) -> Any:
+    return jax.jit(lambda g, s, p, value: tx.update(g, s, p, value=value))
+
+
+def run(tx, sizes, losses=None, state: Any = None, params: Any = PARAMS) -> Any:
+    """(parameters, state) after gradients of these sizes, and the updates."""
+    state = tx.init(params) if state is None else state
+    losses = np.ones(len(sizes)) if losses is None else losses
+    found = []
+    for size, loss in zip(sizes, losses, strict=True):
+        grads = size if isinstance(size, dict) else grads_of(size)
+        updates, state = update_of(tx)(grads, state, params, jnp.float32(loss))
+        params = optax.apply_updates(params, updates)
+        found.append(updates)
+    return params, state, found
+
+
+def fired(state) -> list[str]:
+    flags = read_step(state["explosions"], "last").fired
+    return [rule for rule, flag in zip(RULES, flags, strict=True) if flag]
+
+
+def is_zero(updates) -> bool:
+    return not any(np.any(x) for x in jax.tree.leaves(updates))
+
+
+DETECT = optaxclip.detect_explosions()
+SKIP = optaxclip.skip_explosions(optax.sgd(0.01, momentum=0.9))
+
+
+@pytest.mark.parametrize(
+    ("size", "loss", "rules"),
+    [
+        (1.0, 1.0, []),
+        (50.0, 1.0, ["norm"]),
+        (1.0, 50.0, ["loss"]),
+        (50.0, 50.0, ["norm", "loss"]),
+        (math.nan, 1.0, ["nonfinite"]),
+        (math.inf, 1.0, ["nonfinite"]),
+        (1.0, math.nan, ["nonfinite"]),
+        (1.0, math.inf, ["nonfinite"]),
+        (2e38, 1.0, ["norm"]),
+        (0.0, 1.0, []),
+        (1.0, -5.0, []),
+    ],
+)
+def test_which_rules_fire(size, loss, rules):
+    _, state, _ = run(DETECT, healthy(20))
+    _, state, updates = run(DETECT, [size], [loss], state)
+    assert fired(state) == rules
+    chex.assert_trees_all_equal(updates[0], grads_of(size))
+
+
+def test_a_layer_that_explodes_under_a_larger_one():
+    _, state, _ = run(DETECT, healthy(100))
+    grads = {"a": grads_of(1.0)["a"], "b": grads_of(1e-3)["b"]}
+    _, state, _ = run(DETECT, [grads] * 300, state=state)
+    assert not fired(state)
+    for step in range(3):
+        grads["b"] = grads_of(1e-2)["b"]
+        _, state, _ = run(DETECT, [grads], state=state)
+        assert fired(state) == (["share"] if step == 2 else [])
+    last = read_step(state["explosions"], "last")
+    assert last.leaf == 1
+    np.testing.assert_allclose(last.share, 1e-2, rtol=1e-3)
+
+
+def test_the_leaf_that_led():
+    _, state, _ = run(DETECT, healthy(20))
+    for leaf, name in enumerate(("a", "b")):
+        grads = grads_of(1.0) | {name: grads_of(100.0)[name]}
+        _, after, _ = run(DETECT, [grads], state=state)
+        assert read_step(after["explosions"], "last").leaf == leaf
+        # Beside one that is not finite no growth counts.
+        other = "ba"[leaf]
+        grads = grads | {other: grads_of(math.nan)[other]}
+        _, after, _ = run(DETECT, [grads], state=state)
+        assert read_step(after["explosions"], "last").leaf == 1 - leaf
+
+
+def test_counts_and_the_step_at_which_it_began():
+    sizes = [*healthy(20), 50, 1, math.nan, math.nan, *healthy(11), 900, 1]
+    _, state, _ = run(DETECT, sizes)
+    state = state["explosions"]
+    counts = dict(zip(COUNTS, np.asarray(state.counts), strict=True))
+    assert counts == {
+        "steps": 37,
+        "nonfinite": 2,
+        "norm": 2,
+        "share": 0,
+        "loss": 0,
+        "exploded": 4,
+        "in_a_row": 0,
+        "nonfinite_in_a_row": 0,
+        "last": 35,
+    }
+    assert read_step(state, "last").step == 36
+    assert read_step(state, "nonfinite").step == 22
+    # 22 and 23 belong to the explosion of 20, 35 comes more than ten steps later.
+    assert read_step(state, "began").step == 35
+    _, state, _ = run(DETECT, sizes[:30])
+    assert read_step(state["explosions"], "began").step == 20
+
+
+def test_the_growth_of_the_norm():
+    sizes = [1.0] * 20 + [1.3**i for i in range(8)]
+    _, state, _ = run(DETECT, [*sizes, math.nan])
+    growth = read_step(state["explosions"], "last").growth
+    np.testing.assert_allclose(growth, 1.3, rtol=1e-5)
+    _, state, _ = run(DETECT, [3.0])
+    assert read_step(state["explosions"], "last").growth == 1
+    _, state, _ = run(DETECT, [1.0, 2.0, 4.0])
+    growth = read_step(state["explosions"], "last").growth
+    np.testing.assert_allclose(growth, 2, rtol=1e-6)
+
+
+def test_any_limit_is_a_rule():
+    tx = optaxclip.detect_explosions(
+        norm=10.0, share=0.9, loss=limits.window_sigma(6.0, window=8)
+    )
+    _, state, _ = run(tx, [1.0] * 9, [-1, -2] * 4 + [-1])
+    assert fired(state) == []
+    assert fired(run(tx, [8.0], [5.0], state)[1]) == ["norm", "loss"]
+    assert fired(run(tx, [1.0], [-1.5], state)[1]) == []
+    grads = grads_of(1.0) | {"b": grads_of(0.1)["b"]}
+    assert fired(run(tx, [grads], [-1.5], state)[1]) == ["share"]
+    tx = optaxclip.detect_explosions(**ONLY_NONFINITE)
+    assert fired(run(tx, [1.0, 1e30], [1.0, 1e30])[1]) == []
+
+
+def test_after_the_optimizer_the_norm_is_that_of_the_update():
+    tx = optax.chain(optax.sgd(1e-3), optaxclip.detect_explosions())
+    _, state, _ = run(tx, [1.0])
+    norm = read_step(state[1]["explosions"], "last").norm
+    np.testing.assert_allclose(norm, 1e-3 * math.sqrt(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("tx", [DETECT, SKIP])
+def test_trees_without_leaves_and_losses_of_other_types(tx):
+    update, state = tx.update, tx.init({})
+    assert update({}, state, {})[0] == {}
+    for value in (1, 1.0, np.float16(2), jnp.bfloat16(3), None):
+        update(PARAMS, tx.init(PARAMS), PARAMS, value=value)
+    with pytest.raises(ValueError, match=re.escape("not of shape (2,)")):
+        update(PARAMS, tx.init(PARAMS), PARAMS, value=jnp.ones(2))
+
+
+def test_100_000_heavy_tailed_steps():
+    rng = np.random.default_rng(0)
+    norms = np.exp(0.5 * rng.standard_normal(100_000)).astype(np.float32)
+    losses = np.exp(0.2 * rng.standard_normal(100_000)).astype(np.float32)
+    tx = optaxclip.skip_explosions(optax.sgd(1e-9))
+
+    def step(state, row):
+        _, state = tx.update({"a": row[:1]}, state, value=row[1])
+        return state, state["explosions"].explosions.counts
+
+    state = tx.init({"a": jnp.ones(1)})
+    rows = np.stack([norms, losses], axis=1)
+    state, counts = jax.jit(lambda *args: lax.scan(step, *args))(state, rows)
+    counts = {name: np.asarray(counts)[-1, i] for i, name in enumerate(COUNTS)}
+    assert counts["steps"] == 100_000
+    assert counts["exploded"] <= 100  # 10 in 10,000
+    assert counts["share"] == counts["nonfinite"] == 0
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init({"a": jnp.ones(1)}))
+
+
+# What others do, and what this library must not do.
+
+
+def test_apply_if_finite_applies_the_nan_in_the_end():
+    theirs = optax.with_extra_args_support(optax.apply_if_finite(optax.adam(0.1), 3))
+    ours = optaxclip.skip_explosions(optax.adam(0.1))
+    sizes = [1.0] + [math.nan] * 120 + [1.0] * 5
+    params, _, _ = run(theirs, sizes)
+    assert np.isnan(params["a"]).all()
+    params, state, found = run(ours, sizes)
+    chex.assert_tree_all_finite((params, state["explosions"].inner_state))
+    assert all(is_zero(updates) for updates in found[1:121])
+    expected, _, _ = run(ours, [1.0] * 6)
+    chex.assert_trees_all_equal(params, expected)
+
+
+def test_apply_if_finite_tests_only_the_incoming_gradients():
+    inner = optax.stateless(lambda u, p: jax.tree.map(lambda x: x / (x - 1), u))
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    theirs = optax.with_extra_args_support(optax.apply_if_finite(inner, 3))
+    assert not np.isfinite(run(theirs, [grads])[0]["a"]).any()
+    params, _, _ = run(optaxclip.skip_explosions(inner), [grads])
+    chex.assert_trees_all_equal(params, PARAMS)
+
+
+def skip_by_product(tx, sigmas=6.0, window=128) -> Any:
+    """As Levanter and OLMo-core: the update times 0, and every norm is learned."""
+
+    def init(params):
+        return tx.init(params), jnp.zeros(window), jnp.zeros([], jnp.int32)
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        inner, norms, num = state
+        norm = optaxclip.global_norm(updates)
+        known = jnp.arange(window) < num
+        mean, std = jnp.mean(norms, where=known), jnp.std(norms, where=known)
+        taken = (norm - mean <= sigmas * std) | (num < window // 2)
+        norms = norms.at[num % window].set(norm)
+        updates, new = tx.update(updates, inner, params)
+        factor = taken.astype(jnp.float32)
+        updates = jax.tree.map(lambda x: factor * x, updates)
+        return updates, (new, norms, num + 1)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def test_levanter_lets_the_nan_through_and_is_blind_afterwards():
+    theirs = skip_by_product(optax.sgd(0.01))
+    params, _, _ = run(theirs, [*healthy(70), math.nan])
+    assert np.isnan(params["a"]).all()
+    # Blind: a window with a NaN compares as False; nothing is taken, spike or not.
+    _, state, _ = run(theirs, [*healthy(70), math.nan])
+    _, _, found = run(theirs, [1.0], state=state)
+    assert is_zero(found[0])
+    params, state, found = run(SKIP, [*healthy(70), math.nan])
+    chex.assert_tree_all_finite(params)
+    assert is_zero(found[-1])
+    assert not is_zero(run(SKIP, [1.0], state=state)[2][0])
+    assert is_zero(run(SKIP, [100.0], state=state)[2][0])
+
+
+def skip_above_ema(tx, multiple=20.0, decay=0.99) -> Any:
+    """As axlearn: only accepted steps are learned."""
+
+    def init(params):
+        return tx.init(params), jnp.ones([])
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        inner, mean = state
+        norm = optaxclip.global_norm(updates)
+        taken = norm < multiple * mean
+        updates, new = tx.update(updates, inner, params)
+        updates, inner = jax.tree.map(
+            lambda x, y: jnp.where(taken, x, y),
+            (updates, new),
+            (jax.tree.map(jnp.zeros_like, updates), inner),
+        )
+        mean = jnp.where(taken, decay * mean + (1 - decay) * norm, mean)
+        return updates, (inner, mean)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def test_axlearn_rejects_a_new_regime_for_ever():
+    sizes = [*healthy(100), *(100 * healthy(500, seed=1))]
+    _, _, found = run(skip_above_ema(optax.sgd(1e-6)), sizes)
+    assert all(is_zero(updates) for updates in found[100:])
+    _, _, found = run(SKIP, sizes)
+    is_skipped = [is_zero(updates) for updates in found[100:]]
+    assert is_skipped[:9] == [True] * 9
+    assert sum(is_skipped) <= 12
+
+
+# The responses.
+
+
+@pytest.mark.parametrize("max_consecutive", [1, 2, 10])
+def test_a_change_of_regime_is_accepted_within_max_consecutive(max_consecutive):
+    tx = optaxclip.skip_explosions(optax.sgd(0.01), max_consecutive=max_consecutive)
+    _, state, _ = run(tx, healthy(70))
+    _, state, found = run(tx, [1e3] * 30, state=state)
+    is_skipped = [is_zero(updates) for updates in found]
+    assert is_skipped == [True] * (max_consecutive - 1) + [False] * (
+        31 - max_consecutive
+    )
+    metrics = optaxclip.metrics(state)
+    np.testing.assert_allclose(
+        metrics["explosions/skipped"], (max_consecutive - 1) / 100, rtol=1e-6
+    )
+
+
+def test_gives_up_after_100_non_finite_steps_in_a_row_and_never_takes_one():
+    _, state, _ = run(SKIP, [1.0] + [math.nan] * 99)
+    assert not state["explosions"].gave_up
+    optaxclip.raise_if_exploded(state)
+    _, state, found = run(SKIP, [math.nan], state=state)
+    assert is_zero(found[0])
+    assert optaxclip.metrics(state)["explosions/gave_up"] == 1
+    with pytest.raises(optaxclip.ExplosionError, match="100 non-finite steps in a row"):
+        optaxclip.raise_if_exploded(state, PARAMS)
+    _, state, _ = run(SKIP, [1.0], state=state)
+    assert not state["explosions"].gave_up
+
+
+def test_cool_down_halves_and_recovers():
+    tx = optaxclip.skip_explosions(optax.sgd(1.0), cool_down=0.5, recovery=1.1)
+    _, state, found = run(tx, [1.0, math.nan, math.nan, 1.0, 1.0])
+    np.testing.assert_allclose(state["explosions"].scale, 0.25 * 1.1**2, rtol=1e-6)
+    sizes = [optaxclip.leaf_norms(updates)[0] for updates in found]
+    np.testing.assert_allclose(sizes, [1, 0, 0, 0.275, 0.3025], rtol=1e-6)
+    _, state, _ = run(tx, [math.nan] * 20, state=state)
+    assert 0 < state["explosions"].scale <= 1 / 64
+    _, state, _ = run(tx, [1.0] * 100, state=state)
+    assert state["explosions"].scale == 1
+
+
+def test_rollback_returns_to_a_quiet_step():
+    tx = optaxclip.skip_explosions(
+        optax.adam(0.1), rollback=True, snapshot_every=5, loss=None
+    )
+    history = []
+    params, state = PARAMS, None
+    for size in healthy(17):
+        inner = state["explosions"].inner_state if state else tx.init(PARAMS)
+        history.append((params, inner))
+        params, state, _ = run(tx, [size], state=state, params=params)
+    # Snapshots at steps 4, 9 and 14; the one of 9 is the older when it explodes.
+    before = params
+    params, state, _ = run(tx, [1e3, math.nan], state=state, params=params)
+    chex.assert_trees_all_equal(params, before)
+    params, state, _ = run(tx, [1e3], state=state, params=params)
+    assert optaxclip.metrics(state)["explosions/rollbacks"] == 1
+    expected_params, expected_inner = history[9]
+    chex.assert_trees_all_equal(state["explosions"].inner_state, expected_inner)
+    chex.assert_trees_all_close(params, expected_params, rtol=2e-7)
+    # The newer may carry the explosion: now both are the older.
+    older, newer, num_quiet = state["explosions"].snapshots
+    chex.assert_trees_all_equal(older, (expected_params, expected_inner))
+    chex.assert_trees_all_equal(newer, older)
+    assert num_quiet == 0
+
+
+def test_rollback_is_exact_to_a_rounding_of_the_larger():
+    tx = optaxclip.skip_explosions(optax.sgd(1.0), rollback=True, **ONLY_NONFINITE)
+    state = tx.init(PARAMS)
+    for factor in (1.5, -3.0, 1e6):
+        params = jax.tree.map(lambda x, f=factor: f * x, PARAMS)
+        after, _, _ = run(tx, [math.nan] * 3, state=state, params=params)
+        for x, y, p in zip(*map(jax.tree.leaves, (after, PARAMS, params)), strict=True):
+            assert np.all(abs(x - y) <= 1.2e-7 * np.maximum(abs(p), abs(y)))
+
+
+def test_without_params_a_rollback_raises():
+    tx = optaxclip.skip_explosions(optax.sgd(1.0), rollback=True)
+    with pytest.raises(ValueError, match="with params"):
+        tx.update(PARAMS, tx.init(PARAMS))
+
+
+def test_stabilize_survives_what_kills_the_optimizer():
+    def losses(params, scale):
+        return scale * jnp.sum(jnp.square(params["a"]) ** 2)
+
+    def train(tx):
+        tx = optax.with_extra_args_support(tx)
+
+        def step(carry, scale):
+            params, state = carry
+            loss, grads = jax.value_and_grad(losses)(params, scale)
+            updates, state = tx.update(grads, state, params, value=loss)
+            return (optax.apply_updates(params, updates), state), loss
+
+        scales = jnp.ones(400).at[200:203].set(1e4)
+        carry = {"a": jnp.ones(3)}, tx.init({"a": jnp.ones(3)})
+        return jax.jit(lambda c: lax.scan(step, c, scales))(carry)
+
+    (params, _), _ = train(optax.sgd(0.3))
+    assert not np.isfinite(params["a"]).all()
+    (params, state), found = train(optaxclip.stabilize(optax.sgd(0.3)))
+    chex.assert_tree_all_finite(params)
+    assert found[-1] < found[0]
+    optaxclip.raise_if_exploded(state, params)
+
+
+def test_stabilize_takes_a_fixed_limit_too():
+    tx = optaxclip.stabilize(optax.sgd(1.0), max_norm=0.5, rollback=False)
+    _, state, found = run(tx, [1.0])
+    np.testing.assert_allclose(optaxclip.global_norm(found[0]), 0.5, rtol=1e-6)
+    assert optaxclip.metrics(state)["clip/limit"] == 0.5
+
+
+# What the host is told.
+
+
+def test_the_message_of_an_explosion_names_step_rule_leaf_and_numbers():
+    sizes = [*healthy(20), 50.0, 100.0, grads_of(1.0) | {"b": grads_of(math.inf)["b"]}]
+    _, state, _ = run(DETECT, sizes)
+    with pytest.raises(optaxclip.ExplosionError) as error:
+        optaxclip.raise_if_exploded(state, PARAMS)
+    message = str(error.value)
+    for part in (
+        "step 22 was not finite: leaf 'b/c' held inf or NaN",
+        "It began on step 20: the norm was 70.7, above its limit",
+        "had grown most, and the norm by",
+        "optaxclip.stabilize",
+    ):
+        assert part in message
+    with pytest.raises(optaxclip.ExplosionError, match="leaf 1 held"):
+        optaxclip.raise_if_exploded(state)
+
+
+def test_the_message_of_a_loss_that_is_not_finite():
+    _, state, _ = run(DETECT, [1.0], [math.inf])
+    with pytest.raises(optaxclip.ExplosionError, match="the loss was inf, with finite"):
+        optaxclip.raise_if_exploded(state, PARAMS)
+
+
+def test_nothing_is_raised_on_what_was_survived():
+    tx = optax.chain(optaxclip.detect_explosions(label="gradients"), SKIP)
+    _, state, _ = run(tx, [*healthy(20), 50.0, math.nan, *[1e3] * 20])
+    optaxclip.raise_if_exploded(state, PARAMS)
+    _, state, _ = run(DETECT, [*healthy(20), 50.0, 1.0])
+    optaxclip.raise_if_exploded(state, PARAMS)
+
+
+def test_what_the_inner_transformation_made_is_found_in_its_state():
+    # A finite gradient whose square is not: a second moment that stays inf for ever.
+    _, state, _ = run(optaxclip.skip_explosions(optax.adam(0.1)), [1e30])
+    with pytest.raises(optaxclip.ExplosionError, match=r"0/nu/a.* holds inf or NaN"):
+        optaxclip.raise_if_exploded(state, PARAMS)
+
+
+def test_a_state_without_explosions_is_an_error():
+    with pytest.raises(ValueError, match="found no state"):
+        optaxclip.raise_if_exploded(optax.adam(0.1).init(PARAMS))
+
+
+def test_equal_labels_are_an_error_also_inside_a_skip():
+    tx = optaxclip.skip_explosions(optax.chain(DETECT, optax.sgd(0.1)))
+    with pytest.raises(ValueError, match="label 'explosions'"):
+        optaxclip.metrics(tx.init(PARAMS))
+
+
+def test_the_state_is_small():
+    params = {str(i): jnp.ones(2) for i in range(100)}
+    bare = optax.adam(1e-3)
+    tx = optaxclip.stabilize(bare, rollback=False)
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(t.init(params))) for t in (tx, bare)]
+    assert sizes[0] - sizes[1] < 4 * 1024 + 40 * 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_consecutive": 0}, "max_consecutive must be >= 1"),
+        ({"snapshot_every": 0}, "snapshot_every must be >= 1"),
+        ({"cool_down": 0.0}, "cool_down must be within (0, 1]"),
+        ({"cool_down": 1.5}, "cool_down must be within (0, 1]"),
+        ({"recovery": 0.9}, "recovery must be >= 1"),
+        ({"norm": -1.0}, "max_norm must be >= 0"),
+        ({"norm": limits.params()}, "limits.params"),
+    ],
+)
+def test_bad_values(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optaxclip.skip_explosions(optax.sgd(0.1), **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_consecutive": 2.0},
+        {"rollback": 1},
+        {"label": ""},
+        {"cool_down": "half"},
+        {"norm": "large"},
+    ],
+)
+def test_bad_types(arguments):
+    with pytest.raises(TypeError):
+        optaxclip.skip_explosions(optax.sgd(0.1), **arguments)
+
+
+def test_count_reads_by_name():
+    _, state, _ = run(DETECT, [1.0, math.nan])
+    assert count(state["explosions"], "steps") == 2
+    assert count(state["explosions"], "nonfinite_in_a_row") == 1
