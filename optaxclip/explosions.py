@@ -189,13 +189,14 @@ def skip_explosions(
     an update would overflow the dtype of its parameter, those elements become 0.
 
     Two more responses are off unless asked for. To cool down: a factor of the inner
-    updates that each skipped step multiplies by `cool_down`, down to 1/64, and any
-    other by `recovery`, up to 1. To roll back: three explosions in a row take
-    parameters and inner state back to those of a quiet step, `snapshot_every` to
-    `2 * snapshot_every` quiet steps ago. The update is then `snapshot - params`, which
-    `optax.apply_updates` turns into the snapshot to one rounding of the larger of the
-    two. It takes the memory of two copies of both, and on healthy steps one read of
-    one copy of the parameters.
+    updates, times `cool_down` at a second explosion in a row and times its square at a
+    third, down to 1/64; every quiet step multiplies it by `recovery`, up to 1. To roll
+    back: the third explosion in a row takes parameters and inner state back to those of
+    a quiet step, `snapshot_every` to `2 * snapshot_every` quiet steps ago. The update
+    is then `snapshot - params`, which `optax.apply_updates` turns into the snapshot to
+    one rounding of the larger of the two. If explosions go on all the same and are
+    accepted, the factor is raised again. A rollback takes the memory of two copies of
+    both, and on healthy steps one read of one copy of the parameters.
 
     Args:
       inner: The optimizer; it gets all extra arguments.
@@ -204,8 +205,8 @@ def skip_explosions(
       loss: As in `detect_explosions`.
       max_consecutive: At most one fewer finite explosions in a row are skipped; at
         least 1.
-      cool_down: Factor of the scale for a skipped step, within (0, 1]; None for off.
-      recovery: Factor of the scale for any other step, >= 1.
+      cool_down: What the updates are multiplied by, within (0, 1]; None for off.
+      recovery: Growth of that factor in a quiet step, >= 1.
       rollback: Whether to roll back; `update` then needs `params`.
       snapshot_every: Number of quiet steps between snapshots, at least 1.
       specs: As in `detect_explosions`.
@@ -278,9 +279,14 @@ def skip_explosions(
 
         scale = state.scale
         if cool_down is not None:
-            lower = jnp.maximum(scale * cool_down, _LEAST_SCALE)
-            higher = jnp.minimum(scale * recovery, 1)
-            scale = jnp.where(is_skipped, lower, higher).astype(jnp.float32)
+            # At a second explosion in a row, and twice at a third. A change of regime
+            # that outlasts a rollback was not the fault of the steps: warm up again.
+            power = jnp.select(
+                [is_skipped & (num_in_a_row == n) for n in (2, 3)], [1.0, 2.0]
+            )
+            power = jnp.where(is_accepted & rollback, -3.0, power)
+            change = jnp.where(is_exploded, jnp.power(cool_down, power), recovery)
+            scale = jnp.clip(scale * change, _LEAST_SCALE, 1).astype(jnp.float32)
 
         inner_state, snapshots = state.inner_state, state.snapshots
         is_rolled_back = is_skipped & (num_in_a_row == _NUM_UNTIL_ROLLBACK)

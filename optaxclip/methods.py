@@ -1,4 +1,4 @@
-"""Published clipping methods by their names: a norm clip and the limit of the paper."""
+"""Methods by their names: published clips, and the recommended stack."""
 
 from typing import Any
 
@@ -265,7 +265,38 @@ def stabilize(
     """Wraps an optimizer in the recommended stack, without a number to choose.
 
     `skip_explosions(chain(clip_by_norm(limits.log_quantile()), optimizer),
-    cool_down=0.5, rollback=True)`.
+    cool_down=0.5, rollback=True)`: clips to what is usual for the run, skips the steps
+    that explode, and where they go on slows down and returns to earlier parameters.
+    Give the loss as `value=`: corrupt labels show nowhere else.
+
+    Args:
+      optimizer: The optimizer; it gets all extra arguments. A clip of your own inside
+        needs a label other than "clip".
+      max_norm: A limit of the clip on top: a number, schedule or limit.
+      rollback: Whether to keep two copies of parameters and optimizer state to return
+        to; without them far fewer runs are saved.
+      specs: As in `detect_explosions`.
+      stacked: As in `clip_by_norm`.
+
+    Returns:
+      The transformation, with the state `{"explosions": SkipExplosionsState}`, in which
+      the clip has its own. `update` needs `params` for the rollback.
+
+    Raises:
+      ValueError: If an argument is out of range; in `update` if `value` has axes, or
+        without `params` where they are needed.
+      TypeError: If an argument is of the wrong type.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> tx = optaxclip.stabilize(optax.adam(1e-3))
+      >>> params = {"w": jnp.ones(2)}
+      >>> state = tx.init(params)
+      >>> for g in [jnp.ones(2), jnp.full(2, jnp.inf)]:
+      ...     updates, state = tx.update({"w": g}, state, params, value=jnp.array(1.0))
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(params["w"].round(3), optaxclip.metrics(state)["explosions/exploded"])
+      [0.999 0.999] 1
     """
     limit = limits.log_quantile()
     if max_norm is not None:

@@ -54,6 +54,7 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     | `explosions/growth` | the growth of the norm per step, fitted to the last eight |
     | `explosions/norm`, `norm_limit`, `loss`, `loss_limit` | of the last step |
     | `explosions/skipped` | skip only: the share of all steps so far it skipped |
+    | `explosions/num_skipped` | skip only: their number |
     | `explosions/gave_up` | skip only: 1 if the last 100 steps were not finite |
     | `explosions/scale` | skip only: the factor of the updates, below 1 to cool down |
     | `explosions/rollbacks` | skip only: the number of rollbacks |
@@ -119,6 +120,7 @@ def _explosion_metrics(label: str, state: Any) -> dict[str, jax.Array]:
         num_skipped, num_rollbacks = state.num_responses
         num_steps = jnp.maximum(count(state.explosions, "steps"), 1)
         result = {
+            "num_skipped": num_skipped,
             "skipped": num_skipped.astype(jnp.float32) / num_steps.astype(jnp.float32),
             "gave_up": state.gave_up.astype(jnp.int32),
             "scale": state.scale,

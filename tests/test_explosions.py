@@ -327,16 +327,31 @@ def test_gives_up_after_100_non_finite_steps_in_a_row_and_never_takes_one():
     assert not state["explosions"].gave_up
 
 
-def test_cool_down_halves_and_recovers():
+def test_cool_down_when_explosions_go_on_and_recovery():
     tx = optaxclip.skip_explosions(optax.sgd(1.0), cool_down=0.5, recovery=1.1)
-    _, state, found = run(tx, [1.0, math.nan, math.nan, 1.0, 1.0])
-    np.testing.assert_allclose(state["explosions"].scale, 0.25 * 1.1**2, rtol=1e-6)
+    _, state, found = run(tx, [1.0, math.nan, 1.0, math.nan, math.nan, 1.0, 1.0])
+    np.testing.assert_allclose(state["explosions"].scale, 0.5 * 1.1**2, rtol=1e-6)
     sizes = [optaxclip.leaf_norms(updates)[0] for updates in found]
-    np.testing.assert_allclose(sizes, [1, 0, 0, 0.275, 0.3025], rtol=1e-6)
-    _, state, _ = run(tx, [math.nan] * 20, state=state)
-    assert 0 < state["explosions"].scale <= 1 / 64
+    np.testing.assert_allclose(sizes, [1, 0, 1, 0, 0, 0.55, 0.605], rtol=1e-6)
+    _, state, _ = run(tx, [math.nan] * 9, state=state)
+    np.testing.assert_allclose(state["explosions"].scale, 0.605 / 8, rtol=1e-6)
+    _, state, _ = run(tx, [1.0, math.nan, math.nan, math.nan] * 5, state=state)
+    assert state["explosions"].scale == 1 / 64
     _, state, _ = run(tx, [1.0] * 100, state=state)
     assert state["explosions"].scale == 1
+
+
+@pytest.mark.parametrize(("rollback", "scale"), [(True, 1.0), (False, 0.125)])
+def test_a_change_of_regime_that_outlasts_a_rollback_is_not_cooled_down(
+    rollback, scale
+):
+    tx = optaxclip.skip_explosions(
+        optax.sgd(1e-6), cool_down=0.5, recovery=1.0, rollback=rollback
+    )
+    _, state, _ = run(tx, [*healthy(70), *[1e3] * 9])
+    np.testing.assert_allclose(state["explosions"].scale, 0.125, rtol=1e-6)
+    _, state, _ = run(tx, [1e3], state=state)
+    np.testing.assert_allclose(state["explosions"].scale, scale, rtol=1e-6)
 
 
 def test_rollback_returns_to_a_quiet_step():
