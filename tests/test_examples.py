@@ -458,6 +458,79 @@ def test_divergence_ends_with_a_message(lstm, mnist, digits, tmp_path):
     assert (tmp_path / "curves.png").exists()
 
 
+# --- The explosions
+
+
+# One test, since each worker of pytest-xdist would compile both programs anew.
+def test_an_explosion_that_kills_one_run_is_survived_by_the_other(
+    lstm, digits, tmp_path, capsys
+):
+    from matplotlib.image import imread
+
+    flags = {**FLAGS, "steps": 80, "seed": 5, "explode": True}
+    result = lstm.main(data=digits, logdir=tmp_path, **flags)
+    plain, stabilized = result["plain"], result["stabilized"]
+    fatal = result["corrupted"][7]  # the one with inf
+    assert f"step {fatal} was not finite: leaf 'head/bias' held inf" in plain["error"]
+    assert plain["error"] in capsys.readouterr().out
+    assert plain["steps"] == 48  # the end of the dispatch
+    assert max(plain["history"]["loss"]) == fatal - 1
+    assert not all(np.isfinite(x).all() for x in jax.tree.leaves(plain["params"]))
+    assert plain["accuracy"] < 0.2
+    assert (plain["skipped"], plain["rollbacks"]) == ([], 0)
+
+    assert stabilized["error"] is None
+    assert stabilized["steps"] == 80
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(stabilized["params"]))
+    assert set(stabilized["history"]["loss"]) == set(range(80)) - {fatal}
+    assert fatal in stabilized["skipped"]
+    assert len(set(stabilized["skipped"]) - set(result["corrupted"])) <= 2
+    sound = set(stabilized["history"]["loss"]) - set(result["corrupted"])
+    loss = [stabilized["history"]["loss"][step] for step in sorted(sound)]
+    assert np.mean(loss[-10:]) < 0.5 * np.mean(loss[:10])
+    assert stabilized["accuracy"] > 0.7
+    for name in ("loss", "norm"):  # the same parameters and images
+        first = [run["history"][name][0] for run in (plain, stabilized)]
+        assert first[0] == pytest.approx(first[1], rel=1e-5)
+
+    pixels = imread(result["picture"])[..., :3]
+    for color in ("#0072b2", "#d55e00", "#cccccc"):
+        rgb = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        assert (np.abs(pixels - rgb).max(axis=-1) < 0.01).sum() > 100, color
+
+
+def test_only_the_corrupted_batches_are(mnist, digits):
+    explode = importlib.import_module("explode")
+    data = mnist.load(digits)
+    batches = mnist.shuffled(300, (60, 20), seed=1)
+    images, labels, changed, steps = explode.corrupt(data, batches, seed=1)
+    factors = [factor for fault in explode.FAULTS for factor in fault]
+    assert len(set(steps)) == len(factors)
+    assert [i for i in range(60) if (changed[i] != batches[i]).any()] == steps
+    np.testing.assert_array_equal(images[:300], data.train_images)
+    np.testing.assert_array_equal(labels[:300], data.train_labels)
+    for step, factor in zip(steps, factors, strict=True):
+        before = data.train_images[batches[step]].astype(float)
+        after = images[changed[step]]
+        if factor > 1e36:
+            assert np.isinf(after).any()
+        else:
+            np.testing.assert_allclose(after, before * factor, rtol=1e-6)
+        before, after = data.train_labels[batches[step]], labels[changed[step]]
+        assert (before != after).any()
+        np.testing.assert_array_equal(np.sort(before), np.sort(after))
+    assert explode.corrupt(data, batches, seed=1)[3] == steps
+    assert explode.corrupt(data, batches, seed=2)[3] != steps
+
+
+def test_an_explosion_needs_steps_before_and_after(lstm, mnist, digits, tmp_path):
+    with pytest.raises(mnist.InputError, match="needs 60 steps, got 59"):
+        lstm.main(data=digits, logdir=tmp_path, steps=59, explode=True)
+
+
+# --- The command line
+
+
 def test_the_command_line_names_every_knob_and_every_error(
     tmp_path, monkeypatch, capsys
 ):
@@ -472,6 +545,7 @@ def test_the_command_line_names_every_knob_and_every_error(
     knobs = "data clip max hidden layers batch-size steps optimizer learning-rate seed"
     for knob in f"{knobs} logdir preset".split():
         assert f"--{knob} " in shown
+    assert "--explode, " in shown
     message = str(run("--data", str(tmp_path)).code)
     assert message.startswith("error: ")
     assert message.endswith("no such file, nor with .gz")
