@@ -189,14 +189,15 @@ def skip_explosions(
     an update would overflow the dtype of its parameter, those elements become 0.
 
     Two more responses are off unless asked for. To cool down: a factor of the inner
-    updates, times `cool_down` at a second explosion in a row and times its square at a
-    third, down to 1/64; every quiet step multiplies it by `recovery`, up to 1. To roll
-    back: the third explosion in a row takes parameters and inner state back to those of
-    a quiet step, `snapshot_every` to `2 * snapshot_every` quiet steps ago. The update
-    is then `snapshot - params`, which `optax.apply_updates` turns into the snapshot to
-    one rounding of the larger of the two. If explosions go on all the same and are
-    accepted, the factor is raised again. A rollback takes the memory of two copies of
-    both, and on healthy steps one read of one copy of the parameters.
+    updates, times `cool_down` at an explosion within ten steps of another and times its
+    square at a third in a row, down to 1/64; every quiet step multiplies it by
+    `recovery`, up to 1. To roll back: the third explosion in a row takes parameters and
+    inner state back to those of a quiet step, `snapshot_every` to `2 * snapshot_every`
+    quiet steps ago. The update is then `snapshot - params`, which `optax.apply_updates`
+    turns into the snapshot to one rounding of the larger of the two. If explosions go
+    on all the same and are accepted, the factor is raised again. A rollback takes the
+    memory of two copies of both, and on healthy steps one read of one copy of the
+    parameters.
 
     Args:
       inner: The optimizer; it gets all extra arguments.
@@ -279,11 +280,18 @@ def skip_explosions(
 
         scale = state.scale
         if cool_down is not None:
-            # At a second explosion in a row, and twice at a third. A change of regime
-            # that outlasts a rollback was not the fault of the steps: warm up again.
-            power = jnp.select(
-                [is_skipped & (num_in_a_row == n) for n in (2, 3)], [1.0, 2.0]
+            # Not for a single explosion, but for one soon after another, and twice for
+            # a third in a row. A change of regime that outlasts a rollback was not the
+            # fault of the steps: warm up again.
+            last = count(state.explosions, "last")
+            is_soon = (last >= 0) & (
+                count(state.explosions, "steps") - last <= _MAX_GAP
             )
+            power = jnp.select(
+                [num_in_a_row == n for n in (1, 2, 3)],
+                [jnp.where(is_soon, 1.0, 0.0), 1.0, 2.0],
+            )
+            power = jnp.where(is_skipped, power, 0)
             power = jnp.where(is_accepted & rollback, -3.0, power)
             change = jnp.where(is_exploded, jnp.power(cool_down, power), recovery)
             scale = jnp.clip(scale * change, _LEAST_SCALE, 1).astype(jnp.float32)

@@ -329,12 +329,15 @@ def test_gives_up_after_100_non_finite_steps_in_a_row_and_never_takes_one():
 
 def test_cool_down_when_explosions_go_on_and_recovery():
     tx = optaxclip.skip_explosions(optax.sgd(1.0), cool_down=0.5, recovery=1.1)
-    _, state, found = run(tx, [1.0, math.nan, 1.0, math.nan, math.nan, 1.0, 1.0])
+    quiet = [1.0] * 10
+    _, state, found = run(tx, [math.nan, *quiet, math.nan, math.nan, 1.0, 1.0])
     np.testing.assert_allclose(state["explosions"].scale, 0.5 * 1.1**2, rtol=1e-6)
     sizes = [optaxclip.leaf_norms(updates)[0] for updates in found]
-    np.testing.assert_allclose(sizes, [1, 0, 1, 0, 0, 0.55, 0.605], rtol=1e-6)
-    _, state, _ = run(tx, [math.nan] * 9, state=state)
-    np.testing.assert_allclose(state["explosions"].scale, 0.605 / 8, rtol=1e-6)
+    np.testing.assert_allclose(sizes, [0, *quiet, 0, 0, 0.55, 0.605], rtol=1e-6)
+    _, state, _ = run(tx, [math.nan], state=state)  # within ten steps of another
+    np.testing.assert_allclose(state["explosions"].scale, 0.605 / 2, rtol=1e-6)
+    _, state, _ = run(tx, [math.nan] * 8, state=state)
+    np.testing.assert_allclose(state["explosions"].scale, 0.605 / 16, rtol=1e-6)
     _, state, _ = run(tx, [1.0, math.nan, math.nan, math.nan] * 5, state=state)
     assert state["explosions"].scale == 1 / 64
     _, state, _ = run(tx, [1.0] * 100, state=state)
