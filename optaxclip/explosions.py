@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from optaxclip import limits
 from optaxclip.checks import check_label, check_length, check_number
 from optaxclip.limits import LimitLike, as_limit
-from optaxclip.norms import measure, saturating_cast, scaled, shares_of
+from optaxclip.norms import divided, measure_leaves, saturating_cast, scaled
 from optaxclip.scopes import Layout, Stacked, find_scopes, is_gradient, layout_of
 from optaxclip.selecting import update_or_keep
 
@@ -424,7 +424,7 @@ class _Detector:
 
     def init(self, params) -> DetectExplosionsState:
         scopes = self.scopes_of(params)
-        norms, _ = jax.eval_shape(lambda: measure(params, scopes, 2))
+        norms, _ = jax.eval_shape(lambda: measure_leaves(params, scopes))
         dtype = norms.dtype
         sizes = scopes.sizes().astype(dtype)
         numbers = [0] * 3 + [jnp.inf] * 3 + [0] * NUM_RECENT
@@ -467,9 +467,12 @@ class _Detector:
 
     def update(self, updates, value, state) -> DetectExplosionsState:
         dtype = state.baseline.dtype
-        norms, _ = measure(updates, self.scopes_of(updates), 2)
-        norms = saturating_cast(norms, dtype)
-        shares, norm = shares_of(norms)
+        norms, norm = (
+            saturating_cast(x, dtype)
+            for x in measure_leaves(updates, self.scopes_of(updates))
+        )
+        is_positive = (norm > 0) & (norm < jnp.inf)
+        shares = divided(norms, jnp.where(is_positive, norm, 1))
         loss = _loss(value, dtype)
         is_finite = norm < jnp.inf
         # Nothing of a step enters a rule when any of its leaves is not finite.

@@ -153,6 +153,20 @@ def measure(tree: Any, scopes: Scopes, ord: float) -> tuple[Any, Any]:
     return _measure(gradients, scopes=scopes, ord=float(ord))
 
 
+def measure_leaves(tree: Any, scopes: Scopes) -> tuple[jax.Array, jax.Array]:
+    """Norms `[num_leaves]`, and of all leaves together; without derivatives.
+
+    For shares in the norm of all: one read, and one more if that is unsafe, with one
+    unit for all leaves. So what is 1e-19 of the whole may read as 0, but a leaf that is
+    zero costs nothing, and a thousand leaves compile as fast as one norm of all.
+    """
+    leaves = zip(jax.tree.leaves(tree), scopes.leaves, strict=True)
+    gradients = [
+        lax.stop_gradient(jnp.asarray(x)) for x, leaf in leaves if leaf.is_gradient
+    ]
+    return _measure_leaves(gradients, scopes=scopes)
+
+
 def accumulator(leaves: list) -> np.dtype:
     """The dtype in which leaves are measured: float32, or float64 if one of them is."""
     dtypes = {jnp.result_type(x) for x in leaves if is_gradient(x)}
@@ -233,6 +247,20 @@ def _norms(tree: Any, per: Per, ord: float, specs: Any, stacked: Stacked | None)
 
 
 # Jitted on its own, so that a loop without jit compiles it once and not on every step.
+@functools.partial(jax.jit, static_argnames=("scopes",))
+def _measure_leaves(gradients: list[jax.Array], *, scopes: Scopes):
+    dtype = accumulator(gradients)
+    sums, unit = _sums_of_powers(gradients, scopes, 2, dtype, one_unit=True)
+    total = jnp.sum(sums)
+    largest = float(jnp.finfo(dtype).max)
+
+    def norm_of(total):
+        root = jnp.sqrt(total)
+        return where(jnp.isfinite(root), jnp.minimum(root * unit, largest), root)
+
+    return norm_of(sums), norm_of(total)
+
+
 @functools.partial(jax.jit, static_argnames=("scopes", "ord"))
 def _measure(gradients: list[jax.Array], *, scopes: Scopes, ord: float):
     dtype = accumulator(gradients)
@@ -240,7 +268,8 @@ def _measure(gradients: list[jax.Array], *, scopes: Scopes, ord: float):
     @jax.custom_jvp
     def norms_and_excess(gradients):
         if ord in (1, 2):
-            roots, units = _sums_of_powers(gradients, scopes, ord, dtype)
+            sums, units = _sums_of_powers(gradients, scopes, ord, dtype)
+            roots = jax.tree.map(lambda x: _root(x, ord), sums)
         else:
             values = [widened(x, dtype) for x in gradients]
             roots, units = _relative_to_peak(values, scopes, ord, dtype)
@@ -272,8 +301,13 @@ def _measure(gradients: list[jax.Array], *, scopes: Scopes, ord: float):
     return norms_and_excess(gradients)
 
 
-def _sums_of_powers(gradients: list, scopes: Scopes, ord: float, dtype: Any):
-    """(roots, units) for ord 1 and 2: one read, and one more if the sum is unsafe."""
+def _sums_of_powers(
+    gradients: list, scopes: Scopes, ord: float, dtype: Any, *, one_unit: bool = False
+):
+    """(sums, units) for ord 1 and 2: one read, and one more if a sum is unsafe.
+
+    With `one_unit` all scopes share a unit, and it is their sum that has to be safe.
+    """
     # A sum under `low` may have lost elements to underflow. Scaled by 2**-shift the
     # largest float can be raised to `ord` and added up 2**40 times without overflow;
     # by 2**shift, the smallest is far from underflow. Powers of two are exact.
@@ -284,6 +318,9 @@ def _sums_of_powers(gradients: list, scopes: Scopes, ord: float, dtype: Any):
     can_leave = scopes.any_of(
         [leaf.is_gradient and not next(narrow) for leaf in scopes.leaves]
     )
+    shapes = can_leave
+    if one_unit:
+        can_leave = np.any(can_leave)
 
     def sums_of(values):
         return _total([_power(x, ord) for x in values], scopes, "sum", dtype)
@@ -291,8 +328,12 @@ def _sums_of_powers(gradients: list, scopes: Scopes, ord: float, dtype: Any):
     def is_safe(sums, can_leave):
         return ~can_leave | ((sums >= low) & (sums < jnp.inf))
 
+    def to_judge(sums):
+        return jnp.sum(sums) if one_unit else sums
+
     def goes_on(state):
         sums, _, num_reads = state
+        sums = to_judge(sums)
         safe = jax.tree.leaves(jax.tree.map(is_safe, sums, can_leave))
         is_unsafe = functools.reduce(jnp.logical_or, [~jnp.all(x) for x in safe])
         return (num_reads == 0) | ((num_reads == 1) & scopes.anywhere(is_unsafe))
@@ -303,7 +344,7 @@ def _sums_of_powers(gradients: list, scopes: Scopes, ord: float, dtype: Any):
             lambda total, can: where(
                 is_safe(total, can), 1, where(total < low, down, up)
             ),
-            sums,
+            to_judge(sums),
             can_leave,
         )
         # Divided, since XLA does not compute a division again for every leaf.
@@ -311,7 +352,8 @@ def _sums_of_powers(gradients: list, scopes: Scopes, ord: float, dtype: Any):
         # The barrier ties the gradients to the loop's state: XLA would otherwise hoist
         # their conversion to float32 out of the loop and into every healthy step.
         values = []
-        for x, factor in zip(gradients, _spread(scale, scopes), strict=True):
+        factors = [scale] * len(gradients) if one_unit else _spread(scale, scopes)
+        for x, factor in zip(gradients, factors, strict=True):
             x, factor = lax.optimization_barrier((x, factor))
             values.append(scaled(widened(x, dtype), factor))
         return sums_of(values), units, num_reads + 1
@@ -321,19 +363,19 @@ def _sums_of_powers(gradients: list, scopes: Scopes, ord: float, dtype: Any):
     # of kernels that costs, to compile and to start: the loop makes the first read too.
     size = sum(x.size for x in gradients)
     if scopes.kind != "unit" and len(gradients) > max(100, size / 2**15):
-        state = jax.tree.map(lambda can: jnp.ones(can.shape, dtype), can_leave), 0
+        state = jax.tree.map(lambda can: jnp.ones(can.shape, dtype), shapes), 0
     else:
         # The barrier keeps an optimizer from sharing the squares, which XLA would then
         # store. One for all leaves: it is another than that of the clip.
         values = lax.optimization_barrier(gradients)
         state = sums_of([widened(x, dtype) for x in values]), 1
     sums, num_reads = state
-    units = jax.tree.map(jnp.ones_like, sums)
+    units = jax.tree.map(jnp.ones_like, to_judge(sums))
     if num_reads == 0 or any(can.any() for can in jax.tree.leaves(can_leave)):
         # A loop and not a `cond`, of which `vmap` runs both sides.
         state = sums, units, jnp.asarray(num_reads, jnp.int32)
         sums, units, _ = lax.while_loop(goes_on, read, state)
-    return jax.tree.map(lambda x: _root(x, ord), sums), units
+    return sums, units
 
 
 def _relative_to_peak(values: list, scopes: Scopes, ord: float, dtype: Any):

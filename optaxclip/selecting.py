@@ -18,7 +18,8 @@ def update_or_keep(
     every moment of Adam, because the updates still read the new one when the selected
     one takes the place of the old. Here each new value is selected where it is
     computed, and all that follows reads the selected one. That is the same value, or
-    belongs to updates that the caller drops.
+    belongs to updates that the caller drops; in these old and new states may be mixed,
+    also where a callback or the condition of a loop sees them.
 
     Args:
       update: state -> (updates, new state); the new state has the type of the old.
@@ -67,7 +68,9 @@ def _evaluate(closed: Any, args: list, kept: list, keep: jax.Array) -> list:
     values |= dict(zip(jaxpr.invars, args, strict=True))
     wanted: dict = {}
     for atom, old in zip(jaxpr.outvars, kept, strict=True):
-        if old is not None and not isinstance(atom, jex.Literal):
+        if old is None or isinstance(atom, jex.Literal):
+            continue
+        if atom.aval.dtype == old.dtype and atom.aval.shape == old.shape:
             wanted.setdefault(atom, old)
 
     def read(atom):
@@ -86,14 +89,14 @@ def _evaluate(closed: Any, args: list, kept: list, keep: jax.Array) -> list:
             ]
         values |= dict(zip(eqn.outvars, found, strict=True))
         computed |= set(eqn.outvars)
-    # Left are literals, inputs passed through, and a value that is the state of two
-    # leaves at once, which is selected for the first of them.
+    # Left are literals, inputs passed through, values of another type than the state,
+    # and one that is the state of two leaves at once, selected for the first of them.
     outputs = []
     for atom, old in zip(jaxpr.outvars, kept, strict=True):
         is_selected = old is None or (
             not isinstance(atom, jex.Literal)
             and atom in computed
-            and wanted[atom] is old
+            and wanted.get(atom) is old
         )
         new = read(atom)
         outputs.append(new if is_selected else _select(keep, old, new))

@@ -1,6 +1,7 @@
 """Clipping by norm adds less to an Adam step than `optax.clip_by_global_norm` does.
 
-A learned limit adds nothing to that.
+A learned limit adds nothing to that, and `stabilize` adds less than
+`optax.apply_if_finite`.
 
     python tests/benchmarks/overhead.py --tree gpt2 --torch
 
@@ -12,7 +13,8 @@ import importlib.util
 import os
 import statistics
 import time
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +26,9 @@ import optaxclip
 
 TreeName = Literal["gpt2", "many", "lstm"]
 
-# "Adam again" is the step against itself: how far its ratio is from 1 is the noise.
-ARMS: dict[str, optax.GradientTransformation] = {
+# What stands before Adam. "Adam again" is the step against itself: how far its ratio is
+# from 1 is the noise.
+CLIPS: dict[str, optax.GradientTransformation] = {
     "Adam": optax.identity(),
     "Adam again": optax.identity(),
     "optax.clip_by_global_norm": optax.clip_by_global_norm(1.0),
@@ -35,6 +38,18 @@ ARMS: dict[str, optax.GradientTransformation] = {
     "optaxclip.zclip": optaxclip.zclip(),
     "optaxclip.autoclip": optaxclip.autoclip(),
     "optaxclip.adagc": optaxclip.adagc(),
+}
+
+# What wraps Adam.
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "optax.apply_if_finite and clip": lambda adam: optax.apply_if_finite(
+        optax.chain(optax.clip_by_global_norm(1.0), adam), 5
+    ),
+    "optaxclip.skip_explosions": optaxclip.skip_explosions,
+    "optaxclip.stabilize, no rollback": lambda adam: optaxclip.stabilize(
+        adam, rollback=False
+    ),
+    "optaxclip.stabilize": optaxclip.stabilize,
 }
 
 # Each learned limit beside the fixed one over the same scopes.
@@ -64,22 +79,44 @@ def make_shapes(tree: TreeName) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def compile_step(clip: optax.GradientTransformation, arrays: tuple) -> tuple[Any, Any]:
-    """Compiles clip and Adam for `(params, adam_state, gradients)`.
+class Slot(NamedTuple):
+    """Where the state of Adam belongs."""
 
-    Returns the function `(params, adam_state, gradients, clip_state) -> (params,
-    adam_state, clip_state)`, which reuses the buffers of the first two, and the state.
+
+def swapped(state: Any, kind: type, new: Any) -> tuple[Any, Any]:
+    """The tree with `new` in the place of the first node of a kind, and that node."""
+    found: list[Any] = []
+
+    def swap(node):
+        if not isinstance(node, kind) or found:
+            return node
+        found.append(node)
+        return new
+
+    state = jax.tree.map(swap, state, is_leaf=lambda node: isinstance(node, kind))
+    return state, found[0]
+
+
+def compile_step(name: str, arrays: tuple) -> tuple[Any, Any]:
+    """Compiles an arm for `(params, adam_state, gradients)`.
+
+    Returns the function `(params, adam_state, gradients, rest) -> (params, adam_state,
+    rest)`, which reuses the buffers of all but the gradients, and the rest of the
+    state, in which a `Slot` stands for that of Adam.
     """
     adam = optax.adam(1e-3)
+    wrap = WRAPPERS.get(name) or (lambda adam: optax.chain(CLIPS[name], adam))
+    tx = optax.with_extra_args_support(wrap(adam))
 
-    def step(params, adam_state, gradients, clip_state):
-        updates, clip_state = clip.update(gradients, clip_state, params)
-        updates, adam_state = adam.update(updates, adam_state, params)
-        return optax.apply_updates(params, updates), adam_state, clip_state
+    def step(params, adam_state, gradients, rest):
+        state, _ = swapped(rest, Slot, adam_state)
+        updates, state = tx.update(gradients, state, params, value=jnp.float32(1))
+        rest, adam_state = swapped(state, optax.ScaleByAdamState, Slot())
+        return optax.apply_updates(params, updates), adam_state, rest
 
-    clip_state = clip.init(arrays[0])
-    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*arrays, clip_state)
-    return lowered.compile(), clip_state
+    rest, _ = swapped(tx.init(arrays[0]), optax.ScaleByAdamState, Slot())
+    lowered = jax.jit(step, donate_argnums=(0, 1, 3)).lower(*arrays, rest)
+    return lowered.compile(), rest
 
 
 def alternating(names: list[str], num_rounds: int):
@@ -140,35 +177,37 @@ def main(
     size = sum(int(np.prod(shape)) for shape in shapes.values())
     keys = jax.random.split(jax.random.key(0), len(shapes))
     params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
-    adam_state = optax.adam(1e-3).init(params)
+    state: Any = optax.adam(1e-3).init(params)
+    adam_state = state[0]
     gradients = {
         name: jax.random.normal(key, shape)
         for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
     calls = max(1, 2_000_000 // size)  # a small step alone is too short to be timed
 
-    arms = dict(ARMS)
+    arms = [*CLIPS, *WRAPPERS]
     if tree == "many":  # XLA takes minutes for a thousand different norms
-        del arms["optaxclip.clip_by_norm, per leaf"], arms["optaxclip.adagc"]
+        arms.remove("optaxclip.clip_by_norm, per leaf")
+        arms.remove("optaxclip.adagc")
     compile_times: dict[str, list[float]] = {name: [] for name in arms}
-    steps, clip_states = {}, {}
-    for order in alternating(list(arms), compilations):
+    steps, rests = {}, {}
+    for order in alternating(arms, compilations):
         for name in order:
             jax.clear_caches()
             start = time.perf_counter()
             arrays = params, adam_state, gradients
-            steps[name], clip_states[name] = compile_step(arms[name], arrays)
+            steps[name], rests[name] = compile_step(name, arrays)
             compile_times[name].append(time.perf_counter() - start)
 
     times: dict[str, list[float]] = {name: [] for name in arms}
-    for order in alternating(list(arms), repetitions + 1):
+    for order in alternating(arms, repetitions + 1):
         for name in order:
             start = time.perf_counter()
             for _ in range(calls):
-                params, adam_state, clip_states[name] = steps[name](
-                    params, adam_state, gradients, clip_states[name]
+                params, adam_state, rests[name] = steps[name](
+                    params, adam_state, gradients, rests[name]
                 )
-            jax.block_until_ready((params, adam_state, clip_states[name]))
+            jax.block_until_ready((params, adam_state, rests[name]))
             times[name].append((time.perf_counter() - start) / calls)
     times = {name: values[1:] for name, values in times.items()}  # without warm-up
 
@@ -186,7 +225,7 @@ def main(
         f"{statistics.median(compile_times['Adam']):.3g} s, against itself "
         f"x{compile_noise:.2f}."
     )
-    for name in list(arms)[2:]:
+    for name in arms[2:]:
         memory = steps[name].memory_analysis().temp_size_in_bytes
         memory -= steps["Adam"].memory_analysis().temp_size_in_bytes
         print(
