@@ -250,6 +250,7 @@ def _norms(tree: Any, per: Per, ord: float, specs: Any, stacked: Stacked | None)
 @functools.partial(jax.jit, static_argnames=("scopes",))
 def _measure_leaves(gradients: list[jax.Array], *, scopes: Scopes):
     dtype = accumulator(gradients)
+    sums: Any
     sums, unit = _sums_of_powers(gradients, scopes, 2, dtype, one_unit=True)
     total = jnp.sum(sums)
     largest = float(jnp.finfo(dtype).max)

@@ -185,7 +185,7 @@ def test_100_000_heavy_tailed_steps():
     rng = np.random.default_rng(0)
     norms = np.exp(0.5 * rng.standard_normal(100_000)).astype(np.float32)
     losses = np.exp(0.2 * rng.standard_normal(100_000)).astype(np.float32)
-    tx = optaxclip.skip_explosions(optax.sgd(1e-9))
+    tx: Any = optaxclip.skip_explosions(optax.sgd(1e-9))
 
     def step(state, row):
         _, state = tx.update({"a": row[:1]}, state, value=row[1])

@@ -65,8 +65,8 @@ LABELS |= {"autoclip": "auto", "skip_explosions": "skip"}
 LABELS |= dict.fromkeys(("detect_explosions", "stabilize"), "explosions")
 # Run with -m slow: they share their code with others in the registry.
 SLOW = {"clip_by_norm ord=1", "clip_by_norm ord=3", "clip_by_norm schedule"}
-SLOW_TO_COMPOSE = SLOW | {"clip_by_norm per group", "clip_by_norm stacked"}
-SLOW_TO_COMPOSE |= {"clip_by_norm minimum", "autoclip"}
+SLOW |= {"clip_by_norm stacked", "clip_by_norm minimum", "skip_explosions"}
+SLOW_TO_COMPOSE = SLOW | {"clip_by_norm per group", "autoclip", "zclip", "block_rms"}
 
 
 def names(slow: set[str]) -> list[Any]:
