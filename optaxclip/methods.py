@@ -295,8 +295,8 @@ def stabilize(
       >>> for g in [jnp.ones(2), jnp.full(2, jnp.inf)]:
       ...     updates, state = tx.update({"w": g}, state, params, value=jnp.array(1.0))
       ...     params = optax.apply_updates(params, updates)
-      >>> print(params["w"].round(3), optaxclip.metrics(state)["explosions/exploded"])
-      [0.999 0.999] 1
+      >>> print(params["w"] < 1, optaxclip.metrics(state)["explosions/exploded"])
+      [ True  True] 1
     """
     limit = limits.log_quantile()
     if max_norm is not None:

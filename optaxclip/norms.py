@@ -367,8 +367,8 @@ def _sums_of_powers(
         state = jax.tree.map(lambda can: jnp.ones(can.shape, dtype), shapes), 0
     else:
         # The barrier keeps an optimizer from sharing the squares, which XLA would then
-        # store. One for all leaves: it is another than that of the clip.
-        values = lax.optimization_barrier(gradients)
+        # store; with the 0 it is another than the barrier of the clip.
+        values = [lax.optimization_barrier((x, np.float32(0)))[0] for x in gradients]
         state = sums_of([widened(x, dtype) for x in values]), 1
     sums, num_reads = state
     units = jax.tree.map(jnp.ones_like, to_judge(sums))

@@ -195,6 +195,7 @@ def test_other_orders(ord, per):
         assert size <= 0.5 * (1 + 1e-6)
 
 
+@pytest.mark.slow
 def test_a_thousand_bfloat16_leaves():
     # optax.clip_by_global_norm lets these out with norm 1.98.
     leaves = [jnp.ones(64, jnp.bfloat16) for _ in range(1000)]

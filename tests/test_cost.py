@@ -141,6 +141,7 @@ def test_bfloat16_gradients_are_not_kept_in_float32():
     assert norm.accessed - none.accessed < 4.1
 
 
+@pytest.mark.slow
 def test_learned_limits_read_what_a_fixed_one_reads():
     # At 53 million parameters the windows of AutoClip are 0.01 % of the gradients. One
     # test for all, since each process that runs a part would compile the fixed one.

@@ -175,8 +175,8 @@ def test_after_the_optimizer_the_norm_is_that_of_the_update():
 def test_trees_without_leaves_and_losses_of_other_types(tx):
     update, state = tx.update, tx.init({})
     assert update({}, state, {})[0] == {}
-    for value in (1, 1.0, np.float16(2), jnp.bfloat16(3), None):
-        update(PARAMS, tx.init(PARAMS), PARAMS, value=value)
+    for value in (1, jnp.bfloat16(3), None):
+        jax.jit(update)(PARAMS, tx.init(PARAMS), PARAMS, value=value)
     with pytest.raises(ValueError, match=re.escape("not of shape (2,)")):
         update(PARAMS, tx.init(PARAMS), PARAMS, value=jnp.ones(2))
 
@@ -299,7 +299,9 @@ def test_axlearn_rejects_a_new_regime_for_ever():
 # The responses.
 
 
-@pytest.mark.parametrize("max_consecutive", [1, 2, 10])
+@pytest.mark.parametrize(
+    "max_consecutive", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 10]
+)
 def test_a_change_of_regime_is_accepted_within_max_consecutive(max_consecutive):
     tx = optaxclip.skip_explosions(optax.sgd(0.01), max_consecutive=max_consecutive)
     _, state, _ = run(tx, healthy(70))
