@@ -37,6 +37,7 @@ def drawn(compare, monkeypatch) -> dict[str, Any]:
 
 
 # One test, since each worker of pytest-xdist would compile the five programs anew.
+@pytest.mark.slow
 def test_every_clip_gets_the_same_run_and_the_result_tells_it(
     compare, drawn, tmp_path, capsys, monkeypatch
 ):

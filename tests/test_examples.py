@@ -381,6 +381,7 @@ def test_norms_need_not_be_measured(lstm):
         assert [x.shape for x in measures] == shapes
 
 
+@pytest.mark.slow
 def test_four_devices_share_the_batch(
     lstm, mnist, learned, digits, tmp_path, monkeypatch
 ):

@@ -649,6 +649,7 @@ def long_run() -> Any:
     return functools.partial(train, sizes=sizes[100:]), start, train(start, sizes[:100])
 
 
+@pytest.mark.slow
 def test_learned_limits_go_on_from_a_checkpoint_at_step_100(tmp_path):
     go_on, start, saved = long_run()
     found = go_on(through_orbax(saved, start, tmp_path))

@@ -67,7 +67,8 @@ LABELS |= dict.fromkeys(("detect_explosions", "stabilize"), "explosions")
 SLOW = {"clip_by_norm ord=1", "clip_by_norm ord=3", "clip_by_norm schedule"}
 SLOW |= {"clip_by_norm stacked", "clip_by_norm minimum"}
 SLOW |= {"detect_explosions", "skip_explosions"}  # "stabilize" holds both
-SLOW_TO_COMPOSE = SLOW | {"clip_by_norm per group", "autoclip", "zclip", "block_rms"}
+SLOW |= {"clip_by_norm per group", "autoclip", "block_rms"}
+SLOW_TO_COMPOSE = SLOW | {"zclip"}
 
 
 def names(slow: set[str]) -> list[Any]:
