@@ -130,10 +130,10 @@ def fit(
     for start in range(0, len(batches), length):
         carry, measures = train(carry, batches[start : start + length], images, labels)
         losses, metrics = jax.device_get(measures)
-        shares = metrics.get("explosions/skipped", np.zeros_like(losses))
+        counts = metrics.get("explosions/num_skipped", np.zeros(len(losses), int))
         for step, loss in enumerate(losses, start):
             i = step - start
-            skipped.append(round(float(shares[i]) * (step + 1)))
+            skipped.append(int(counts[i]))
             values = {"loss": loss, "norm": metrics["explosions/norm"][i]}
             recorder.add(step, {n: x for n, x in values.items() if np.isfinite(x)})
         recorder.bar.update(len(losses))

@@ -263,13 +263,13 @@ def clip_by_norm(
             norm=seen,
             limit=limits,
             num_clipped=jax.tree.map(
-                lambda total, fit, n: _count(total, ~fit & jnp.isfinite(n)),
+                lambda total, fit, n: counted(total, ~fit & jnp.isfinite(n)),
                 state.num_clipped,
                 fits,
                 norms,
             ),
             num_nonfinite=jax.tree.map(
-                lambda total, n: _count(total, ~jnp.isfinite(n)),
+                lambda total, n: counted(total, ~jnp.isfinite(n)),
                 state.num_nonfinite,
                 norms,
             ),
@@ -355,5 +355,6 @@ def _next(count):
     return jnp.asarray(optax.safe_increment(count))
 
 
-def _count(total, increment):
+def counted(total, increment):
+    """One more where `increment` is True; stays at the largest integer."""
     return where(increment, _next(total), total)

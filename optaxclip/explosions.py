@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from optaxclip import limits
 from optaxclip.checks import check_label, check_length, check_number
+from optaxclip.clipping import counted
 from optaxclip.limits import LimitLike, as_limit
 from optaxclip.norms import divided, measure_leaves, saturating_cast, scaled
 from optaxclip.scopes import Layout, Stacked, find_scopes, is_gradient, layout_of
@@ -94,7 +95,7 @@ class SkipExplosionsState(NamedTuple):
 
     @property
     def gave_up(self) -> jax.Array:
-        """Bool `[]`: whether the last 100 steps in a row were not finite."""
+        """Whether the last 100 steps in a row were not finite: bool `[]`."""
         return count(self.explosions, "nonfinite_in_a_row") >= NUM_UNTIL_GIVEN_UP
 
 
@@ -341,7 +342,7 @@ def skip_explosions(
         state = SkipExplosionsState(
             explosions=explosions,
             inner_state=inner_state,
-            num_responses=_added(
+            num_responses=counted(
                 state.num_responses, jnp.stack([is_skipped, is_rolled_back])
             ),
             scale=scale,
@@ -503,8 +504,7 @@ class _Detector:
             x[leaf] if x.size else jnp.zeros([], dtype) for x in (shares, highest[1])
         )
         recent = state.numbers[0, -NUM_RECENT:]
-        is_new = (norm > 0) & (norm < jnp.inf)
-        recent = jnp.where(is_new, jnp.append(recent[1:], norm), recent)
+        recent = jnp.where(is_positive, jnp.append(recent[1:], norm), recent)
         step = jnp.concatenate(
             [jnp.stack([count(state, "steps"), leaf]), fired.astype(jnp.int32)]
         )
@@ -515,7 +515,7 @@ class _Detector:
         last = count(state, "last")
         is_first = is_exploded & ((last < 0) | (step[0] - last > _MAX_GAP))
         is_nonfinite_first = ~is_finite & (count(state, "nonfinite_in_a_row") == 0)
-        is_told = jnp.stack([step[0] >= 0, is_first, is_nonfinite_first])[:, None]
+        is_told = jnp.stack([jnp.ones([], bool), is_first, is_nonfinite_first])[:, None]
         return DetectExplosionsState(
             counts=_counted(state.counts, fired, is_exploded),
             steps=jnp.where(is_told, step[None], state.steps),
@@ -560,16 +560,10 @@ def _counted(counts, fired, is_exploded):
         [jnp.ones([1], bool), fired, is_exploded[None], in_a_row]
     )
     is_reset = np.array([name.endswith("in_a_row") for name in COUNTS[:-1]])
-    grown = _added(counts[:-1], is_counted)
+    grown = counted(counts[:-1], is_counted)
     grown = jnp.where(is_reset & ~is_counted, 0, grown)
     last = jnp.where(is_exploded, counts[0], counts[-1])
     return jnp.append(grown, last)
-
-
-def _added(counts, flags):
-    """Counts that stay at the largest integer."""
-    is_growing = flags & (counts < jnp.iinfo(jnp.int32).max)
-    return counts + is_growing.astype(jnp.int32)
 
 
 def _replaced(when, new, old):

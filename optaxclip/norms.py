@@ -223,19 +223,6 @@ def saturating_cast(norm: jax.Array, dtype: Any) -> jax.Array:
     return saturated.astype(dtype)
 
 
-def shares_of(norms: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(norms / total, total) for the root of the sum of the squares of all norms.
-
-    The total is NaN or inf if a norm is, and otherwise at most the largest float.
-    """
-    unit = divisor(jnp.max(norms, initial=0))
-    ratios = norms / jnp.where(unit > 0, unit, 1)
-    squares = jnp.sum(jnp.square(ratios))
-    root = jnp.sqrt(jnp.where(squares == 0, 1, squares))
-    total = jnp.minimum(unit * root, jnp.finfo(norms.dtype).max)
-    return ratios / root, jnp.where(squares < jnp.inf, total, squares)
-
-
 def divisor(largest: jax.Array) -> jax.Array:
     """What to divide norms by: XLA multiplies with 1 / x, which must not underflow."""
     return jnp.minimum(largest, jnp.finfo(largest.dtype).max / 4)

@@ -23,6 +23,9 @@ from optaxclip.scopes import (
     leaf_names,
 )
 
+STATES = ClipByNormState, DetectExplosionsState, SkipExplosionsState
+"""The kinds of states that can be read."""
+
 
 def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     """Reads scalars out of every optaxclip state in an optimizer state.
@@ -91,14 +94,13 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
 
 def find_states(opt_state: Any) -> dict[str, Any]:
     """The states of optaxclip in any tree by their label; the error of equal labels."""
-    kinds = ClipByNormState, DetectExplosionsState, SkipExplosionsState
     found: dict[str, Any] = {}
 
     def visit(tree):
         for path, state in jax.tree.leaves_with_path(
-            tree, is_leaf=lambda x: isinstance(x, kinds)
+            tree, is_leaf=lambda x: isinstance(x, STATES)
         ):
-            if not isinstance(state, kinds):
+            if not isinstance(state, STATES):
                 continue
             label = path[-1].key
             if label in found:

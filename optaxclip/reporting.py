@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip.clipping import ClipByNormState
 from optaxclip.explosions import (
     COUNTS,
     NUM_UNTIL_GIVEN_UP,
@@ -16,7 +15,7 @@ from optaxclip.explosions import (
     Step,
     read_step,
 )
-from optaxclip.recording import find_states, scope_names
+from optaxclip.recording import STATES, find_states, scope_names
 
 
 class ExplosionError(ArithmeticError):
@@ -85,7 +84,7 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
                 )
                 raise ExplosionError(
                     f"{label}: {what}. {_story(label, explosions, params)} Try a "
-                    "smaller learning rate or rollback=True from an earlier "
+                    "smaller learning rate, rollback=True or an earlier "
                     "checkpoint, and look at the data and the precision of that step."
                 )
             if name := _nonfinite_leaf(state.inner_state):
@@ -148,13 +147,12 @@ def _num_known(step: Step) -> int:
 
 def _nonfinite_leaf(inner_state: Any) -> str | None:
     """The path of an array with NaN, or, unless it is a single number, with inf."""
-    kinds = ClipByNormState, DetectExplosionsState, SkipExplosionsState
     found = {
         jax.tree_util.keystr(path, simple=True, separator="/"): x
         for path, x in jax.tree.leaves_with_path(
-            inner_state, is_leaf=lambda x: isinstance(x, kinds)
+            inner_state, is_leaf=lambda x: isinstance(x, STATES)
         )
-        if not isinstance(x, kinds) and jnp.issubdtype(x.dtype, jnp.inexact)
+        if not isinstance(x, STATES) and jnp.issubdtype(x.dtype, jnp.inexact)
     }
     flags = jax.device_get(_have_nonfinite(list(found.values())))
     return next((name for name, flag in zip(found, flags, strict=True) if flag), None)

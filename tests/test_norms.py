@@ -12,6 +12,8 @@ import reference
 
 import optaxclip
 from optaxclip import norms
+from optaxclip.norms import measure_leaves
+from optaxclip.scopes import find_scopes
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -330,3 +332,37 @@ def test_stacked_scalar():
 def test_group_names_must_be_strings():
     with pytest.raises(TypeError, match="not 3"):
         optaxclip.group_norms({"a": jnp.ones(2)}, cast(Any, lambda name: 3))
+
+
+@pytest.mark.parametrize("num_leaves", [2, 150])
+@pytest.mark.parametrize(
+    "ends",
+    [
+        (1, 3),
+        (1, 1e30),
+        (1e30, 1),
+        (1e-30, 3e-30),
+        (1, 1e-30),
+        (0, 3),
+        (0, 0),
+        (3e38, 3e38),
+    ],
+)
+def test_leaves_with_one_unit(ends, num_leaves):
+    sizes = np.asarray([ends[0], *[0.0] * (num_leaves - 2), ends[1]])
+    tree = [jnp.full(1, size, jnp.float32) for size in sizes]
+    found, total = measure_leaves(tree, find_scopes(tree, "leaf"))
+    largest = float(np.finfo(np.float32).max)
+    expected = min(np.linalg.norm(sizes / 1e10) * 1e10, largest)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    counts = sizes >= 1e-19 * expected  # less may read as 0
+    np.testing.assert_allclose(found[counts], sizes[counts], rtol=1e-6)
+    assert np.all(found[~counts] <= 1.001 * sizes[~counts])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_leaf_that_is_not_finite_leaves_the_others(bad):
+    tree = [jnp.ones(2), jnp.asarray([1.0, bad])]
+    found, total = measure_leaves(tree, find_scopes(tree, "leaf"))
+    assert np.isfinite(found).tolist() == [True, False]
+    assert not np.isfinite(total)
