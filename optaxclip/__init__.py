@@ -6,9 +6,7 @@ from optaxclip.clipping import ClipByValueState as ClipByValueState
 from optaxclip.clipping import clip_by_norm as clip_by_norm
 from optaxclip.clipping import clip_by_value as clip_by_value
 from optaxclip.explosions import DetectExplosionsState as DetectExplosionsState
-from optaxclip.explosions import SkipExplosionsState as SkipExplosionsState
 from optaxclip.explosions import detect_explosions as detect_explosions
-from optaxclip.explosions import skip_explosions as skip_explosions
 from optaxclip.methods import adagc as adagc
 from optaxclip.methods import agc as agc
 from optaxclip.methods import autoclip as autoclip
@@ -22,6 +20,8 @@ from optaxclip.norms import unit_norms as unit_norms
 from optaxclip.recording import metrics as metrics
 from optaxclip.reporting import ExplosionError as ExplosionError
 from optaxclip.reporting import raise_if_exploded as raise_if_exploded
+from optaxclip.responses import SkipExplosionsState as SkipExplosionsState
+from optaxclip.responses import skip_explosions as skip_explosions
 from optaxclip.scopes import group_names as group_names
 from optaxclip.scopes import leaf_names as leaf_names
 

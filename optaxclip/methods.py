@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 
 from optaxclip import limits
 from optaxclip.clipping import clip_by_norm
-from optaxclip.explosions import skip_explosions
+from optaxclip.responses import skip_explosions
 from optaxclip.scopes import Per, Stacked
 
 
@@ -265,9 +265,9 @@ def stabilize(
     """Wraps an optimizer in the recommended stack, without a number to choose.
 
     `skip_explosions(chain(clip_by_norm(limits.log_quantile()), optimizer),
-    cool_down=0.5, rollback=True)`: clips to what is usual for the run, skips the steps
-    that explode, and where they go on slows down and returns to earlier parameters.
-    Give the loss as `value=`: corrupt labels show nowhere else.
+    cool_down=0.25, recovery=1.002, rollback=True)`: clips to what is usual for the run,
+    skips the steps that explode, and where they go on slows down and returns to earlier
+    parameters. Give the loss as `value=`: what diverges slowly shows nowhere else.
 
     Args:
       optimizer: The optimizer; it gets all extra arguments. A clip of your own inside
@@ -304,7 +304,8 @@ def stabilize(
     clip = clip_by_norm(limit, specs=specs, stacked=stacked)
     return skip_explosions(
         optax.chain(clip, optimizer),
-        cool_down=0.5,
+        cool_down=0.25,
+        recovery=1.002,
         rollback=rollback,
         specs=specs,
         stacked=stacked,

@@ -10,10 +10,10 @@ from optaxclip.clipping import ClipByNormState
 from optaxclip.explosions import (
     RULES,
     DetectExplosionsState,
-    SkipExplosionsState,
     count,
     read_step,
 )
+from optaxclip.responses import SkipExplosionsState
 from optaxclip.scopes import (
     Layout,
     LeafLayout,

@@ -8,14 +8,13 @@ import numpy as np
 
 from optaxclip.explosions import (
     COUNTS,
-    NUM_UNTIL_GIVEN_UP,
     RULES,
     DetectExplosionsState,
-    SkipExplosionsState,
     Step,
     read_step,
 )
 from optaxclip.recording import STATES, find_states, scope_names
+from optaxclip.responses import NUM_UNTIL_GIVEN_UP, SkipExplosionsState
 
 
 class ExplosionError(ArithmeticError):

@@ -85,6 +85,25 @@ def naive_scalar(signal, power, ratio):
     return margins
 
 
+def naive_initial(loss):
+    """The least of how far the last three were above twice the mean of the first four.
+
+    Starts afresh where four in a row were above that.
+    """
+    margins = np.where(np.isfinite(loss), -np.inf, np.nan)
+    first, excesses = [], []
+    for step in np.flatnonzero((loss > 0) & (loss < np.inf)):
+        limit = 2 * np.mean(first) if first else math.inf
+        excesses = [*excesses[-3:], math.log(loss[step]) - math.log(limit)]
+        if len(excesses) >= 3:
+            margins[step] = min(excesses[-3:])
+        if len(first) < 4:
+            first.append(loss[step])
+        if len(excesses) == 4 and min(excesses) > 0:
+            first, excesses = [], []
+    return margins
+
+
 def naive_share(norms, leaf):
     """The least of how far above their limits the last three values were."""
     margins = np.full(len(leaf), -np.inf)
@@ -113,7 +132,9 @@ def naive(trace):
     return {
         "norm": naive_scalar(norms, 3, 3),
         "share": np.max(shares, axis=0),
-        "loss": naive_scalar(trace.loss, 2.4, 1.7),
+        "loss": np.maximum(
+            naive_scalar(trace.loss, 2.4, 1.7), naive_initial(trace.loss)
+        ),
     }
 
 

@@ -112,6 +112,19 @@ def naive_drift(norms, totals, max_ratio=5, window=64, patience=3):
     return found
 
 
+def naive_initial(norms, totals, max_ratio=2, window=4, patience=3):
+    first, num_above, found = [], 0, []
+    for norm in norms:
+        limit = max_ratio * np.mean(first) if first else math.inf
+        num_above = num_above + 1 if norm > limit else 0
+        found.append(limit if num_above >= patience else math.inf)
+        if len(first) < window:
+            first.append(norm)
+        if num_above >= window:
+            first, num_above = [], 0
+    return found
+
+
 def naive_minimum(norms, totals):
     return np.minimum(naive_zscore(norms, totals), 3.0)
 
@@ -129,6 +142,7 @@ CASES = {
     "quantile": case("quantile"),
     "log_quantile": case("log_quantile"),
     "drift": case("drift"),
+    "initial": case("initial"),
     "minimum": (limits.minimum(limits.zscore(), 3.0), naive_minimum),
     "short zscore": case("zscore", max_zscore=4.0, decay=0.8, warmup=7),
     "short percentile": case("percentile", percent=62.5, window=9),
@@ -138,6 +152,7 @@ CASES = {
         "log_quantile", power=1.5, min_ratio=1.2, max_jump=2.0, window=11
     ),
     "short drift": case("drift", max_ratio=1.3, window=5, patience=2),
+    "short initial": case("initial", max_ratio=1.2, window=3, patience=2),
     "short quantile": case("quantile", target=0.883, initial_norm=9.0, rate=0.5),
 }
 EACH_KIND = ["minimum", *(name for name in CASES if "short" in name)]
@@ -671,3 +686,10 @@ def test_drift_needs_patience():
     norms = np.concatenate([flat, high]).astype(np.float32)
     is_above = norms > run("drift", norms)[0]
     assert np.flatnonzero(is_above).tolist() == [105]
+
+
+def test_initial_needs_patience_and_follows_a_lasting_rise():
+    norms = np.asarray([1, 3, 3, 1, 2, 4] + [9] * 20, np.float32)
+    is_above = norms > run("initial", norms)[0]
+    # Twice the mean of the first four is 4: the third and fourth 9 are above it.
+    assert np.flatnonzero(is_above).tolist() == [8, 9]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -292,3 +293,78 @@ def test_layers_that_are_sharded_over_devices():
             in_specs=(P("x"),),
             out_specs=P(),
         )({"a": jnp.ones((8, 2))})
+
+
+NAN, HUGE = "NaN", 50.0
+SIZES = [1.0, 1.2, 0.9, 1.1, HUGE, 1.0, NAN, 1.0, *[HUGE, NAN, HUGE], 1.1, 0.9, 1.0]
+
+
+def through_explosions(specs, gradients, params) -> Any:
+    """Parameters, counts, leaf, responses and factor after `SIZES`; NaN in one shard.
+
+    Three explosions in a row are rolled back.
+    """
+    clip = optaxclip.clip_by_norm(optaxclip.limits.log_quantile(), specs=specs)
+    tx: Any = optax.chain(
+        optaxclip.detect_explosions(specs=specs, label="before"),
+        optaxclip.skip_explosions(
+            optax.chain(clip, optax.adam(0.1)),
+            cool_down=0.5,
+            rollback=True,
+            snapshot_every=2,
+            specs=specs,
+        ),
+    )
+
+    largest = jnp.max(gradients["d"])
+    if specs is not None:
+        largest = lax.pmax(largest, ("x", "y"))
+
+    def step(carry, given):
+        params, state = carry
+        size, is_nan = given
+        grads = jax.tree.map(lambda x: size * x, gradients)
+        is_bad = is_nan & (gradients["d"] == largest)
+        grads["d"] = jnp.where(is_bad, jnp.nan, grads["d"])
+        updates, state = tx.update(grads, state, params, value=size)
+        return (optax.apply_updates(params, updates), state), None
+
+    given = (
+        jnp.asarray([1.0 if size is NAN else size for size in SIZES]),
+        jnp.asarray([size is NAN for size in SIZES]),
+    )
+    (params, (before, wrapper)), _ = lax.scan(step, (params, tx.init(params)), given)
+    state = wrapper["explosions"]
+    steps = before["before"].steps, state.explosions.steps
+    counts = before["before"].counts, state.explosions.counts
+    return params, (steps, counts, state.num_responses, state.scale)
+
+
+@functools.cache
+def through_explosions_on_one_device():
+    return jax.jit(functools.partial(through_explosions, None))(tree(), tree(0.1))
+
+
+@pytest.mark.parametrize("layout", ["auto", "explicit", "shard_map", "shard_map, vma"])
+def test_a_skip_is_taken_by_all_devices(layout):
+    mesh = mesh_of(AxisType.Explicit if layout == "explicit" else AxisType.Auto)
+    run = functools.partial(through_explosions, None)
+    if "shard_map" in layout:
+        run = jax.shard_map(
+            functools.partial(through_explosions, SPECS),
+            mesh=mesh,
+            in_specs=(SPECS, SPECS),
+            out_specs=(SPECS, P()),
+            check_vma="vma" in layout,
+        )
+    with jax.set_mesh(mesh):
+        arguments = place(mesh, tree()), place(mesh, tree(0.1))
+        compiled: Any = jax.jit(run).lower(*arguments).compile()
+        found = compiled(*arguments)
+    assert "all-gather" not in compiled.as_text()
+    expected = through_explosions_on_one_device()
+    assert_same(found, expected)
+    params, (_, _, num_responses, scale) = expected
+    assert num_responses.tolist() == [5, 1]
+    assert 0 < scale < 1
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))

@@ -14,9 +14,11 @@ the same run, unprotected, at 1/4, 1/16 and 1/64 of its step size. Where the ste
 is not the cause, the reference is also sought in the clean run (normal initialisation,
 nothing corrupt, all in float32) at those step sizes and at its own.
 
-A run counts only if that limit is below `trivial`, as exploding only if it ends
-unhealthy without protection, as healthy only if it ends healthy. A healthy run is
-harmed if its loss at the end grows by more than 10 %.
+A run counts only if that limit is below `trivial`, as healthy only if it ends healthy
+without protection, as exploding only if it ends unhealthy and, on the way there, the
+loss or a gradient was not finite or the loss exceeded three times its first. Runs that
+end unhealthy without that are counted apart: they learn badly, but do not explode. A
+healthy run is harmed if its loss at the end grows by more than 10 %.
 """
 
 import dataclasses
@@ -54,8 +56,9 @@ ARMS: dict[str, Callable[[Any], Any]] = {
     "no rollback": functools.partial(optaxclip.stabilize, rollback=False),
 }
 RATE, INIT, DATA, HALF = "step size", "initialisation", "corrupt", "low precision"
-HEALTHY = "healthy"
-KINDS = RATE, INIT, DATA, HALF, HEALTHY
+HEALTHY, STALLED = "healthy", "no explosion"
+CAUSES = RATE, INIT, DATA, HALF
+KINDS = *CAUSES, HEALTHY
 
 
 def cross_entropy(outputs, labels):
@@ -555,6 +558,12 @@ def limit(run: Run, seed: int) -> float:
     return max(1.2 * lowest, (lowest + constant) / 2)
 
 
+def explodes(losses: np.ndarray, norms: np.ndarray) -> bool:
+    """Whether a run does, from the losses `[steps]` that it minimises and its norms."""
+    is_finite = np.isfinite(losses).all() and np.isfinite(norms).all()
+    return not is_finite or losses.max() > 3 * losses[0]
+
+
 def record(run: Run, *, seed: int = 0, arm: str = "nothing") -> tuple[Any, Any, Any]:
     """Returns what a detector sees, until 20 steps after the first NaN or inf.
 
@@ -606,38 +615,43 @@ def main(
     row = "{:31} | {:14} | {:>5} | {:>8}" + " | {:>15}" * len(protections)
     print("Losses at the end, + if healthy; the first step with inf or NaN; the limit")
     print(row.format("run", "kind", "step", "limit", *protections))
-    ends: dict[str, dict[str, list]] = {arm: {k: [] for k in KINDS} for arm in ARMS}
+    kinds = (*KINDS, STALLED)
+    ends: dict[str, dict[str, list]] = {arm: {k: [] for k in kinds} for arm in ARMS}
     seconds, panels, unfit = dict.fromkeys(protections, 0.0), {}, []
     for name, run in zoo().items():
         if runs and not any(part == run.kind or part in name for part in runs):
             continue
         highest, losses, found = limit(run, seed), {}, {}
+        kind = run.kind
         for arm, protect in protections.items():
             start = time.perf_counter()
-            losses[arm], is_finite, _ = train(run, protect)(seed, run.rate)
+            trained = train(run, protect, measured=True)(seed, run.rate)
+            losses[arm], is_finite, measures = trained
             found[arm] = end(losses[arm], is_finite)
             seconds[arm] += time.perf_counter() - start
+            if arm == "nothing" and kind != HEALTHY and not explodes(*measures):
+                kind = STALLED
         bad = np.flatnonzero(~np.isfinite(losses["nothing"]))
         cells = [f"{x:.3g} {'+' if x <= highest else '-'}" for x in found.values()]
         first = bad[0] if len(bad) else "never"
-        print(row.format(name, run.kind, first, f"{highest:.3g}", *cells), flush=True)
+        print(row.format(name, kind, first, f"{highest:.3g}", *cells), flush=True)
         is_learnable = highest < trivial(run, seed)
-        is_fit = (found["nothing"] <= highest) == (run.kind == HEALTHY)
+        is_fit = (found["nothing"] <= highest) == (kind == HEALTHY)
         if not (is_learnable and is_fit):
             unfit.append(name)
             continue
-        panels.setdefault(run.kind, (f"{run.kind}: {name}", losses))
+        panels.setdefault(kind, (f"{kind}: {name}", losses))
         for arm, loss in found.items():
-            ends[arm][run.kind].append((loss <= highest, loss / found["nothing"]))
+            ends[arm][kind].append((loss <= highest, loss / found["nothing"]))
     if plot is not None:
         draw(plot, dict(panels.values()))
     print(f"\nNot counted, for their end unprotected: {', '.join(unfit) or 'none'}.")
 
-    row = "{:16}" + " | {:>14}" * len(KINDS) + " | {:>14} | {:>7}"
+    row = "{:16}" + " | {:>14}" * len(kinds) + " | {:>14} | {:>7}"
     print(
         "Runs that end healthy; of the healthy ones how many are harmed (worst ratio)"
     )
-    print(row.format("arm", *KINDS, "harmed", "seconds"))
+    print(row.format("arm", *kinds, "harmed", "seconds"))
     sentences = []
     for arm in protections:
         cells = [f"{sum(x for x, _ in v)} of {len(v)}" for v in ends[arm].values()]
@@ -645,10 +659,12 @@ def main(
         harmed = sum(ratio > 1.1 for ratio in ratios)
         cells.append(f"{harmed} (x{max(ratios, default=math.nan):.3g})")
         print(row.format(arm, *cells, f"{seconds[arm]:.0f}"))
-        exploding = [x for kind in KINDS[:-1] for x, _ in ends[arm][kind]]
+        exploding = [x for kind in CAUSES for x, _ in ends[arm][kind]]
+        stalled = [x for x, _ in ends[arm][STALLED]]
         sentences.append(
             f"With {arm}, {sum(exploding)} of {len(exploding)} exploding runs end "
-            f"healthy, and {harmed} of {len(ratios)} healthy runs are harmed."
+            f"healthy, of those that end badly without an explosion {sum(stalled)} of "
+            f"{len(stalled)}, and {harmed} of {len(ratios)} healthy runs are harmed."
         )
     print("\n".join(sentences[1:]))
 

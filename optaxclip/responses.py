@@ -1,0 +1,262 @@
+"""How to respond to an explosion: skip the step, cool down, go back."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.typing import ArrayLike
+
+from optaxclip.checks import check_label, check_length, check_number
+from optaxclip.clipping import counted
+from optaxclip.explosions import (
+    LOSS_LIMIT,
+    NORM_LIMIT,
+    SHARE_LIMIT,
+    DetectExplosionsState,
+    Detector,
+    count,
+)
+from optaxclip.limits import LimitLike
+from optaxclip.norms import scaled
+from optaxclip.scopes import Stacked, is_gradient
+from optaxclip.selecting import update_or_keep
+
+NUM_UNTIL_GIVEN_UP = 100
+"""After so many non-finite steps in a row the run is given up."""
+
+NUM_UNTIL_ROLLBACK = 3
+"""At so many explosions in a row parameters and inner state go back."""
+
+_LEAST_SCALE = 1 / 64
+
+
+class Snapshots(NamedTuple):
+    """Two copies of the parameters and the inner state, each a pair."""
+
+    older: Any
+    """The copy that a rollback returns to, from a quiet step."""
+    newer: Any
+    """A copy that takes its place after `snapshot_every` quiet steps."""
+    num_quiet: jax.Array
+    """int32 `[]`: number of quiet steps since the newer."""
+
+
+class SkipExplosionsState(NamedTuple):
+    """State of `skip_explosions`, as `{label: SkipExplosionsState}`."""
+
+    explosions: DetectExplosionsState
+    """What was noticed."""
+    inner_state: Any
+    """State of the wrapped transformation."""
+    num_responses: jax.Array
+    """int32 `[2]`: number of steps skipped, number of rollbacks."""
+    scale: jax.Array
+    """float32 `[]`: factor of the updates; below 1 while they cool down."""
+    snapshots: Snapshots | tuple[()]
+    """() without rollback."""
+
+    @property
+    def gave_up(self) -> jax.Array:
+        """Whether the last 100 steps in a row were not finite: bool `[]`."""
+        return count(self.explosions, "nonfinite_in_a_row") >= NUM_UNTIL_GIVEN_UP
+
+
+def skip_explosions(
+    inner: optax.GradientTransformation,
+    *,
+    norm: LimitLike | None = NORM_LIMIT,
+    share: LimitLike | None = SHARE_LIMIT,
+    loss: LimitLike | None = LOSS_LIMIT,
+    max_consecutive: int = 10,
+    cool_down: ArrayLike | None = None,
+    recovery: ArrayLike = 1.005,
+    rollback: bool = False,
+    snapshot_every: int = 50,
+    specs: Any = None,
+    stacked: Stacked | None = None,
+    label: str = "explosions",
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer: skips the steps that explode.
+
+    A step is skipped if `detect_explosions` would notice an explosion: the updates are
+    zeros, the inner state stays, bit for bit, and the rules learn nothing from it. If
+    explosions persist, the `max_consecutive`-th in a row, if it is finite, is a change
+    of regime: its step is taken and the rules start afresh. A non-finite step is never
+    taken; after 100 in a row the run is given up, which `metrics` and
+    `raise_if_exploded` say. Where `inner` itself makes something that is not finite, or
+    an update would overflow the dtype of its parameter, those elements become 0.
+
+    Two more responses are off unless asked for. To roll back: the third explosion in a
+    row takes parameters and inner state back to those of a quiet step, `snapshot_every`
+    to `2 * snapshot_every` quiet steps ago. The update is then `snapshot - params`,
+    which `optax.apply_updates` turns into the snapshot to one rounding of the larger of
+    the two. That takes the memory of two copies of both, and on healthy steps one read
+    of one copy of the parameters. To cool down: a factor of the inner updates, which
+    each quiet step multiplies by `recovery`, up to 1. After two explosions in a row it
+    is multiplied by `cool_down`, after three by its cube, down to 1/64; after more, in
+    spite of a rollback, it is not, since then the data have changed.
+
+    Args:
+      inner: The optimizer; it gets all extra arguments.
+      norm: As in `detect_explosions`.
+      share: As in `detect_explosions`.
+      loss: As in `detect_explosions`.
+      max_consecutive: At most one fewer finite explosions in a row are skipped; at
+        least 1.
+      cool_down: What the updates are multiplied by, within (0, 1]; None for off.
+      recovery: Growth of that factor in a quiet step, >= 1.
+      rollback: Whether to roll back; `update` then needs `params`.
+      snapshot_every: Number of quiet steps between snapshots, at least 1.
+      specs: As in `detect_explosions`.
+      stacked: As in `clip_by_norm`.
+      label: Under which name the state and the metrics appear.
+
+    Returns:
+      The transformation, with the state `{label: SkipExplosionsState}`.
+
+    Raises:
+      ValueError: If an argument is out of range; in `update` if `value` has axes, or
+        without `params` where they are needed.
+      TypeError: If an argument is of the wrong type.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> tx = optaxclip.skip_explosions(optax.adam(1e-3))
+      >>> params = {"w": jnp.ones(2)}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"w": jnp.array([1.0, jnp.nan])}, state, params)
+      >>> print(updates["w"], optaxclip.metrics(state)["explosions/skipped"])
+      [0. 0.] 1.0
+    """
+    detector = Detector(norm, share, loss, specs, stacked)
+    max_consecutive = check_length("max_consecutive", max_consecutive, 1)
+    snapshot_every = check_length("snapshot_every", snapshot_every, 1)
+    check_number("recovery", recovery, lambda x: x >= 1, ">= 1")
+    if cool_down is not None:
+        check_number("cool_down", cool_down, lambda x: 0 < x <= 1, "within (0, 1]")
+    if not isinstance(rollback, bool):
+        raise TypeError(f"rollback must be True or False, not {rollback!r}")
+    check_label(label)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params):
+        inner_state = inner.init(params)
+        snapshots = ()
+        if rollback:
+            # Two copies: a buffer that appears twice cannot be donated.
+            older, newer = (
+                jax.tree.map(jnp.copy, (params, inner_state)) for _ in range(2)
+            )
+            snapshots = Snapshots(older, newer, jnp.zeros([], jnp.int32))
+        return {
+            label: SkipExplosionsState(
+                explosions=detector.init(params),
+                inner_state=inner_state,
+                num_responses=jnp.zeros([2], jnp.int32),
+                scale=jnp.ones([], jnp.float32),
+                snapshots=snapshots,
+            )
+        }
+
+    def update(updates, state, params=None, **extra_args):
+        state = state[label]
+        if rollback and params is None:
+            raise ValueError(
+                "a rollback is an update from the parameters: call "
+                "update(updates, state, params) with params"
+            )
+        explosions = detector.update(updates, extra_args.get("value"), state.explosions)
+        num_in_a_row = count(explosions, "in_a_row")
+        is_exploded = num_in_a_row > 0
+        is_finite = count(explosions, "nonfinite_in_a_row") == 0
+        is_accepted = is_finite & (num_in_a_row >= max_consecutive)
+        is_skipped = is_exploded & ~is_accepted
+        explosions = detector.judged(
+            updates, explosions, state.explosions, is_skipped, is_accepted
+        )
+
+        scale = state.scale
+        if cool_down is not None:
+            # A single explosion may be the fault of the batch, and what outlasts a
+            # rollback is that of the data; the rest is that of the steps.
+            ended = jnp.where(is_exploded, 0, count(state.explosions, "in_a_row"))
+            is_long = ended == NUM_UNTIL_ROLLBACK
+            if not rollback:
+                is_long = (ended >= NUM_UNTIL_ROLLBACK) | is_accepted
+            change = jnp.where(is_exploded, 1, recovery)
+            change = jnp.where(ended == 2, cool_down, change)
+            change = jnp.where(is_long, jnp.power(cool_down, 3), change)
+            scale = jnp.clip(scale * change, _LEAST_SCALE, 1).astype(jnp.float32)
+
+        inner_state, snapshots = state.inner_state, state.snapshots
+        is_rolled_back = is_skipped & (num_in_a_row == NUM_UNTIL_ROLLBACK)
+        if isinstance(snapshots, Snapshots):
+            older, newer, num_quiet = snapshots
+            is_due = ~is_exploded & (num_quiet >= snapshot_every - 1)
+            done, (inner_state, newer) = _replaced(
+                is_rolled_back, (older[1], older), (inner_state, newer)
+            )
+            done, older = _replaced(is_due | done, newer, older)
+            done, newer = _replaced(is_due | done, (params, inner_state), newer)
+            is_skipped |= done
+            num_quiet = num_quiet + (~is_exploded).astype(jnp.int32)
+            num_quiet = jnp.where(is_due | is_rolled_back, 0, num_quiet)
+            snapshots = Snapshots(older, newer, num_quiet)
+        else:
+            is_rolled_back = jnp.zeros_like(is_rolled_back)
+
+        # Without the barrier XLA computes them again in the loop over each leaf.
+        is_skipped, is_rolled_back, scale = lax.optimization_barrier(
+            (is_skipped, is_rolled_back, scale)
+        )
+        updates, inner_state = update_or_keep(
+            lambda state: inner.update(updates, state, params, **extra_args),
+            inner_state,
+            is_skipped,
+        )
+
+        def respond(u, param=None, snapshot=None):
+            if not is_gradient(u):
+                return u
+            if cool_down is not None:
+                u = scaled(u, scale.astype(u.real.dtype))
+            after = u if param is None else (param + u).astype(param.dtype)
+            u = jnp.where(~is_skipped & jnp.isfinite(after), u, jnp.zeros_like(u))
+            if snapshot is None:
+                return u
+            return jnp.where(is_rolled_back, (snapshot - param).astype(u.dtype), u)
+
+        trees = [updates] if params is None else [updates, params]
+        if isinstance(snapshots, Snapshots):
+            trees.append(snapshots.older[0])
+        updates = jax.tree.map(respond, *trees)
+        state = SkipExplosionsState(
+            explosions=explosions,
+            inner_state=inner_state,
+            num_responses=counted(
+                state.num_responses, jnp.stack([is_skipped, is_rolled_back])
+            ),
+            scale=scale,
+            snapshots=snapshots,
+        )
+        return updates, {label: state}
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _replaced(when, new, old):
+    """(False, `new` if `when`, else `old`): two trees; costs nothing if not.
+
+    A loop of at most one turn, since a select would read and write all. What reads
+    `new`, or takes its place, must depend on the False: XLA then runs it after the
+    loop, and need not copy it.
+    """
+
+    def body(carry):
+        flag, old = carry
+        old = jax.tree.map(lambda x, y: jnp.where(flag, x, y), new, old)
+        return jnp.zeros_like(flag), old
+
+    return lax.while_loop(lambda carry: carry[0], body, (when, old))
