@@ -185,10 +185,12 @@ def skip_explosions(
             is_long = ended == NUM_UNTIL_ROLLBACK
             if not rollback:
                 is_long = (ended >= NUM_UNTIL_ROLLBACK) | is_accepted
-            change = jnp.where(is_exploded, 1, recovery)
-            change = jnp.where(ended == 2, cool_down, change)
-            change = jnp.where(is_long, jnp.power(cool_down, 3), change)
-            scale = jnp.clip(scale * change, _LEAST_SCALE, 1).astype(jnp.float32)
+            cut = jnp.where(ended == 2, cool_down, 1)
+            cut = jnp.where(is_long, jnp.power(cool_down, 3), cut)
+            # A division last: XLA would compute all else again for every element.
+            unit = jnp.where(is_exploded, 1, 1 / recovery)
+            scale = jnp.clip(scale * cut, _LEAST_SCALE * unit, unit) / unit
+            scale = scale.astype(jnp.float32)
 
         inner_state, snapshots = state.inner_state, state.snapshots
         is_rolled_back = is_skipped & (num_in_a_row == NUM_UNTIL_ROLLBACK)
@@ -207,10 +209,6 @@ def skip_explosions(
         else:
             is_rolled_back = jnp.zeros_like(is_rolled_back)
 
-        # Without the barrier XLA computes them again in the loop over each leaf.
-        is_skipped, is_rolled_back, scale = lax.optimization_barrier(
-            (is_skipped, is_rolled_back, scale)
-        )
         updates, inner_state = update_or_keep(
             lambda state: inner.update(updates, state, params, **extra_args),
             inner_state,

@@ -333,10 +333,10 @@ def test_cool_down_after_explosions_in_a_row_and_recovery():
     tx = optaxclip.skip_explosions(optax.sgd(1.0), cool_down=0.5, recovery=1.1)
     _, state, found = run(tx, [1.0, math.nan, 1.0, math.nan, math.nan, 1.0, 1.0])
     sizes = [optaxclip.leaf_norms(updates)[0] for updates in found]
-    np.testing.assert_allclose(sizes, [1, 0, 1, 0, 0, 0.5, 0.55], rtol=1e-6)
-    np.testing.assert_allclose(state["explosions"].scale, 0.55, rtol=1e-6)
+    np.testing.assert_allclose(sizes, [1, 0, 1, 0, 0, 0.55, 0.605], rtol=1e-6)
+    np.testing.assert_allclose(state["explosions"].scale, 0.605, rtol=1e-6)
     _, state, found = run(tx, [math.nan] * 3 + [1.0], state=state)
-    np.testing.assert_allclose(state["explosions"].scale, 0.55 / 8, rtol=1e-6)
+    np.testing.assert_allclose(state["explosions"].scale, 0.605 * 1.1 / 8, rtol=1e-6)
     _, state, _ = run(tx, [math.nan, math.nan, math.nan, 1.0] * 5, state=state)
     assert state["explosions"].scale == 1 / 64
     _, state, _ = run(tx, [1.0] * 100, state=state)
