@@ -265,7 +265,7 @@ def stabilize(
     """Wraps an optimizer in the recommended stack, without a number to choose.
 
     `skip_explosions(chain(clip_by_norm(limits.log_quantile()), optimizer),
-    cool_down=0.25, recovery=1.002, rollback=True)`: clips to what is usual for the run,
+    cool_down=1/64, recovery=1.002, rollback=True)`: clips to what is usual for the run,
     skips the steps that explode, and where they go on slows down and returns to earlier
     parameters. Give the loss as `value=`: what diverges slowly shows nowhere else.
 
@@ -304,7 +304,7 @@ def stabilize(
     clip = clip_by_norm(limit, specs=specs, stacked=stacked)
     return skip_explosions(
         optax.chain(clip, optimizer),
-        cool_down=0.25,
+        cool_down=1 / 64,
         recovery=1.002,
         rollback=rollback,
         specs=specs,

@@ -29,7 +29,7 @@ NUM_UNTIL_GIVEN_UP = 100
 NUM_UNTIL_ROLLBACK = 3
 """At so many explosions in a row parameters and inner state go back."""
 
-_LEAST_SCALE = 1 / 64
+_LEAST_SCALE = 2**-12
 
 
 class Snapshots(NamedTuple):
@@ -93,10 +93,10 @@ def skip_explosions(
     to `2 * snapshot_every` quiet steps ago. The update is then `snapshot - params`,
     which `optax.apply_updates` turns into the snapshot to one rounding of the larger of
     the two. That takes the memory of two copies of both, and on healthy steps one read
-    of one copy of the parameters. To cool down: a factor of the inner updates, which
-    each quiet step multiplies by `recovery`, up to 1. After two explosions in a row it
-    is multiplied by `cool_down`, after three by its cube, down to 1/64; after more, in
-    spite of a rollback, it is not, since then the data have changed.
+    of one copy of the parameters. To cool down: after three explosions in a row, a
+    factor of the inner updates is multiplied by `cool_down`, down to 1/4096; each quiet
+    step multiplies it by `recovery`, up to 1. If explosions go on after a rollback it
+    is not cut: then not the steps were too large, but the data have changed.
 
     Args:
       inner: The optimizer; it gets all extra arguments.
@@ -179,14 +179,13 @@ def skip_explosions(
 
         scale = state.scale
         if cool_down is not None:
-            # A single explosion may be the fault of the batch, and what outlasts a
-            # rollback is that of the data; the rest is that of the steps.
+            # One or two may be the fault of their batches, and what outlasts a rollback
+            # is that of the data; the rest is that of the steps.
             ended = jnp.where(is_exploded, 0, count(state.explosions, "in_a_row"))
-            is_long = ended == NUM_UNTIL_ROLLBACK
+            is_cut = ended == NUM_UNTIL_ROLLBACK
             if not rollback:
-                is_long = (ended >= NUM_UNTIL_ROLLBACK) | is_accepted
-            cut = jnp.where(ended == 2, cool_down, 1)
-            cut = jnp.where(is_long, jnp.power(cool_down, 3), cut)
+                is_cut = (ended >= NUM_UNTIL_ROLLBACK) | is_accepted
+            cut = jnp.where(is_cut, cool_down, 1)
             # A division last: XLA would compute all else again for every element.
             unit = jnp.where(is_exploded, 1, 1 / recovery)
             scale = jnp.clip(scale * cut, _LEAST_SCALE * unit, unit) / unit
