@@ -24,8 +24,8 @@ NORM_LIMIT = limits.log_quantile()
 SHARE_LIMIT = limits.drift()
 LOSS_LIMIT = limits.minimum(limits.log_quantile(2.4, min_ratio=1.7), limits.initial())
 
-MAX_GAP = 10
-"""An explosion within so many steps of the last belongs to the same one."""
+# An explosion within so many steps of the last belongs to the same one.
+_MAX_GAP = 10
 # Of the moving average against which the leaf that led has grown most.
 _BASELINE_WINDOW = 64
 
@@ -288,7 +288,7 @@ class Detector:
 
         is_exploded = jnp.any(fired)
         last = count(state, "last")
-        is_first = is_exploded & ((last < 0) | (step[0] - last > MAX_GAP))
+        is_first = is_exploded & ((last < 0) | (step[0] - last > _MAX_GAP))
         is_nonfinite_first = ~is_finite & (count(state, "nonfinite_in_a_row") == 0)
         is_told = jnp.stack([jnp.ones([], bool), is_first, is_nonfinite_first])[:, None]
         return DetectExplosionsState(

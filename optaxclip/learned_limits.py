@@ -73,8 +73,8 @@ class InitialState(NamedTuple):
     """State of `initial`."""
 
     memory: jax.Array
-    """`[..., 3]`: the mean of the first norms; the number of these, up to `window`; and
-    of norms in a row above the limit."""
+    """`[..., 3]`: the mean of the first norms; the number of norms seen, up to
+    `horizon`; and of those in a row above the limit."""
 
 
 def zscore(
@@ -570,12 +570,19 @@ def drift(max_ratio: ArrayLike = 5.0, *, window: int = 64, patience: int = 3) ->
     return Limit(init, update)
 
 
-def initial(max_ratio: ArrayLike = 2.0, *, window: int = 4, patience: int = 3) -> Limit:
-    """Limits a norm that stays above the first ones, as a loss in a divergence.
+def initial(
+    max_ratio: ArrayLike = 2.0,
+    *,
+    window: int = 4,
+    patience: int = 3,
+    horizon: int = 512,
+) -> Limit:
+    """Limits the norms of a beginning that stay above the first ones.
 
     `max_ratio` times the mean of the first `window` norms; +inf unless the last
-    `patience - 1` norms were above that too. It is meant for the loss: training that
-    stays worse than it was at the start has diverged, however slowly it came to that.
+    `patience - 1` norms were above that too, and after `horizon` norms. It is meant for
+    the loss: training that is soon worse than it was at the start diverges, however
+    slowly. Norms that are zero or negative are left out of all counts.
 
     After a lasting rise of any size, `window` norms above the limit in a row, it starts
     afresh.
@@ -585,6 +592,7 @@ def initial(max_ratio: ArrayLike = 2.0, *, window: int = 4, patience: int = 3) -
       window: Number of norms in the mean, at least `patience`.
       patience: How many norms in a row must be above for the last of them to exceed
         the limit, at least 1.
+      horizon: Number of norms after which there is no limit, at least `window`.
 
     Returns:
       The limit, per tree, leaf or group. State: 3 numbers a scope.
@@ -605,6 +613,7 @@ def initial(max_ratio: ArrayLike = 2.0, *, window: int = 4, patience: int = 3) -
     check_number("max_ratio", max_ratio, lambda x: x > 1, "> 1")
     patience = check_length("patience", patience, 1)
     window = check_length("window", window, patience)
+    horizon = check_length("horizon", horizon, window)
 
     def init(sizes):
         _refuse_units("initial", sizes)
@@ -614,7 +623,8 @@ def initial(max_ratio: ArrayLike = 2.0, *, window: int = 4, patience: int = 3) -
         del param_norms
         mean, num_seen, num_above = (state.memory[..., i] for i in range(3))
         (ratio,) = like(norms, max_ratio)
-        limits = jnp.where(num_seen > 0, ratio * mean, jnp.inf)
+        is_known = (num_seen > 0) & (num_seen < horizon)
+        limits = jnp.where(is_known, ratio * mean, jnp.inf)
         num_above = jnp.where(norms > limits, num_above + 1, 0)
         limits = jnp.where(num_above >= patience, limits, jnp.inf)
 
@@ -623,7 +633,7 @@ def initial(max_ratio: ArrayLike = 2.0, *, window: int = 4, patience: int = 3) -
         learned = jnp.stack(
             [
                 jnp.where(num_seen < window, grown, mean),
-                jnp.minimum(num_seen + 1, window),
+                jnp.minimum(num_seen + 1, horizon),
                 num_above,
             ],
             axis=-1,

@@ -265,9 +265,11 @@ def stabilize(
     """Wraps an optimizer in the recommended stack, without a number to choose.
 
     `skip_explosions(chain(clip_by_norm(limits.log_quantile()), optimizer),
-    cool_down=1/64, recovery=1.002, rollback=True)`: clips to what is usual for the run,
-    skips the steps that explode, and where they go on slows down and returns to earlier
-    parameters. Give the loss as `value=`: what diverges slowly shows nowhere else.
+    cool_down=1/64, recovery=1.002, rollback=True)`: skips steps whose norm, share of a
+    leaf or loss is not usual for the run; where they go on, returns to earlier
+    parameters, and from there on makes smaller steps, which recover within some 2000.
+    What is accepted as a change of regime is clipped to what was usual, for the first
+    steps. Give the loss as `value=`: what diverges slowly shows nowhere else.
 
     Args:
       optimizer: The optimizer; it gets all extra arguments. A clip of your own inside

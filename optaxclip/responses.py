@@ -89,14 +89,15 @@ def skip_explosions(
     an update would overflow the dtype of its parameter, those elements become 0.
 
     Two more responses are off unless asked for. To roll back: the third explosion in a
-    row takes parameters and inner state back to those of a quiet step, `snapshot_every`
-    to `2 * snapshot_every` quiet steps ago. The update is then `snapshot - params`,
-    which `optax.apply_updates` turns into the snapshot to one rounding of the larger of
-    the two. That takes the memory of two copies of both, and on healthy steps one read
-    of one copy of the parameters. To cool down: after three explosions in a row, a
-    factor of the inner updates is multiplied by `cool_down`, down to 1/4096; each quiet
-    step multiplies it by `recovery`, up to 1. If explosions go on after a rollback it
-    is not cut: then not the steps were too large, but the data have changed.
+    row, unless it is accepted, takes parameters and inner state back to those of a
+    quiet step, `snapshot_every` to `2 * snapshot_every` quiet steps ago. The update is
+    then `snapshot - params`, which `optax.apply_updates` turns into the snapshot to one
+    rounding of the larger of the two. That takes the memory of two copies of both, and
+    on healthy steps one read of one copy of the parameters. To cool down: after three
+    explosions in a row, a factor of the inner updates is multiplied by `cool_down`,
+    down to 1/4096; each quiet step multiplies it by `recovery`, up to 1. If explosions
+    go on after a rollback it is not cut: then not the steps were too large, but the
+    data have changed.
 
     Args:
       inner: The optimizer; it gets all extra arguments.
@@ -184,10 +185,12 @@ def skip_explosions(
             ended = jnp.where(is_exploded, 0, count(state.explosions, "in_a_row"))
             is_cut = ended == NUM_UNTIL_ROLLBACK
             if not rollback:
-                is_cut = (ended >= NUM_UNTIL_ROLLBACK) | is_accepted
+                is_long = num_in_a_row >= NUM_UNTIL_ROLLBACK
+                is_cut = (ended >= NUM_UNTIL_ROLLBACK) | (is_accepted & is_long)
             cut = jnp.where(is_cut, cool_down, 1)
             # A division last: XLA would compute all else again for every element.
-            unit = jnp.where(is_exploded, 1, 1 / recovery)
+            shrinkage = jnp.clip(1 / recovery, _LEAST_SCALE, 1)
+            unit = jnp.where(is_exploded, 1, shrinkage)
             scale = jnp.clip(scale * cut, _LEAST_SCALE * unit, unit) / unit
             scale = scale.astype(jnp.float32)
 

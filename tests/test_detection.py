@@ -88,19 +88,20 @@ def naive_scalar(signal, power, ratio):
 def naive_initial(loss):
     """The least of how far the last three were above twice the mean of the first four.
 
-    Starts afresh where four in a row were above that.
+    Starts afresh where four in a row were above that; silent after 512.
     """
     margins = np.where(np.isfinite(loss), -np.inf, np.nan)
-    first, excesses = [], []
+    first, excesses, num_seen = [], [], 0
     for step in np.flatnonzero((loss > 0) & (loss < np.inf)):
-        limit = 2 * np.mean(first) if first else math.inf
+        limit = 2 * np.mean(first) if 0 < num_seen < 512 else math.inf
+        num_seen += 1
         excesses = [*excesses[-3:], math.log(loss[step]) - math.log(limit)]
         if len(excesses) >= 3:
             margins[step] = min(excesses[-3:])
         if len(first) < 4:
             first.append(loss[step])
         if len(excesses) == 4 and min(excesses) > 0:
-            first, excesses = [], []
+            first, excesses, num_seen = [], [], 0
     return margins
 
 

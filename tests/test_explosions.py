@@ -343,6 +343,23 @@ def test_cool_down_after_explosions_in_a_row_and_recovery():
     assert state["explosions"].scale == 1
 
 
+def test_recovery_may_be_at_once():
+    tx = optaxclip.skip_explosions(optax.sgd(1.0), cool_down=0.01, recovery=math.inf)
+    _, state, found = run(tx, [1.0, *[math.nan] * 3, 1.0])
+    np.testing.assert_allclose(optaxclip.leaf_norms(found[-1])[0], 1)
+    assert state["explosions"].scale == 1
+
+
+def test_stabilize_cools_down_and_recovers():
+    _, state, _ = run(optaxclip.stabilize(optax.sgd(1e-6)), [*healthy(8), *[1e3] * 3])
+    assert state["explosions"].num_responses.tolist() == [3, 1]
+    for num_quiet in (1, 2):
+        tx = optaxclip.stabilize(optax.sgd(1e-6))
+        _, state, _ = run(tx, [1.0], state=state)
+        expected = 1.002**num_quiet / 64
+        np.testing.assert_allclose(state["explosions"].scale, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("rollback", "num_in_a_row", "scale"),
     [

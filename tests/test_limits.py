@@ -112,16 +112,18 @@ def naive_drift(norms, totals, max_ratio=5, window=64, patience=3):
     return found
 
 
-def naive_initial(norms, totals, max_ratio=2, window=4, patience=3):
-    first, num_above, found = [], 0, []
+def naive_initial(norms, totals, max_ratio=2, window=4, patience=3, horizon=512):
+    first, num_seen, num_above, found = [], 0, 0, []
     for norm in norms:
-        limit = max_ratio * np.mean(first) if first else math.inf
+        is_known = 0 < num_seen < horizon
+        limit = max_ratio * np.mean(first) if is_known else math.inf
         num_above = num_above + 1 if norm > limit else 0
         found.append(limit if num_above >= patience else math.inf)
         if len(first) < window:
             first.append(norm)
+        num_seen += 1
         if num_above >= window:
-            first, num_above = [], 0
+            first, num_seen, num_above = [], 0, 0
     return found
 
 
@@ -152,7 +154,7 @@ CASES = {
         "log_quantile", power=1.5, min_ratio=1.2, max_jump=2.0, window=11
     ),
     "short drift": case("drift", max_ratio=1.3, window=5, patience=2),
-    "short initial": case("initial", max_ratio=1.2, window=3, patience=2),
+    "short initial": case("initial", max_ratio=1.2, window=3, patience=2, horizon=40),
     "short quantile": case("quantile", target=0.883, initial_norm=9.0, rate=0.5),
 }
 EACH_KIND = ["minimum", *(name for name in CASES if "short" in name)]
@@ -693,3 +695,10 @@ def test_initial_needs_patience_and_follows_a_lasting_rise():
     is_above = norms > run("initial", norms)[0]
     # Twice the mean of the first four is 4: the third and fourth 9 are above it.
     assert np.flatnonzero(is_above).tolist() == [8, 9]
+
+
+def test_initial_says_nothing_after_its_horizon():
+    for num_before, is_limited in [(38, True), (39, False)]:
+        norms = np.asarray([1] * num_before + [9, 9], np.float32)
+        found, _ = run("short initial", norms)
+        assert np.isfinite(found[-1]) == is_limited

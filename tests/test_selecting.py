@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optaxclip
-from optaxclip import explosions
+from optaxclip import responses
 from optaxclip.selecting import update_or_keep
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -838,7 +838,7 @@ def test_skipping_with_a_clip_stays_in_place(optimized):
 @pytest.mark.slow
 @pytest.mark.parametrize("rollback", [False, True])
 def test_skipping_would_copy_by_where_after(optimized, monkeypatch, rollback):
-    monkeypatch.setattr(explosions, "update_or_keep", where_after)
+    monkeypatch.setattr(responses, "update_or_keep", where_after)
     tx = optaxclip.skip_explosions(optax.adam(0.1), rollback=rollback)
     cost = cost_of_skipping(tx)
     assert cost.copies
