@@ -221,7 +221,12 @@ def after_a_spike_on_one_device():
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param("auto", marks=pytest.mark.slow), "explicit", "shard_map"]
+    "layout",
+    [
+        pytest.param("auto", marks=pytest.mark.slow),
+        pytest.param("explicit", marks=pytest.mark.slow),
+        "shard_map",
+    ],
 )
 def test_methods_do_the_same_on_eight_devices(layout):
     mesh = mesh_of(AxisType.Explicit if layout == "explicit" else AxisType.Auto)
