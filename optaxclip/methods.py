@@ -290,12 +290,13 @@ def stabilize(
       TypeError: If an argument is of the wrong type.
 
     Example:
-      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> import jax, jax.numpy as jnp, optax, optaxclip
       >>> tx = optaxclip.stabilize(optax.adam(1e-3))
       >>> params = {"w": jnp.ones(2)}
       >>> state = tx.init(params)
+      >>> update = jax.jit(tx.update)
       >>> for g in [jnp.ones(2), jnp.full(2, jnp.inf)]:
-      ...     updates, state = tx.update({"w": g}, state, params, value=jnp.array(1.0))
+      ...     updates, state = update({"w": g}, state, params, value=jnp.array(1.0))
       ...     params = optax.apply_updates(params, updates)
       >>> print(params["w"] < 1, optaxclip.metrics(state)["explosions/exploded"])
       [ True  True] 1

@@ -351,10 +351,10 @@ def test_recovery_may_be_at_once():
 
 
 def test_stabilize_cools_down_and_recovers():
-    _, state, _ = run(optaxclip.stabilize(optax.sgd(1e-6)), [*healthy(8), *[1e3] * 3])
+    tx = optaxclip.stabilize(optax.sgd(1e-6))
+    _, state, _ = run(tx, [*healthy(8), *[1e3] * 3])
     assert state["explosions"].num_responses.tolist() == [3, 1]
     for num_quiet in (1, 2):
-        tx = optaxclip.stabilize(optax.sgd(1e-6))
         _, state, _ = run(tx, [1.0], state=state)
         expected = 1.002**num_quiet / 64
         np.testing.assert_allclose(state["explosions"].scale, expected, rtol=1e-6)

@@ -352,7 +352,6 @@ class Run:
         loss: What is minimised in place of the task's loss, in the model's dtype.
         loss_scale: Multiplies the loss, and divides its gradient.
         unit: Multiplies the loss, and so its gradient.
-        changes: Steps at which the task changes for good.
     """
 
     kind: str
@@ -366,7 +365,6 @@ class Run:
     loss: Callable[[Any, Any], jax.Array] | None = None
     loss_scale: float = 1.0
     unit: float = 1.0
-    changes: tuple[int, ...] = ()
     steps: int = 600
 
 
@@ -447,8 +445,8 @@ def zoo() -> dict[str, Run]:
         "MLP": Run(HEALTHY, *shallow, mom, 0.01),
         "LSTM": Run(HEALTHY, *lstm, adam, 2e-3),
         "ReLU RNN": Run(HEALTHY, *relu, adam, 1e-3),
-        "new labels": Run(HEALTHY, *new_labels, mom, 0.03, changes=(300,)),
-        "new coefficients": Run(HEALTHY, *new_line, slow, 2e-4, changes=(300,)),
+        "new labels": Run(HEALTHY, *new_labels, mom, 0.03),
+        "new coefficients": Run(HEALTHY, *new_line, slow, 2e-4),
         "heavy tails, rising norms": Run(HEALTHY, *tails, slow, 1e-5),
         "one image a step": Run(HEALTHY, *single, sgd, 0.01, steps=800),
         "warm-up and restarts": Run(HEALTHY, *attention, restarts, 0.01),
@@ -562,19 +560,6 @@ def explodes(losses: np.ndarray, norms: np.ndarray) -> bool:
     """Whether a run does, from the losses `[steps]` that it minimises and its norms."""
     is_finite = np.isfinite(losses).all() and np.isfinite(norms).all()
     return not is_finite or losses.max() > 3 * losses[0]
-
-
-def record(run: Run, *, seed: int = 0, arm: str = "nothing") -> tuple[Any, Any, Any]:
-    """Returns what a detector sees, until 20 steps after the first NaN or inf.
-
-    These are the loss `[steps]`, the norm of the gradient `[steps]` and those of its
-    leaves `[steps, num_leaves]`.
-    """
-    _, _, (losses, norms) = train(run, ARMS[arm], measured=True)(seed, run.rate)
-    is_bad = ~(np.isfinite(losses) & np.isfinite(norms).all(axis=1))
-    stop = int(np.argmax(is_bad)) + 20 if is_bad.any() else run.steps
-    losses, norms = losses[:stop], norms[:stop]
-    return losses, np.hypot.reduce(norms.astype(float), axis=1), norms
 
 
 def draw(path: Path, panels: dict[str, dict[str, np.ndarray]]) -> None:
