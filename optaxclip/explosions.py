@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from optaxclip import limits
 from optaxclip.checks import check_label
@@ -121,7 +122,8 @@ def detect_explosions(
     def update(updates, state, params=None, **extra_args):
         del params
         value = extra_args.get("value")
-        return updates, {label: detector.update(updates, value, state[label])}
+        state, _ = detector.update(updates, value, state[label])
+        return updates, {label: state}
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -220,28 +222,10 @@ class Detector:
         )
         return norm, share, loss
 
-    def judged(
-        self, updates, state, old, is_skipped, is_accepted
-    ) -> DetectExplosionsState:
-        """The state once it is known what becomes of the step.
-
-        The rules learn nothing from a skipped step: what comes of bad parameters would
-        soon look usual. After an accepted explosion they start afresh.
-        """
-        is_reset = np.array([name == "in_a_row" for name in COUNTS])
-
-        def keep(new, old, fresh):
-            return jnp.where(is_accepted, fresh, jnp.where(is_skipped, old, new))
-
-        sizes = self._scopes(updates).sizes().astype(state.baseline.dtype)
-        fresh = self._rule_states(sizes)
-        return state._replace(
-            counts=jnp.where(is_accepted & is_reset, 0, state.counts),
-            rule_states=jax.tree.map(keep, state.rule_states, old.rule_states, fresh),
-        )
-
-    def update(self, updates, value, state) -> DetectExplosionsState:
-        """The state after a step that is taken; `judged` where it may not be."""
+    def update(
+        self, updates, value, state
+    ) -> tuple[DetectExplosionsState, tuple[jax.Array, jax.Array]]:
+        """The state after a step that is taken; the norm and its limit."""
         dtype = state.baseline.dtype
         norms, norm = (
             saturating_cast(x, dtype)
@@ -274,7 +258,7 @@ class Detector:
             ]
         )
 
-        leaf, baseline = _leading_leaf(norms, state.baseline)
+        leaf, baseline = _leading_leaf(norms, norm, state.baseline)
         leaf_share, leaf_limit = (
             x[leaf] if x.size else jnp.zeros([], dtype) for x in (shares, highest[1])
         )
@@ -290,8 +274,9 @@ class Detector:
         last = count(state, "last")
         is_first = is_exploded & ((last < 0) | (step[0] - last > _MAX_GAP))
         is_nonfinite_first = ~is_finite & (count(state, "nonfinite_in_a_row") == 0)
-        is_told = jnp.stack([jnp.ones([], bool), is_first, is_nonfinite_first])[:, None]
-        return DetectExplosionsState(
+        row = lax.broadcasted_iota(jnp.int32, (3, 1), 0)
+        is_told = (row == 0) | is_first & (row == 1) | is_nonfinite_first & (row == 2)
+        state = DetectExplosionsState(
             counts=_counted(state.counts, fired, is_exploded),
             steps=jnp.where(is_told, step[None], state.steps),
             numbers=jnp.where(is_told, numbers[None], state.numbers),
@@ -299,6 +284,7 @@ class Detector:
             rule_states=(rule_states[0], rule_states[1], rule_states[2]),
             layout=state.layout,
         )
+        return state, (norm, highest[0])
 
 
 def _loss(value, dtype):
@@ -313,7 +299,7 @@ def _loss(value, dtype):
     return saturating_cast(wide, dtype)
 
 
-def _leading_leaf(norms, baseline):
+def _leading_leaf(norms, norm, baseline):
     """(index of the leaf that led, the next baseline)."""
     mean, num = baseline[:, 0], baseline[:, 1]
     is_known = (norms > 0) & (norms < jnp.inf)
@@ -323,7 +309,7 @@ def _leading_leaf(norms, baseline):
     leaf = jnp.argmax(risen) if norms.size else jnp.full([], -1)
     rate = jnp.maximum(1 / (num + 1), 1 / _BASELINE_WINDOW)
     learned = [mean + rate * (logs - mean), jnp.minimum(num + 1, _BASELINE_WINDOW)]
-    is_learned = is_known & jnp.all(norms < jnp.inf)
+    is_learned = is_known & (norm < jnp.inf)
     learned = jnp.where(is_learned[:, None], jnp.stack(learned, axis=1), baseline)
     return leaf.astype(jnp.int32), learned
 

@@ -33,8 +33,9 @@ class PercentileState(NamedTuple):
     """State of `percentile` and of `log_quantile`."""
 
     window: jax.Array
-    """`[..., 2, window]`: the last norms as they came, and the same ascending; +inf
-    where there is none yet."""
+    """`[..., 2, 1 + window]`: the last norms as they came, and the same ascending; +inf
+    where there is none yet. Before the first stands their number, before the others
+    -inf."""
 
 
 class EmaState(NamedTuple):
@@ -483,18 +484,17 @@ def log_quantile(
     def update(norms, state, param_norms=None):
         del param_norms
         exponent, least, jump = like(norms, power, min_ratio, max_jump)
+        num = windows.num_known(state.window)
         low, high, share = windows.percentiles_of(
             state.window, jnp.asarray([50, 95], norms.dtype)
         )
-        is_known = low[..., 0] < jnp.inf
         low, high = (_log(jnp.where(x < jnp.inf, x, 1)) for x in (low, high))
         logs = low + share * (high - low)
         median, spread = logs[..., 0], logs[..., 1] - logs[..., 0]
         limits = jnp.exp(median + jnp.maximum(exponent * spread, jnp.log(least)))
-        has_half = state.window[..., 1, window // 2 - 1] < jnp.inf
-        latest = state.window[..., 0, -(window // 4) :]
-        latest = jnp.max(jnp.where(latest < jnp.inf, latest, 0), axis=-1)
-        highest = jnp.where(is_known, jump * latest, jnp.inf)
+        largest = windows.largest_of(state.window, window // 4)
+        highest = jnp.where(num > 0, jump * largest, jnp.inf)
+        has_half = num >= window // 2
         limits = jnp.where(has_half, jnp.minimum(limits, highest), highest)
         learned = PercentileState(windows.push_in_order(state.window, norms))
         return limits, _keep(norms, learned, state)

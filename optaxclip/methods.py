@@ -264,25 +264,25 @@ def stabilize(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer in the recommended stack, without a number to choose.
 
-    `skip_explosions(chain(clip_by_norm(limits.log_quantile()), optimizer),
-    cool_down=1/64, recovery=1.002, rollback=True)`: skips steps whose norm, share of a
-    leaf or loss is not usual for the run; where they go on, returns to earlier
-    parameters, and from there on makes smaller steps, which recover within some 2000.
-    What is accepted as a change of regime is clipped to what was usual, for the first
-    steps. Give the loss as `value=`: what diverges slowly shows nowhere else.
+    `skip_explosions(optimizer, cool_down=1/64, recovery=1.002, rollback=True)`: skips
+    steps whose norm, share of a leaf or loss is not usual for the run; where they go
+    on, returns to earlier parameters, and from there on makes smaller steps, which
+    recover within some 2000. What is accepted as a change of regime is clipped to what
+    was usual, by `limits.log_quantile()`. Give the loss as `value=`: what diverges
+    slowly shows nowhere else.
 
     Args:
-      optimizer: The optimizer; it gets all extra arguments. A clip of your own inside
-        needs a label other than "clip".
-      max_norm: A limit of the clip on top: a number, schedule or limit.
+      optimizer: The optimizer; it gets all extra arguments.
+      max_norm: Clips the gradients before it as well, as `clip_by_norm(max_norm)`: a
+        number, schedule or limit.
       rollback: Whether to keep two copies of parameters and optimizer state to return
         to; without them far fewer runs are saved.
       specs: As in `detect_explosions`.
       stacked: As in `clip_by_norm`.
 
     Returns:
-      The transformation, with the state `{"explosions": SkipExplosionsState}`, in which
-      the clip has its own. `update` needs `params` for the rollback.
+      The transformation, with the state `{"explosions": SkipExplosionsState}`. `update`
+      needs `params` for the rollback.
 
     Raises:
       ValueError: If an argument is out of range; in `update` if `value` has axes, or
@@ -301,12 +301,11 @@ def stabilize(
       >>> print(params["w"] < 1, optaxclip.metrics(state)["explosions/exploded"])
       [ True  True] 1
     """
-    limit = limits.log_quantile()
     if max_norm is not None:
-        limit = limits.minimum(limit, max_norm)
-    clip = clip_by_norm(limit, specs=specs, stacked=stacked)
+        clip = clip_by_norm(max_norm, specs=specs, stacked=stacked)
+        optimizer = optax.chain(clip, optimizer)
     return skip_explosions(
-        optax.chain(clip, optimizer),
+        optimizer,
         cool_down=1 / 64,
         recovery=1.002,
         rollback=rollback,

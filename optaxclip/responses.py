@@ -19,7 +19,7 @@ from optaxclip.explosions import (
     count,
 )
 from optaxclip.limits import LimitLike
-from optaxclip.norms import scaled
+from optaxclip.norms import scaled, widened
 from optaxclip.scopes import Stacked, is_gradient
 from optaxclip.selecting import update_or_keep
 
@@ -82,11 +82,12 @@ def skip_explosions(
 
     A step is skipped if `detect_explosions` would notice an explosion: the updates are
     zeros, the inner state stays, bit for bit, and the rules learn nothing from it. If
-    explosions persist, the `max_consecutive`-th in a row, if it is finite, is a change
-    of regime: its step is taken and the rules start afresh. A non-finite step is never
-    taken; after 100 in a row the run is given up, which `metrics` and
-    `raise_if_exploded` say. Where `inner` itself makes something that is not finite, or
-    an update would overflow the dtype of its parameter, those elements become 0.
+    explosions persist, that is a change of regime: from the `max_consecutive`-th in a
+    row on the finite ones are taken and learned, their gradients clipped to the limit
+    on the norm, until the rules find them usual. A non-finite step is never taken;
+    after 100 in a row the run is given up, which `metrics` and `raise_if_exploded` say.
+    Where `inner` itself makes something that is not finite, or an update would overflow
+    the dtype of its parameter, those elements become 0.
 
     Two more responses are off unless asked for. To roll back: the third explosion in a
     row, unless it is accepted, takes parameters and inner state back to those of a
@@ -104,8 +105,7 @@ def skip_explosions(
       norm: As in `detect_explosions`.
       share: As in `detect_explosions`.
       loss: As in `detect_explosions`.
-      max_consecutive: At most one fewer finite explosions in a row are skipped; at
-        least 1.
+      max_consecutive: From which explosion in a row on they are taken; at least 1.
       cool_down: What the updates are multiplied by, within (0, 1]; None for off.
       recovery: Growth of that factor in a quiet step, >= 1.
       rollback: Whether to roll back; `update` then needs `params`.
@@ -168,26 +168,32 @@ def skip_explosions(
                 "a rollback is an update from the parameters: call "
                 "update(updates, state, params) with params"
             )
-        explosions = detector.update(updates, extra_args.get("value"), state.explosions)
+        explosions, norm_and_limit = detector.update(
+            updates, extra_args.get("value"), state.explosions
+        )
         num_in_a_row = count(explosions, "in_a_row")
         is_exploded = num_in_a_row > 0
         is_finite = count(explosions, "nonfinite_in_a_row") == 0
         is_accepted = is_finite & (num_in_a_row >= max_consecutive)
         is_skipped = is_exploded & ~is_accepted
-        explosions = detector.judged(
-            updates, explosions, state.explosions, is_skipped, is_accepted
+        # What comes of bad parameters would soon look usual.
+        explosions = explosions._replace(
+            rule_states=jax.tree.map(
+                lambda new, old: jnp.where(is_skipped, old, new),
+                explosions.rule_states,
+                state.explosions.rule_states,
+            )
         )
+        updates = _limited(updates, is_accepted, *norm_and_limit)
 
         scale = state.scale
         if cool_down is not None:
-            # One or two may be the fault of their batches, and what outlasts a rollback
-            # is that of the data; the rest is that of the steps.
-            ended = jnp.where(is_exploded, 0, count(state.explosions, "in_a_row"))
-            is_cut = ended == NUM_UNTIL_ROLLBACK
-            if not rollback:
-                is_long = num_in_a_row >= NUM_UNTIL_ROLLBACK
-                is_cut = (ended >= NUM_UNTIL_ROLLBACK) | (is_accepted & is_long)
-            cut = jnp.where(is_cut, cool_down, 1)
+            num_cut = num_in_a_row
+            if rollback:
+                # One or two may be the fault of their batches, and what outlasts a
+                # rollback is that of the data; the rest is that of the steps.
+                num_cut = jnp.where(is_exploded, 0, count(state.explosions, "in_a_row"))
+            cut = jnp.where(num_cut == NUM_UNTIL_ROLLBACK, cool_down, 1)
             # A division last: XLA would compute all else again for every element.
             shrinkage = jnp.clip(1 / recovery, _LEAST_SCALE, 1)
             unit = jnp.where(is_exploded, 1, shrinkage)
@@ -244,6 +250,25 @@ def skip_explosions(
         return updates, {label: state}
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _limited(updates: Any, when: jax.Array, norm: jax.Array, limit: jax.Array) -> Any:
+    """The updates, where `when` with a norm of at most its limit."""
+    is_large = when & (norm > limit)
+    # Beyond the largest float the norm is not known: zeros. A division last: XLA would
+    # compute all else again for every element.
+    is_known = norm < jnp.finfo(norm.dtype).max
+    dividend = jnp.where(is_large, jnp.where(is_known, limit, 0), 1)
+    factor = dividend / jnp.where(is_large, norm, 1)
+
+    def limited(u):
+        if not is_gradient(u):
+            return u
+        # The barrier is that of `clip_by_norm`.
+        u = lax.optimization_barrier(jnp.asarray(u))
+        return scaled(widened(u, factor.dtype), factor).astype(u.dtype)
+
+    return jax.tree.map(limited, updates)
 
 
 def _replaced(when, new, old):

@@ -16,11 +16,14 @@ def push(window: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def empty_ordered_window(like: jax.Array, size: int) -> jax.Array:
-    """Windows `[..., 2, size]`: the values as they came, and the same ascending.
+    """Windows `[..., 2, 1 + size]`: the values as they came, and the same ascending.
 
-    One array, since every array of a state costs a small step some microseconds.
+    Before the first stands their number, before the others -inf. One array, since every
+    array of a state costs a small step some microseconds.
     """
-    return jnp.full((*like.shape, 2, size), jnp.inf, like.dtype)
+    window = jnp.full((*like.shape, 2, 1 + size), jnp.inf, like.dtype)
+    rows, columns = _rows_and_columns(window)
+    return jnp.where(columns > 0, window, jnp.where(rows == 0, 0, -jnp.inf))
 
 
 def push_in_order(window: jax.Array, values: jax.Array) -> jax.Array:
@@ -31,12 +34,12 @@ def push_in_order(window: jax.Array, values: jax.Array) -> jax.Array:
     all the rest of a small step; so does any formula that XLA cannot fuse into one
     loop, such as one with a concatenation.
     """
-    oldest, new = window[..., :1, :1], values[..., None, None]
+    size = window.shape[-1] - 1
+    oldest, new = window[..., :1, 1:2], values[..., None, None]
     left, right = _shifted(window, -1, jnp.inf), _shifted(window, 1, -jnp.inf)
-    rows, columns = (
-        lax.broadcasted_iota(jnp.int32, window.shape, window.ndim - i) for i in (2, 1)
-    )
-    recent = jnp.where(columns == window.shape[-1] - 1, new, left)
+    rows, columns = _rows_and_columns(window)
+    recent = jnp.where(columns == size, new, left)
+    recent = jnp.where(columns == 0, jnp.minimum(window + 1, size), recent)
     without = jnp.where(window < oldest, window, left)
     right_of_without = jnp.where(right < oldest, right, window)
     ordered = jnp.maximum(right_of_without, jnp.minimum(new, without))
@@ -45,10 +48,13 @@ def push_in_order(window: jax.Array, values: jax.Array) -> jax.Array:
 
 def num_known(window: jax.Array) -> jax.Array:
     """int32: how many values an ordered window holds."""
-    ordered = window[..., 1, :]
-    first_unknown = jnp.argmax(ordered == jnp.inf, axis=-1).astype(jnp.int32)
-    is_full = ordered[..., -1] < jnp.inf
-    return jnp.where(is_full, ordered.shape[-1], first_unknown)
+    return window[..., 0, 0].astype(jnp.int32)
+
+
+def largest_of(window: jax.Array, num: int) -> jax.Array:
+    """The largest of the last `num` values of an ordered window; 0 if there is none."""
+    values = window[..., 0, -num:]
+    return jnp.max(jnp.where(values < jnp.inf, values, 0), axis=-1)
 
 
 def percentiles_of(
@@ -67,10 +73,17 @@ def percentiles_of(
     hundredths = percents * last.astype(ordered.dtype)
     place = jnp.floor(hundredths / 100)
     share = (hundredths - 100 * place) / 100
-    low = jnp.minimum(place.astype(jnp.int32), last)
-    high = jnp.minimum(low + 1, last)
+    low = 1 + jnp.minimum(place.astype(jnp.int32), last)
+    high = jnp.minimum(low + 1, 1 + last)
     low, high = (jnp.take_along_axis(ordered, x, axis=-1) for x in (low, high))
     return low, high, share
+
+
+def _rows_and_columns(window: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rows, columns = (
+        lax.broadcasted_iota(jnp.int32, window.shape, window.ndim - i) for i in (2, 1)
+    )
+    return rows, columns
 
 
 def _shifted(values: jax.Array, by: int, fill: float) -> jax.Array:
