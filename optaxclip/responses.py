@@ -175,7 +175,7 @@ def skip_explosions(
         is_exploded = num_in_a_row > 0
         is_finite = count(explosions, "nonfinite_in_a_row") == 0
         is_accepted = is_finite & (num_in_a_row >= max_consecutive)
-        is_skipped = is_exploded & ~is_accepted
+        is_skipped = _once(is_exploded & ~is_accepted)
         # What comes of bad parameters would soon look usual.
         explosions = explosions._replace(
             rule_states=jax.tree.map(
@@ -201,7 +201,7 @@ def skip_explosions(
             scale = scale.astype(jnp.float32)
 
         inner_state, snapshots = state.inner_state, state.snapshots
-        is_rolled_back = is_skipped & (num_in_a_row == NUM_UNTIL_ROLLBACK)
+        is_rolled_back = _once(is_skipped & (num_in_a_row == NUM_UNTIL_ROLLBACK))
         if isinstance(snapshots, Snapshots):
             older, newer, num_quiet = snapshots
             is_due = ~is_exploded & (num_quiet >= snapshot_every - 1)
@@ -250,6 +250,11 @@ def skip_explosions(
         return updates, {label: state}
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _once(flag: jax.Array) -> jax.Array:
+    """The flag. XLA computes it again in every loop that reads it, but no division."""
+    return jnp.where(flag, 2.0, 1.0) / jnp.where(flag, 1.0, 2.0) > 1
 
 
 def _limited(updates: Any, when: jax.Array, norm: jax.Array, limit: jax.Array) -> Any:

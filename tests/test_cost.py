@@ -173,3 +173,26 @@ def test_the_state_is_a_few_scalars():
     state = CLIPS["norm"].init(params)
     assert sum(x.size for x in jax.tree.leaves(state)) <= 8
     assert not jax.tree.leaves(CLIPS["value"].init(params))
+
+
+def test_stabilize_decides_once_for_all_elements():
+    """Each leaf tests one flag in each of its three loops, and that it is finite."""
+    tx = optaxclip.stabilize(optax.adam(1e-3), rollback=False)
+
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params, value=jnp.float32(1))
+        return optax.apply_updates(params, updates), state
+
+    def hlo_of(num_layers):
+        shapes = make_shapes(num_layers, width=64, vocabulary=128)
+        params = {
+            name: jax.ShapeDtypeStruct(shape, jnp.float32)
+            for name, shape in shapes.items()
+        }
+        state = jax.eval_shape(tx.init, params)
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
+        return compiled.compile().as_text() or ""
+
+    one, two = hlo_of(1), hlo_of(2)
+    for op, num_in_leaf in [("compare", 3), ("and", 1), ("select", 3)]:
+        assert num_in_loops(op, two) - num_in_loops(op, one) == 5 * num_in_leaf
