@@ -7,13 +7,11 @@ Every example records through `Recorder`. Names decide the groups in TensorBoard
     norm_before/<leaf>, norm_after/<leaf>     each parameter's
 """
 
-import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optax
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -22,19 +20,6 @@ import optaxclip
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; no yellow, on white.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")
-
-
-def watch() -> optax.GradientTransformation:
-    """Passes the updates through; its state is the norm of each leaf."""
-
-    def init(params):
-        return optaxclip.leaf_norms(params)
-
-    def update(updates, state, params=None):
-        del state, params
-        return updates, optaxclip.leaf_norms(updates)
-
-    return optax.GradientTransformation(init, update)
 
 
 class Recorder:
@@ -65,30 +50,23 @@ class Recorder:
             self.writer.add_scalar(name, float(value), step)
 
     def add_steps(
-        self,
-        step: int,
-        names: list[str],
-        losses: np.ndarray,
-        before: np.ndarray,
-        after: np.ndarray,
+        self, num_steps: int, before: optaxclip.History, after: optaxclip.History
     ) -> None:
-        """Adds what consecutive training steps measured.
+        """Adds the newest steps of two recorders, around the clip.
 
         Args:
-            step: The number of the first of them.
-            names: The names of the leaves, as `optaxclip.leaf_names` gives them.
-            losses: The losses, `[steps]`.
-            before: The norm of each leaf of the gradient, `[steps, num_leaves]`.
-            after: The same after the clip.
+            num_steps: How many of them.
+            before: What `optaxclip.history` gives before the clip.
+            after: The same after it.
         """
-        for i, loss in enumerate(losses):
-            values = {"loss": loss}
-            for when, norms in (("before", before[i]), ("after", after[i])):
-                values[f"norm/{when}"] = math.hypot(*norms)
-                for name, norm in zip(names, norms, strict=True):
+        for i in range(-num_steps, 0):
+            values = {"loss": before.loss[i]}
+            for when, kept in (("before", before), ("after", after)):
+                values[f"norm/{when}"] = kept.norm[i]
+                for name, norm in zip(kept.names, kept.norms[i], strict=True):
                     values[f"norm_{when}/{name}"] = norm
-            self.add(step + i, values)
-        self.bar.update(len(losses))
+            self.add(int(before.step[i]) + 1, values)
+        self.bar.update(num_steps)
         shown = [n for n in ("loss", "norm/before", "accuracy") if n in self.history]
         self.bar.set_postfix({name: self.last(name) for name in shown})
 

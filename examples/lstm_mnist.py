@@ -24,6 +24,7 @@ import optaxclip
 
 Preset = Literal["default", "tensorflow", "keras", "pytorch"]
 Clip = Literal["value", "norm", "zclip", "autoclip", "adagc", "agc", "none"]
+AROUND = "before", "after"  # the clip: what the two recorders are called
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +102,10 @@ def build(config: Config, *, seed: int = 0, measured: bool = True, wrap: Any = N
     """Makes the state of the training and the pure functions that train and test.
 
     Returns:
-        carry: The parameters and the state of the optax chain, or of `wrap(chain)`.
+        carry: The parameters and the state of the optax chain, or of `wrap(chain)`; if
+            `measured` it records the steps, "before" and "after" the clip.
         train: `(carry, batches, images, labels) -> (carry, measures)`; `batches` are
-            indices `[steps, batch]`, `measures` the losses `[steps]`; with `wrap` also
-            the metrics, else if `measured` the leaves' norms before and after the clip.
+            indices `[steps, batch]`, `measures` the losses, with `wrap` also metrics.
         accuracy: `(params, images, labels) -> share`, compiled.
     """
     graphdef, params = nnx.split(LSTM(config, rngs=nnx.Rngs(seed)), nnx.Param)
@@ -120,8 +121,9 @@ def build(config: Config, *, seed: int = 0, measured: bool = True, wrap: Any = N
     cosine = optax.cosine_decay_schedule(config.learning_rate, config.steps)
     rate = cosine if config.cosine_decay else config.learning_rate
     optimizers = {"adam": optax.adam(rate), "sgd": optax.sgd(rate, momentum=0.9)}
-    watched = (curves.watch(), clip, curves.watch()) if measured else (clip,)
-    tx = optax.chain(*watched, optimizers[config.optimizer])
+    before, after = map(optaxclip.record, AROUND)
+    clips = (before, clip, after) if measured else (clip,)
+    tx = optax.chain(*clips, optimizers[config.optimizer])
     tx: Any = optax.with_extra_args_support(wrap(tx) if wrap else tx)
     cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 
@@ -132,8 +134,7 @@ def build(config: Config, *, seed: int = 0, measured: bool = True, wrap: Any = N
         params, opt_state = carry
         loss, grads = jax.value_and_grad(loss_fn)(params, images, labels)
         updates, opt_state = tx.update(grads, opt_state, params, value=loss)
-        norms = (opt_state[0], opt_state[2]) if measured else ()
-        measures = (optaxclip.metrics(opt_state),) if wrap else norms
+        measures = (optaxclip.metrics(opt_state),) if wrap else ()
         return (optax.apply_updates(params, updates), opt_state), (loss, *measures)
 
     def train(carry, batches, images, labels):
@@ -149,7 +150,6 @@ def fit(config: Config, digits: mnist.Mnist, recorder: curves.Recorder, *, seed:
     """Trains until the end or a NaN; returns the last carry, and steps per second."""
     everywhere, shared = mnist.shardings(config.batch_size)
     carry, train, accuracy = build(config, seed=seed)
-    names = optaxclip.leaf_names(carry[0])
     carry, digits = jax.device_put((carry, digits), everywhere)
     images, labels, *test = digits
     batches = mnist.shuffled(len(labels), (config.steps, config.batch_size), seed=seed)
@@ -163,11 +163,11 @@ def fit(config: Config, digits: mnist.Mnist, recorder: curves.Recorder, *, seed:
     for step in range(length, config.steps + 1, length):
         start = time.perf_counter()
         batch = jax.device_put(batches[step - length : step], shared)
-        carry, measures = train(carry, batch, images, labels)
-        losses, *norms = jax.device_get(measures)
+        carry, _ = train(carry, batch, images, labels)
+        kept = [optaxclip.history(carry[1], carry[0], label=x) for x in AROUND]
         busy += time.perf_counter() - start
-        recorder.add_steps(step - length + 1, names, losses, *norms)
-        last = step == config.steps or not math.isfinite(losses[-1])
+        recorder.add_steps(length, *kept)
+        last = step == config.steps or not math.isfinite(recorder.last("loss"))
         if last or step % max(1, config.steps // 20) < length:
             recorder.add(step, {"accuracy": accuracy(carry[0], *test)})
         if last:

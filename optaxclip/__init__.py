@@ -17,8 +17,14 @@ from optaxclip.norms import global_norm as global_norm
 from optaxclip.norms import group_norms as group_norms
 from optaxclip.norms import leaf_norms as leaf_norms
 from optaxclip.norms import unit_norms as unit_norms
-from optaxclip.recording import metrics as metrics
+from optaxclip.plotting import plot as plot
+from optaxclip.reading import History as History
+from optaxclip.reading import history as history
+from optaxclip.reading import metrics as metrics
+from optaxclip.recording import RecordState as RecordState
+from optaxclip.recording import record as record
 from optaxclip.reporting import ExplosionError as ExplosionError
+from optaxclip.reporting import explain as explain
 from optaxclip.reporting import raise_if_exploded as raise_if_exploded
 from optaxclip.responses import SkipExplosionsState as SkipExplosionsState
 from optaxclip.responses import skip_explosions as skip_explosions

@@ -13,7 +13,8 @@ from optaxclip.checks import check_label
 from optaxclip.clipping import counted
 from optaxclip.limits import LimitLike, as_limit
 from optaxclip.norms import divided, measure_leaves, saturating_cast
-from optaxclip.scopes import Layout, Stacked, find_scopes, layout_of
+from optaxclip.recording import WINDOW, RecordState, empty, loss_of, pushed
+from optaxclip.scopes import Stacked, find_scopes, layout_of
 
 RULES = ("nonfinite", "norm", "share", "loss")
 COUNTS = ("steps", *RULES, "exploded", "in_a_row", "nonfinite_in_a_row", "last")
@@ -25,8 +26,9 @@ NORM_LIMIT = limits.log_quantile()
 SHARE_LIMIT = limits.drift()
 LOSS_LIMIT = limits.minimum(limits.log_quantile(2.4, min_ratio=1.7), limits.initial())
 
-# An explosion within so many steps of the last belongs to the same one.
-_MAX_GAP = 10
+MAX_GAP = 10
+"""An explosion within so many steps of the last belongs to the same one."""
+
 # Of the moving average against which the leaf that led has grown most.
 _BASELINE_WINDOW = 64
 
@@ -58,8 +60,8 @@ class DetectExplosionsState(NamedTuple):
     the number of norms in it, up to 64."""
     rule_states: tuple[Any, Any, Any]
     """States of the limits on norm, share and loss."""
-    layout: Layout
-    """No arrays: how `params` names the leaves."""
+    record: RecordState
+    """Of the last 256 steps, per leaf."""
 
 
 def detect_explosions(
@@ -97,7 +99,8 @@ def detect_explosions(
 
     Returns:
       The transformation, with the state `{label: DetectExplosionsState}`: under 3 KiB
-      and 28 bytes a leaf.
+      and 28 bytes a leaf; and the record of 256 steps for `history`, 3 KiB and 1 KiB a
+      leaf.
 
     Raises:
       ValueError: If an argument is out of range, or in `update` if `value` has axes.
@@ -211,7 +214,7 @@ class Detector:
             numbers=jnp.asarray([numbers] * 3, dtype),
             baseline=jnp.zeros((*norms.shape, 2), dtype),
             rule_states=self._rule_states(sizes),
-            layout=layout_of(params, "leaf", self.stacked),
+            record=empty(norms, WINDOW, layout_of(params, "leaf", self.stacked)),
         )
 
     def _rule_states(self, sizes):
@@ -233,7 +236,7 @@ class Detector:
         )
         is_positive = (norm > 0) & (norm < jnp.inf)
         shares = divided(norms, jnp.where(is_positive, norm, 1))
-        loss = _loss(value, dtype)
+        loss = loss_of(value, dtype)
         is_finite = norm < jnp.inf
         # Nothing of a step enters a rule when any of its leaves is not finite.
         signals = norm, jnp.where(is_finite, shares, 0), loss
@@ -272,7 +275,7 @@ class Detector:
 
         is_exploded = jnp.any(fired)
         last = count(state, "last")
-        is_first = is_exploded & ((last < 0) | (step[0] - last > _MAX_GAP))
+        is_first = is_exploded & ((last < 0) | (step[0] - last > MAX_GAP))
         is_nonfinite_first = ~is_finite & (count(state, "nonfinite_in_a_row") == 0)
         row = lax.broadcasted_iota(jnp.int32, (3, 1), 0)
         is_told = (row == 0) | is_first & (row == 1) | is_nonfinite_first & (row == 2)
@@ -282,21 +285,9 @@ class Detector:
             numbers=jnp.where(is_told, numbers[None], state.numbers),
             baseline=baseline,
             rule_states=(rule_states[0], rule_states[1], rule_states[2]),
-            layout=state.layout,
+            record=pushed(state.record, norms, norm, loss, highest[0], fired),
         )
         return state, (norm, highest[0])
-
-
-def _loss(value, dtype):
-    if value is None:
-        return jnp.full([], jnp.nan, dtype)
-    value = jnp.asarray(value)
-    if value.ndim:
-        raise ValueError(
-            f"value= must be a single number, the loss, not of shape {value.shape}"
-        )
-    wide = value.astype(jnp.promote_types(value.dtype, jnp.float32))
-    return saturating_cast(wide, dtype)
 
 
 def _leading_leaf(norms, norm, baseline):

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from optaxclip import windows
 from optaxclip.checks import check_length, check_number
 from optaxclip.fixed_limits import Limit, like
-from optaxclip.norms import divisor
+from optaxclip.norms import divisor, shares_of
 
 
 class ZScoreState(NamedTuple):
@@ -278,7 +278,7 @@ def ema(
         del param_norms
         factor, rate, cap = like(norms, multiple, 1 - decay, max_warmup_norm)
         info = jnp.finfo(norms.dtype)
-        shares, total = _shares(norms)
+        shares, total = shares_of(norms)
         is_capped = (total > cap) & (shares > 0)  # 0: not finite, or zero
         warm_limits = jnp.minimum(cap, info.max) * shares
         warm_limits = jnp.where(is_capped, warm_limits, jnp.inf)
@@ -677,13 +677,3 @@ def _root_mean_square(first: jax.Array, second: jax.Array, share: jax.Array):
     first, second = jnp.square(first / unit), jnp.square(second / unit)
     mean = first + share * (second - first)
     return jnp.where(mean > 0, unit * jnp.sqrt(jnp.where(mean > 0, mean, 1)), 0)
-
-
-def _shares(norms: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(norms / total, total) for the root of the sum of the squares of finite norms."""
-    finite = jnp.where(norms < jnp.inf, norms, 0)  # NaN is not
-    unit = divisor(jnp.max(finite, initial=0))
-    ratios = finite / jnp.where(unit > 0, unit, 1)
-    squares = jnp.sum(jnp.square(ratios))
-    root = jnp.sqrt(jnp.where(unit > 0, squares, 1))
-    return ratios / root, unit * root

@@ -157,8 +157,9 @@ def measure_leaves(tree: Any, scopes: Scopes) -> tuple[jax.Array, jax.Array]:
     """Norms `[num_leaves]`, and of all leaves together; without derivatives.
 
     For shares in the norm of all: one read, and one more if that is unsafe, with one
-    unit for all leaves. So what is 1e-19 of the whole may read as 0, but a leaf that is
-    zero costs nothing, and a thousand leaves compile as fast as one norm of all.
+    unit for all leaves. So elements under 1e-19 may count as 0 unless the norm of all
+    is under 2e-10; but a leaf that is zero costs nothing, and a thousand leaves compile
+    as fast as one norm of all.
     """
     leaves = zip(jax.tree.leaves(tree), scopes.leaves, strict=True)
     gradients = [
@@ -228,6 +229,25 @@ def divisor(largest: jax.Array) -> jax.Array:
     return jnp.minimum(largest, jnp.finfo(largest.dtype).max / 4)
 
 
+def shares_of(norms: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(norms / total, total) for the root of the sum of the norms' squares.
+
+    Both without the norms that are not finite, whose shares are 0.
+    """
+    finite = jnp.where(norms < jnp.inf, norms, 0)  # NaN is not
+    unit = divisor(jnp.max(finite, initial=0))
+    ratios = finite / jnp.where(unit > 0, unit, 1)
+    squares = jnp.sum(jnp.square(ratios))
+    root = jnp.sqrt(jnp.where(unit > 0, squares, 1))
+    return ratios / root, unit * root
+
+
+def total_of(norms: jax.Array) -> jax.Array:
+    """The root of the sum of the norms' squares; inf or NaN where one of them is."""
+    total = jnp.minimum(shares_of(norms)[1], jnp.finfo(norms.dtype).max)
+    return jnp.where(jnp.all(norms < jnp.inf), total, jnp.sum(norms))
+
+
 def _norms(tree: Any, per: Per, ord: float, specs: Any, stacked: Stacked | None) -> Any:
     check_ord(ord)
     return measure(tree, find_scopes(tree, per, specs=specs, stacked=stacked), ord)[0]
@@ -237,16 +257,16 @@ def _norms(tree: Any, per: Per, ord: float, specs: Any, stacked: Stacked | None)
 @functools.partial(jax.jit, static_argnames=("scopes",))
 def _measure_leaves(gradients: list[jax.Array], *, scopes: Scopes):
     dtype = accumulator(gradients)
-    sums: Any
-    sums, unit = _sums_of_powers(gradients, scopes, 2, dtype, one_unit=True)
-    total = jnp.sum(sums)
     largest = float(jnp.finfo(dtype).max)
 
-    def norm_of(total):
+    def norm_of(total, unit):
         root = jnp.sqrt(total)
         return where(jnp.isfinite(root), jnp.minimum(root * unit, largest), root)
 
-    return norm_of(sums), norm_of(total)
+    (sums, total), (units, unit) = _sums_of_powers(
+        gradients, scopes, 2, dtype, one_unit=True
+    )
+    return norm_of(sums, units), norm_of(total, unit)
 
 
 @functools.partial(jax.jit, static_argnames=("scopes", "ord"))
@@ -294,7 +314,8 @@ def _sums_of_powers(
 ):
     """(sums, units) for ord 1 and 2: one read, and one more if a sum is unsafe.
 
-    With `one_unit` all scopes share a unit, and it is their sum that has to be safe.
+    With `one_unit` all scopes share that of the second read, which is made if their sum
+    is unsafe; both results are pairs, of the scopes and of all together.
     """
     # A sum under `low` may have lost elements to underflow. Scaled by 2**-shift the
     # largest float can be raised to `ord` and added up 2**40 times without overflow;
@@ -316,18 +337,18 @@ def _sums_of_powers(
     def is_safe(sums, can_leave):
         return ~can_leave | ((sums >= low) & (sums < jnp.inf))
 
-    def to_judge(sums):
+    def to_judge(sums: Any) -> Any:
         return jnp.sum(sums) if one_unit else sums
 
     def goes_on(state):
-        sums, _, num_reads = state
+        sums, _, _, num_reads = state
         sums = to_judge(sums)
         safe = jax.tree.leaves(jax.tree.map(is_safe, sums, can_leave))
         is_unsafe = functools.reduce(jnp.logical_or, [~jnp.all(x) for x in safe])
         return (num_reads == 0) | ((num_reads == 1) & scopes.anywhere(is_unsafe))
 
     def read(state):
-        sums, _, num_reads = state
+        sums, first, _, num_reads = state
         units = jax.tree.map(
             lambda total, can: where(
                 is_safe(total, can), 1, where(total < low, down, up)
@@ -344,26 +365,35 @@ def _sums_of_powers(
         for x, factor in zip(gradients, factors, strict=True):
             x, factor = lax.optimization_barrier((x, factor))
             values.append(scaled(widened(x, dtype), factor))
-        return sums_of(values), units, num_reads + 1
+        sums = sums_of(values)
+        if one_unit and starts_in_loop:
+            first = where(num_reads == 0, sums, first)
+        return sums, first, units, num_reads + 1
 
     # The first read stands before the loop, which in a healthy step then has no turn: a
     # plain sum of squares is the fastest. With very many small leaves it is the number
     # of kernels that costs, to compile and to start: the loop makes the first read too.
     size = sum(x.size for x in gradients)
-    if scopes.kind != "unit" and len(gradients) > max(100, size / 2**15):
-        state = jax.tree.map(lambda can: jnp.ones(can.shape, dtype), shapes), 0
+    starts_in_loop = scopes.kind != "unit" and len(gradients) > max(100, size / 2**15)
+    if starts_in_loop:
+        sums = jax.tree.map(lambda can: jnp.ones(can.shape, dtype), shapes)
     else:
         # The barrier keeps an optimizer from sharing the squares, which XLA would then
         # store; with the 0 it is another than the barrier of the clip.
         values = [lax.optimization_barrier((x, np.float32(0)))[0] for x in gradients]
-        state = sums_of([widened(x, dtype) for x in values]), 1
-    sums, num_reads = state
+        sums = sums_of([widened(x, dtype) for x in values])
+    first: Any = sums if one_unit else ()
     units = jax.tree.map(jnp.ones_like, to_judge(sums))
-    if num_reads == 0 or any(can.any() for can in jax.tree.leaves(can_leave)):
+    if starts_in_loop or any(can.any() for can in jax.tree.leaves(can_leave)):
         # A loop and not a `cond`, of which `vmap` runs both sides.
-        state = sums, units, jnp.asarray(num_reads, jnp.int32)
-        sums, units, _ = lax.while_loop(goes_on, read, state)
-    return sums, units
+        state = sums, first, units, jnp.asarray(not starts_in_loop, jnp.int32)
+        sums, first, units, _ = lax.while_loop(goes_on, read, state)
+    if not one_unit:
+        return sums, units
+    # Beside one that overflows, or is not finite, small ones would be lost.
+    is_kept = is_safe(first, np.True_)
+    each = where(is_kept, first, sums), where(is_kept, 1, units)
+    return (each[0], to_judge(sums)), (each[1], units)
 
 
 def _relative_to_peak(values: list, scopes: Scopes, ord: float, dtype: Any):

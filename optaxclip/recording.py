@@ -1,233 +1,196 @@
-"""What happened: reads the states of optaxclip's transformations."""
+"""The flight recorder: the last steps of a run, kept on the device."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import lax
 
-from optaxclip.clipping import ClipByNormState
-from optaxclip.explosions import (
-    RULES,
-    DetectExplosionsState,
-    count,
-    read_step,
-)
-from optaxclip.responses import SkipExplosionsState
+from optaxclip.checks import check_label, check_length
+from optaxclip.clipping import counted
+from optaxclip.norms import measure, measure_leaves, saturating_cast, total_of
 from optaxclip.scopes import (
     Layout,
-    LeafLayout,
-    PerLeaf,
-    PerTree,
-    PerUnit,
-    leaf_names,
+    Per,
+    Scopes,
+    Stacked,
+    check_per,
+    find_scopes,
+    layout_of,
 )
 
-STATES = ClipByNormState, DetectExplosionsState, SkipExplosionsState
-"""The kinds of states that can be read."""
+WINDOW = 256
+"""Number of steps that a recorder keeps."""
 
 
-def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
-    """Reads scalars out of every optaxclip state in an optimizer state.
+class RecordState(NamedTuple):
+    """State of `record`, as `{label: RecordState}`; `history` puts it in order.
 
-    Each `clip_by_norm` gives, under its label:
+    The arrays of the window are rings: step `i` stands in row `i % window`.
+    """
 
-    | name | value |
-    |---|---|
-    | `clip/norm` | the norm before the clip, in the last step |
-    | `clip/norm_after` | the norm after it; inf or NaN where the update was |
-    | `clip/limit` | the limit; +inf for none, as in a warm-up |
-    | `clip/fraction` | the share of all steps so far that were clipped |
-    | `clip/nonfinite` | the number of steps so far with inf or NaN |
+    norms: jax.Array
+    """float32 `[window, num_scopes]`: the norm of each scope."""
+    numbers: jax.Array
+    """float32 `[window, 3]`: the loss, NaN where not given; the limit of the norm of
+    all updates, +inf for none; and, as the bits of a whole number, which of the rules
+    (not finite, norm, share, loss) fired."""
+    largest: jax.Array
+    """float32 `[]`: the largest finite norm of all updates so far."""
+    counts: jax.Array
+    """int32 `[2]`: number of steps so far, and of those that were not finite."""
+    layout: Layout
+    """No arrays: what kind of scopes these are, and how `params` names them."""
 
-    With more than one scope a clip gives the largest of them, and each scope its own
-    under its name: `clip/norm/rnn/hh/kernel`; per unit, a leaf's largest. Groups are
-    numbered, in the order of `group_names`.
 
-    Each `detect_explosions` and `skip_explosions` gives, under its label:
+def record(
+    label: str = "gradients",
+    *,
+    window: int = WINDOW,
+    per: Per = "leaf",
+    specs: Any = None,
+    stacked: Stacked | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Passes updates through, and keeps the norms of the last steps on the device.
 
-    | name | value |
-    |---|---|
-    | `explosions/exploded` | 1 if the last step exploded, else 0 |
-    | `explosions/count` | the number of steps so far that did |
-    | `explosions/count/nonfinite`, `norm`, `share`, `loss` | the same for each rule |
-    | `explosions/in_a_row` | how many in a row did, up to the last step |
-    | `explosions/began` | the step on which the last explosion began; -1 for none |
-    | `explosions/leaf` | the index of the leaf that led then; -1 for none |
-    | `explosions/growth` | the growth of the norm per step, fitted to the last eight |
-    | `explosions/norm`, `norm_limit`, `loss`, `loss_limit` | of the last step |
-    | `explosions/skipped` | skip only: the share of all steps so far it skipped |
-    | `explosions/num_skipped` | skip only: their number |
-    | `explosions/gave_up` | skip only: 1 if the last 100 steps were not finite |
-    | `explosions/scale` | skip only: the factor of the updates, below 1 to cool down |
-    | `explosions/rollbacks` | skip only: the number of rollbacks |
+    Also the loss, where the training loop gives it: `update(grads, state, params,
+    value=loss)`. `metrics` reads the last step, `history` all that are kept, `explain`
+    tells of them and `plot` draws them. What is not finite is kept as it is.
+
+    Several recorders may stand in a chain, under different labels: before a clip, after
+    it, after the optimizer. `detect_explosions`, `skip_explosions` and `stabilize` have
+    one of their own, under their label.
 
     Args:
-      opt_state: Any tree: the state of a chain, of `optax.masked`, `partition`,
-        `MultiSteps` or `inject_hyperparams`; a Flax `TrainState` or `nnx.Optimizer`.
-      params: The parameters, or any tree of their structure: names the leaves; without
-        it they are numbered.
+      label: Under which name the state and the metrics appear.
+      window: Number of steps that are kept, at least 1.
+      per: What one norm is taken over, as in `clip_by_norm`, but not "unit". Per leaf,
+        elements under 1e-19 may count as 0 unless the norm of all is under 2e-10.
+      specs: As in `clip_by_norm`; inside `jax.shard_map`, `value` must have been
+        reduced over the devices.
+      stacked: As in `clip_by_norm`.
 
     Returns:
-      `{name: scalar}`, inside or outside `jit`; empty if there is nothing to report.
+      The transformation, with the state `{label: RecordState}`: `4 * window *
+      (num_scopes + 3)` bytes and a few.
 
     Raises:
-      ValueError: If two transformations have the same label, or if `params` does not
-        fit the state.
+      ValueError: If an argument is out of range, or in `update` if `value` has axes.
+      TypeError: If an argument is of the wrong type.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxclip
-      >>> params = {"w": jnp.array([3.0, 4.0])}
-      >>> tx = optax.chain(optaxclip.clip_by_norm(1.0), optax.adam(1e-3))
-      >>> _, opt_state = tx.update(params, tx.init(params), params)
-      >>> print(metrics(opt_state)["clip/norm"], metrics(opt_state)["clip/fraction"])
-      5.0 1.0
+      >>> tx = optax.chain(
+      ...     optaxclip.record("before"), optaxclip.clip_by_norm(1.0),
+      ...     optaxclip.record("after"), optax.sgd(0.1),
+      ... )
+      >>> params = {"w": jnp.ones(2)}
+      >>> state = tx.init(params)
+      >>> for size in [0.5, 3.0]:
+      ...     updates, state = tx.update({"w": jnp.array([size, 0.0])}, state, params)
+      >>> for label in ["before", "after"]:
+      ...     print(optaxclip.history(state, params, label=label).norm.round(3))
+      [0.5 3. ]
+      [0.5 1. ]
     """
-    result: dict[str, jax.Array] = {}
-    for label, state in find_states(opt_state).items():
-        if isinstance(state, ClipByNormState):
-            result |= _clip_metrics(label, state, params)
-        else:
-            result |= _explosion_metrics(label, state)
-    return result
+    check_label(label)
+    window = check_length("window", window, 1)
+    check_per(per)
+    if per == "unit":
+        raise ValueError(
+            'record keeps one norm per tree, leaf or group, not per "unit"'
+        )
+
+    def scopes_of(tree):
+        return find_scopes(tree, per, specs=specs, stacked=stacked)
+
+    def init(params):
+        norms, _ = jax.eval_shape(lambda: _measure(params, scopes_of(params)))
+        return {label: empty(norms, window, layout_of(params, per, stacked))}
+
+    def update(updates, state, params=None, **extra_args):
+        del params
+        norms, norm = _measure(updates, scopes_of(updates))
+        loss = loss_of(extra_args.get("value"), norm.dtype)
+        is_finite = norm < jnp.inf
+        if extra_args.get("value") is not None:
+            is_finite &= jnp.isfinite(loss)
+        limit = jnp.full_like(norm, jnp.inf)
+        new = pushed(state[label], norms, norm, loss, limit, ~is_finite[None])
+        return updates, {label: new}
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def find_states(opt_state: Any) -> dict[str, Any]:
-    """The states of optaxclip in any tree by their label; the error of equal labels."""
-    found: dict[str, Any] = {}
-
-    def visit(tree):
-        for path, state in jax.tree.leaves_with_path(
-            tree, is_leaf=lambda x: isinstance(x, STATES)
-        ):
-            if not isinstance(state, STATES):
-                continue
-            label = path[-1].key
-            if label in found:
-                raise ValueError(
-                    f"two transformations have the label {label!r}: give them "
-                    "different ones with label="
-                )
-            found[label] = state
-            if isinstance(state, SkipExplosionsState):
-                visit(state.inner_state)
-
-    visit(opt_state)
-    return found
-
-
-def _explosion_metrics(label: str, state: Any) -> dict[str, jax.Array]:
-    result = {}
-    if isinstance(state, SkipExplosionsState):
-        num_skipped, num_rollbacks = state.num_responses
-        num_steps = jnp.maximum(count(state.explosions, "steps"), 1)
-        result = {
-            "num_skipped": num_skipped,
-            "skipped": num_skipped.astype(jnp.float32) / num_steps.astype(jnp.float32),
-            "gave_up": state.gave_up.astype(jnp.int32),
-            "scale": state.scale,
-            "rollbacks": num_rollbacks,
-        }
-        state = state.explosions
-    last = read_step(state, "last")
-    result = {
-        "exploded": jnp.any(last.fired).astype(jnp.int32),
-        "count": count(state, "exploded"),
-        **{f"count/{rule}": count(state, rule) for rule in RULES},
-        "in_a_row": count(state, "in_a_row"),
-        "began": read_step(state, "began").step,
-        "leaf": read_step(state, "began").leaf,
-        "growth": last.growth,
-        "norm": last.norm,
-        "norm_limit": last.norm_limit,
-        "loss": last.loss,
-        "loss_limit": last.loss_limit,
-    } | result
-    return {f"{label}/{name}": value for name, value in result.items()}
-
-
-def _clip_metrics(label: str, state: ClipByNormState, params: Any):
-    fields = state.norm, state.limit, state.num_clipped, state.num_nonfinite
-    norm, limit, num_clipped, num_nonfinite = map(jax.tree.leaves, fields)
-    (num_steps,) = jax.tree.leaves(state.num_steps)
-    columns = {
-        "norm": norm,
-        "norm_after": list(map(_norm_after, norm, limit)),
-        "limit": limit,
-        "fraction": [
-            n / jnp.maximum(num_steps, 1).astype(jnp.float32) for n in num_clipped
-        ],
-        "nonfinite": num_nonfinite,
-    }
-    if isinstance(state.layout, PerTree):
-        return {f"{label}/{column}": value for column, (value,) in columns.items()}
-    columns = {
-        column: _per_name(values, state.layout) for column, values in columns.items()
-    }
-    names = scope_names(state.layout, len(columns["norm"]), label, params)
-    return {
-        f"{label}/{column}": jnp.max(values, initial=0)
-        for column, values in columns.items()
-    } | {
-        f"{label}/{column}/{name}": value
-        for column, values in columns.items()
-        for name, value in zip(names, values, strict=True)
-    }
-
-
-def _norm_after(norm: jax.Array, limit: jax.Array) -> jax.Array:
-    fits = ~jnp.isfinite(norm) | (norm <= limit)
-    return jnp.where(fits, norm, jnp.where(limit > 0, limit, 0))
-
-
-def _per_name(arrays: list[jax.Array], layout: Layout) -> jax.Array:
-    """One number for each name; per unit the largest of a leaf, or of each layer."""
-    if not isinstance(layout, PerUnit):
-        return jnp.asarray(arrays[0])
-    leaves = _leaf_layouts(layout.tree) or [LeafLayout(())] * len(arrays)
-    rows = [
-        jnp.max(jnp.reshape(array, (max(len(leaf.layers), 1), -1)), axis=1, initial=0)
-        for array, leaf in zip(arrays, leaves, strict=True)
-    ]
-    return jnp.concatenate(rows) if rows else jnp.zeros(0)
-
-
-def _leaf_layouts(node: Any) -> list[LeafLayout]:
-    if isinstance(node, LeafLayout):
-        return [node]
-    return [leaf for child in node for leaf in _leaf_layouts(child)]
-
-
-def scope_names(layout: Layout, num_scopes: int, label: str, params: Any) -> list[str]:
-    """The names of a state's scopes from `params`; without it their numbers."""
-    if params is None or not isinstance(layout, PerLeaf | PerUnit):
-        return [str(i) for i in range(num_scopes)]
-    names = leaf_names(params)
-    error = ValueError(
-        f"params, with {len(names)} leaves, does not have the structure that {label!r} "
-        "was made for"
+def empty(norms: Any, window: int, layout: Layout) -> RecordState:
+    """A state before the first step, for norms of this shape."""
+    return RecordState(
+        norms=jnp.zeros((window, *norms.shape), jnp.float32),
+        numbers=jnp.zeros((window, 3), jnp.float32),
+        largest=jnp.zeros([], jnp.float32),
+        counts=jnp.zeros([2], jnp.int32),
+        layout=layout,
     )
-    if layout.tree == ():
-        if len(names) != num_scopes:
-            raise error
-        return names
-    remaining = iter(names)
 
-    def walk(node, structure):
-        if isinstance(node, optax.MaskedNode):  # hides a leaf or a whole subtree
-            for _ in range(structure.num_leaves):
-                next(remaining)
-            return []
-        if isinstance(node, LeafLayout):
-            if not jax.tree_util.treedef_is_leaf(structure):
-                raise error
-            name = next(remaining)
-            return [f"{name}[{i}]" for i in range(len(node.layers))] or [name]
-        children = structure.children()
-        if len(children) != len(node):
-            raise error
-        return [
-            name for pair in zip(node, children, strict=True) for name in walk(*pair)
-        ]
 
-    return walk(layout.tree, jax.tree.structure(params))
+def pushed(
+    state: RecordState,
+    norms: jax.Array,
+    norm: jax.Array,
+    loss: jax.Array,
+    limit: jax.Array,
+    fired: jax.Array,
+) -> RecordState:
+    """The state with one more step, in the place of the oldest.
+
+    Args:
+      state: The state before.
+      norms: `[num_scopes]`.
+      norm: Of all updates, `[]`.
+      loss: `[]`.
+      limit: Of that norm, `[]`.
+      fired: bool: which rules did, "not finite" first.
+    """
+    window = len(state.norms)
+    row = state.counts[0] % window
+    bits = jnp.sum(jnp.where(fired, 2.0 ** np.arange(len(fired)), 0))
+    numbers = jnp.stack([saturating_cast(x, jnp.float32) for x in (loss, limit)])
+    norm = saturating_cast(norm, jnp.float32)
+    is_larger = (norm > state.largest) & (norm < jnp.inf)
+    return RecordState(
+        norms=lax.dynamic_update_index_in_dim(
+            state.norms, saturating_cast(norms, jnp.float32), row, 0
+        ),
+        numbers=lax.dynamic_update_index_in_dim(
+            state.numbers, jnp.append(numbers, bits.astype(jnp.float32)), row, 0
+        ),
+        largest=jnp.where(is_larger, norm, state.largest),
+        counts=counted(state.counts, jnp.stack([jnp.ones([], bool), fired[0]])),
+        layout=state.layout,
+    )
+
+
+def loss_of(value: Any, dtype: Any) -> jax.Array:
+    """The loss that a training loop gives, NaN for none; the error of one with axes."""
+    if value is None:
+        return jnp.full([], jnp.nan, dtype)
+    value = jnp.asarray(value)
+    if value.ndim:
+        raise ValueError(
+            f"value= must be a single number, the loss, not of shape {value.shape}"
+        )
+    wide = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    return saturating_cast(wide, dtype)
+
+
+def _measure(tree: Any, scopes: Scopes) -> tuple[jax.Array, jax.Array]:
+    """Norms `[num_scopes]`, and of all updates together."""
+    if scopes.kind == "leaf":
+        return measure_leaves(tree, scopes)
+    norms, _ = measure(tree, scopes, 2)
+    norms = lax.stop_gradient(norms)
+    if scopes.kind == "tree":
+        return norms[None], norms
+    return norms, total_of(norms)

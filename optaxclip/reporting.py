@@ -1,20 +1,194 @@
 """What happened, in plain words."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optaxclip.clipping import ClipByNormState
 from optaxclip.explosions import (
     COUNTS,
+    MAX_GAP,
     RULES,
     DetectExplosionsState,
     Step,
+    count,
     read_step,
 )
-from optaxclip.recording import STATES, find_states, scope_names
+from optaxclip.reading import (
+    STATES,
+    VANISHED,
+    History,
+    find_states,
+    have_vanished,
+    history,
+    record_of,
+    scope_names,
+)
+from optaxclip.recording import RecordState
 from optaxclip.responses import NUM_UNTIL_GIVEN_UP, SkipExplosionsState
+
+
+def explain(opt_state: Any, params: Any = None) -> str:
+    """Tells in plain words what the recorders of a run have seen.
+
+    Of each `record`, `detect_explosions` and `skip_explosions` a paragraph: how many
+    steps exploded and what became of them; of the last explosion when and by which rule
+    it began, the leaf that led, and how the norm had grown; and which leaves have
+    vanished. It waits for the step and reads the records: call it at the end, or after
+    a crash on a checkpoint.
+
+    Args:
+      opt_state: Any tree, as for `metrics`; of one run.
+      params: The parameters, or any tree of their structure: names the leaves.
+
+    Returns:
+      One line for each recorder.
+
+    Raises:
+      ValueError: If there is no recorder in `opt_state`, if two have the same label, or
+        if `params` does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> tx = optax.chain(optaxclip.detect_explosions(), optax.sgd(0.1))
+      >>> params = {"w": jnp.ones(1)}
+      >>> opt_state = tx.init(params)
+      >>> for size in [1.0, 1.1, 1.0, 1.2, 3.0, 30.0]:
+      ...     _, opt_state = tx.update({"w": jnp.array([size])}, opt_state)
+      >>> for sentence in explain(opt_state, params).split(". "):
+      ...     print(sentence)
+      explosions: 1 of 6 steps exploded: 1 by the norm
+      The last explosion began on step 5: the norm was 30, above its limit 15
+      Leaf 'w' had grown most
+      The norm had grown by 5x per step since step 3, from 1.2 to 30.
+    """
+    states = {
+        label: state
+        for label, state in find_states(opt_state).items()
+        if not isinstance(state, ClipByNormState)
+    }
+    if not states:
+        raise ValueError(
+            "found no state of record, detect_explosions or skip_explosions"
+        )
+    return "\n".join(
+        f"{label}: {' '.join(_sentences(label, state, params))}"
+        for label, state in states.items()
+    )
+
+
+def _sentences(label: str, state: Any, params: Any) -> list[str]:
+    state = jax.device_get(state)
+    kept = history({label: state}, params, label=label)
+    num_steps, num_nonfinite = map(int, record_of(state).counts)
+    if isinstance(state, RecordState):
+        found = [f"{num_nonfinite} of {num_steps} steps were not finite."]
+        bad = np.flatnonzero(kept.fired[:, 0])
+        if len(bad):
+            found += [_first_nonfinite(kept, bad), *_growth(kept)]
+    else:
+        found = [_counted(state)]
+        if count(_noticed(state), "exploded"):
+            found += [_story(label, _noticed(state), params)]
+    vanished = [
+        repr(name)
+        for name, has in zip(kept.names, have_vanished(record_of(state)), strict=True)
+        if has
+    ]
+    if vanished:
+        names = ", ".join(vanished[:3]) + (", ..." if len(vanished) > 3 else "")
+        found.append(
+            f"{len(vanished)} of {len(kept.names)} norms have vanished, at most "
+            f"{VANISHED:g} of the whole in the last {len(kept.step)} steps: {names}."
+        )
+    return found
+
+
+def _counted(state: Any) -> str:
+    noticed = _noticed(state)
+    numbers = {rule: int(count(noticed, rule)) for rule in RULES}
+    words = ["not finite", "by the norm", "by the share of a leaf", "by the loss"]
+    reasons = [
+        f"{number} {how}"
+        for how, number in zip(words, numbers.values(), strict=True)
+        if number
+    ]
+    text = f"{count(noticed, 'exploded')} of {count(noticed, 'steps')} steps exploded"
+    text += f": {', '.join(reasons)}." if reasons else "."
+    if isinstance(state, SkipExplosionsState) and reasons:
+        num_skipped, num_rollbacks = map(int, state.num_responses)
+        text += f" {num_skipped} were skipped, and parameters went back {num_rollbacks}"
+        text += " time." if num_rollbacks == 1 else " times."
+    return text
+
+
+def _first_nonfinite(kept: History, bad: np.ndarray) -> str:
+    """Which scope was the first in the last stretch of non-finite steps kept."""
+    first = bad[np.flatnonzero(np.diff(bad, prepend=-2) > 1)[-1]]
+    scopes = np.flatnonzero(~np.isfinite(kept.norms[first]))
+    if not len(scopes):
+        return f"On step {kept.step[first]} the loss was {kept.loss[first]:g}."
+    if len(scopes) == len(kept.names):
+        return f"On step {kept.step[first]} all norms became non-finite."
+    name = kept.names[scopes[0]]
+    return f"On step {kept.step[first]} that of {name!r} was the first not finite."
+
+
+def _growth(kept: History) -> list[str]:
+    """How the norms had grown up to the last explosion."""
+    fired = np.flatnonzero(kept.fired.any(axis=1))
+    if not len(fired):
+        return []
+    is_first = np.diff(fired, prepend=-np.inf) > MAX_GAP
+    began = int(fired[is_first][-1])
+    nonfinite = np.flatnonzero(~np.isfinite(kept.norm[began:]))
+    end = began + int(nonfinite[0] if len(nonfinite) else 0)
+    whole = _grown(kept.norm, began, end)
+    scopes = [_grown(norms, began, end) for norms in kept.norms.T]
+    rises = [0 if grown is None else grown.rise for grown in scopes]
+    if whole is None or whole.start == whole.end:
+        return []
+
+    def told(grown):
+        return (
+            f"{grown.rise ** (1 / (grown.end - grown.start)):.3g}x per step since step "
+            f"{kept.step[grown.start]}, from {grown.low:.3g} to {grown.high:.3g}"
+        )
+
+    text = f"The norm had grown by {told(whole)}"
+    most = scopes[int(np.argmax(rises))]
+    if len(scopes) > 1 and most is not None and most.end > most.start:
+        text += f"; most that of {kept.names[int(np.argmax(rises))]!r}, {told(most)}"
+    return [text + "."]
+
+
+class _Grown(NamedTuple):
+    start: int
+    end: int
+    low: float
+    high: float
+
+    @property
+    def rise(self) -> float:
+        return self.high / self.low
+
+
+def _grown(norms: np.ndarray, began: int, end: int) -> _Grown | None:
+    """From the last norm that was as usual to the last one up to `end`.
+
+    As usual is up to the 90th percentile of the quietest 32 steps before it began.
+    """
+    known = np.flatnonzero((norms > 0) & np.isfinite(norms))
+    before = known[known < began]
+    known = known[known <= end]
+    if not len(before):
+        return None
+    blocks = np.array_split(norms[before], -(-len(before) // 32))
+    usual = np.percentile(min(blocks, key=np.median), 90)
+    start, end = int(known[norms[known] <= usual][-1]), int(known[-1])
+    return _Grown(start, end, float(norms[start]), float(norms[end]))
 
 
 class ExplosionError(ArithmeticError):
@@ -94,8 +268,9 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
                     "clip before it."
                 )
         elif num_nonfinite[label] > num_skipped:
+            story = _story(label, explosions, params)
             raise ExplosionError(
-                f"{label}: {_story(label, explosions, params)} Nothing skipped it. Try "
+                f"{label}: {story[:1].lower()}{story[1:]} Nothing skipped it. Try "
                 "optaxclip.stabilize(optimizer), a smaller learning rate, or a clip, "
                 "and look at the data and the precision of that step."
             )
@@ -106,9 +281,9 @@ def _noticed(state: Any) -> DetectExplosionsState:
 
 
 def _story(label: str, state: DetectExplosionsState, params: Any) -> str:
-    """How the last explosion began and became non-finite."""
+    """How the last explosion began, and became non-finite if one did."""
     state = jax.device_get(state)
-    names = scope_names(state.layout, len(state.baseline), label, params)
+    names = scope_names(state.record.layout, len(state.baseline), label, params)
     began, bad = (read_step(state, which) for which in ("began", "nonfinite"))
 
     def leaf_of(step: Step) -> str:
@@ -116,32 +291,32 @@ def _story(label: str, state: DetectExplosionsState, params: Any) -> str:
             return f"leaf {int(step.leaf)}"
         return f"leaf {names[int(step.leaf)]!r}"
 
-    if np.isfinite(bad.norm):
-        where = f"the loss was {bad.loss:g}, with finite gradients"
-    else:
-        where = f"{leaf_of(bad)} held inf or NaN"
-    story = f"step {int(bad.step)} was not finite: {where}."
-    if 0 <= began.step < bad.step:
+    story = []
+    if bad.step >= 0:
+        if np.isfinite(bad.norm):
+            where = f"the loss was {bad.loss:g}, with finite gradients"
+        else:
+            where = f"{leaf_of(bad)} held inf or NaN"
+        story.append(f"Step {int(bad.step)} was not finite: {where}.")
+    if began.step not in (-1, bad.step):
         signals = [
             ("norm", "the norm", began.norm, began.norm_limit),
             ("share", "the share of that leaf in it", began.share, began.share_limit),
             ("loss", "the loss", began.loss, began.loss_limit),
         ]
-        reasons = [
+        reasons = ["it was not finite"] * bool(began.fired[0]) + [
             f"{what} was {value:.3g}, above its limit {limit:.3g}"
+            if value > limit
+            else "the share of another leaf in it exceeded its limit"
             for rule, what, value, limit in signals
             if began.fired[RULES.index(rule)]
         ]
-        story += (
-            f" It began on step {int(began.step)}: {'; '.join(reasons)}. "
-            f"{leaf_of(began).capitalize()} had grown most, and the norm by "
-            f"{float(began.growth):.2f}x per step over the last {_num_known(began)}."
-        )
-    return story
-
-
-def _num_known(step: Step) -> int:
-    return int(np.sum(step.recent > 0))
+        what = "It" if began.step < bad.step else "The last explosion"
+        story.append(f"{what} began on step {int(began.step)}: {'; '.join(reasons)}.")
+    if began.step >= 0 and np.isfinite(began.norm):
+        story.append(f"{leaf_of(began).capitalize()} had grown most.")
+    story += _growth(history({label: state}, params, label=label))
+    return " ".join(story)
 
 
 def _nonfinite_leaf(inner_state: Any) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import optaxclip
@@ -376,9 +377,10 @@ def test_norms_need_not_be_measured(lstm):
     for measured in (True, False):
         carry, train, _ = lstm.build(lstm.Config(hidden=12), measured=measured)
         args = (np.zeros([3, 2], int), images, np.zeros(20, int))
-        _, measures = jax.eval_shape(train, carry, *args)
-        shapes = [(3,), (3, 5), (3, 5)] if measured else [(3,)]
-        assert [x.shape for x in measures] == shapes
+        (_, opt_state), (losses,) = jax.eval_shape(train, carry, *args)
+        assert losses.shape == (3,)
+        recorders = [state for state in opt_state if "before" in state]
+        assert len(recorders) == measured
 
 
 @pytest.mark.slow
@@ -526,6 +528,81 @@ def test_only_the_corrupted_batches_are(mnist, digits):
 def test_an_explosion_needs_steps_before_and_after(lstm, mnist, digits, tmp_path):
     with pytest.raises(mnist.InputError, match="needs 60 steps, got 59"):
         lstm.main(data=digits, logdir=tmp_path, steps=59, explode=True)
+
+
+# --- A whole run inside one scan
+
+
+@pytest.fixture(scope="module")
+def scan() -> Any:
+    return importlib.import_module("scan_training")
+
+
+def test_what_exploded_inside_a_scan_comes_out(scan, tmp_path, capsys):
+    from matplotlib.image import imread
+
+    result = scan.main(logdir=tmp_path / "new")
+    plain, stabilized = result["plain"], result["stabilized"]
+    fatal = np.flatnonzero(~np.isfinite(plain["losses"]))[0]
+    assert 150 < plain["began"] < fatal - 10, "noticed while there was time"
+    assert fatal < 290
+    printed = capsys.readouterr().out
+    for run in (plain, stabilized):
+        kept = run["history"]
+        assert kept.step.tolist() == list(range(44, 300))
+        np.testing.assert_array_equal(kept.loss, run["losses"][44:])
+        assert kept.names[-2:] == ["layer4/bias", "layer4/kernel"]
+        assert kept.norms.shape == (256, 10)
+        assert run["leaf"] in kept.names
+        assert f"{run['began']}" in run["story"]
+        assert run["leaf"] in run["story"]
+        assert run["story"] in printed
+        assert imread(run["picture"]).std() > 0.1
+    bad = plain["history"].step[plain["history"].fired[:, 0]]
+    assert bad.tolist() == list(range(fatal, 300))
+    assert f"{fatal}" in plain["story"]
+    before = plain["history"].norm[fatal - 30 - 44 : fatal - 44]
+    assert before[0] < 100
+    assert before[-1] > 1e10
+
+    assert np.isfinite(stabilized["losses"]).all()
+    assert np.isfinite(stabilized["history"].norms).all()
+    assert not stabilized["history"].fired[:, 0].any()
+    assert stabilized["began"] == pytest.approx(plain["began"], abs=2)
+    assert stabilized["losses"][-20:].mean() < 0.2
+    # Until then both runs are the same.
+    first = [run["losses"][: plain["began"] - 2] for run in (plain, stabilized)]
+    np.testing.assert_allclose(*first, rtol=0.2)
+
+
+def test_the_norms_out_of_a_scan_are_those_of_its_gradients(scan):
+    params = scan.init(jax.random.key(0), 8, 3)
+    keys = jax.random.split(jax.random.key(1), 4)
+    tx = optax.chain(optaxclip.detect_explosions(), optax.sgd(0.1))
+    opt_state, losses = jax.jit(functools.partial(scan.train, tx, batch_size=5))(
+        params, keys
+    )
+    kept = optaxclip.history(opt_state, params)
+    for i, key in enumerate(keys):
+        x = jax.random.normal(key, (5, scan.NUM_INPUTS))
+        loss, grads = jax.value_and_grad(scan.loss_fn)(params, x)
+        norms = [np.linalg.norm(np.ravel(g)) for g in jax.tree.leaves(grads)]
+        np.testing.assert_allclose(kept.norms[i], norms, rtol=1e-4)
+        assert losses[i] == pytest.approx(float(loss), rel=1e-4)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+
+
+@pytest.mark.slow
+def test_a_scan_without_an_explosion_names_none(scan, tmp_path):
+    result = scan.main(steps=3, hidden=4, layers=2, batch_size=2, logdir=tmp_path)
+    for run in result.values():
+        assert (run["began"], run["leaf"]) == (None, None)
+        assert len(run["history"].step) == 3
+
+
+def test_a_scan_needs_steps(scan, mnist):
+    with pytest.raises(mnist.InputError, match="steps must be positive, got 0"):
+        scan.main(steps=0)
 
 
 # --- The command line

@@ -173,12 +173,13 @@ def test_after_the_optimizer_the_norm_is_that_of_the_update():
 
 @pytest.mark.parametrize("tx", [DETECT, SKIP])
 def test_trees_without_leaves_and_losses_of_other_types(tx):
-    update, state = tx.update, tx.init({})
-    assert update({}, state, {})[0] == {}
+    assert jax.jit(tx.update)({}, tx.init({}), {})[0] == {}
+    state = jax.eval_shape(tx.init, PARAMS)
     for value in (1, jnp.bfloat16(3), None):
-        jax.jit(update)(PARAMS, tx.init(PARAMS), PARAMS, value=value)
+        _, new = jax.eval_shape(tx.update, PARAMS, state, PARAMS, value=value)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
     with pytest.raises(ValueError, match=re.escape("not of shape (2,)")):
-        update(PARAMS, tx.init(PARAMS), PARAMS, value=jnp.ones(2))
+        jax.eval_shape(tx.update, PARAMS, state, PARAMS, value=jnp.ones(2))
 
 
 def test_100_000_heavy_tailed_steps():
@@ -502,7 +503,7 @@ def test_the_message_of_an_explosion_names_step_rule_leaf_and_numbers():
     for part in (
         "step 22 was not finite: leaf 'b/c' held inf or NaN",
         "It began on step 20: the norm was 70.7, above its limit",
-        "had grown most, and the norm by",
+        "had grown most. The norm had grown by",
         "optaxclip.stabilize",
     ):
         assert part in message
@@ -547,7 +548,8 @@ def test_the_state_is_small():
     bare = optax.adam(1e-3)
     tx = optaxclip.stabilize(bare, rollback=False)
     sizes = [sum(x.nbytes for x in jax.tree.leaves(t.init(params))) for t in (tx, bare)]
-    assert sizes[0] - sizes[1] < 4 * 1024 + 40 * 100
+    record = 256 * 4 * (100 + 3)
+    assert sizes[0] - sizes[1] < 4 * 1024 + 40 * 100 + record
 
 
 @pytest.mark.parametrize(

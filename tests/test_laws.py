@@ -49,6 +49,10 @@ REGISTRY: dict[str, Any] = {
     "stabilize": lambda: optaxclip.stabilize(
         optaxclip.clip_by_value(optax.linear_schedule(2.0, 1.0, 10)), rollback=True
     ),
+    "record": lambda: optaxclip.record(window=3, stacked=lambda name: name == "w"),
+    "record per group": lambda: optaxclip.record(
+        "norms", window=7, per=lambda name: name[:1]
+    ),
     "clip_by_value": lambda: optaxclip.clip_by_value(0.5),
     "clip_by_value schedule": lambda: optaxclip.clip_by_value(
         optax.linear_schedule(2.0, 1.0, 10)
@@ -58,16 +62,17 @@ STATELESS = {"clip_by_value"}
 NEEDS_PARAMS = {"agc", "stabilize"}
 # What becomes of a spike: the others clip it.
 SKIPS = {"skip_explosions", "stabilize"}
-PASSES = {"detect_explosions"}
+PASSES = {"detect_explosions", "record", "record per group"}
 # The label under which a clip's state stands; None where there is no label.
 LABELS = {name: None if "value" in name else "clip" for name in REGISTRY}
 LABELS |= {"autoclip": "auto", "skip_explosions": "skip"}
+LABELS |= {"record": "gradients", "record per group": "norms"}
 LABELS |= dict.fromkeys(("detect_explosions", "stabilize"), "explosions")
 # Run with -m slow: they share their code with others in the registry.
 SLOW = {"clip_by_norm ord=1", "clip_by_norm ord=3", "clip_by_norm schedule"}
 SLOW |= {"clip_by_norm stacked", "clip_by_norm minimum"}
 SLOW |= {"detect_explosions", "skip_explosions"}  # "stabilize" holds both
-SLOW |= {"clip_by_norm per group", "autoclip", "block_rms"}
+SLOW |= {"clip_by_norm per group", "autoclip", "block_rms", "record per group"}
 SLOW_TO_COMPOSE = SLOW | {"zclip"}
 
 
@@ -133,6 +138,8 @@ def run(transformation: Any, num_steps=7, update=None):
     return outputs, state
 
 
+# Without jit the first step of "stabilize" compiles a thousand small operations.
+@pytest.mark.parametrize("name", names(SLOW | {"stabilize"}))
 def test_updates_and_state_keep_their_types(transformation):
     state = transformation.init(updates_at(0))
     for update in (transformation.update, jax.jit(transformation.update)):

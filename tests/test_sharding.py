@@ -350,7 +350,15 @@ def through_explosions_on_one_device():
     return jax.jit(functools.partial(through_explosions, None))(tree(), tree(0.1))
 
 
-@pytest.mark.parametrize("layout", ["auto", "explicit", "shard_map", "shard_map, vma"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "auto",
+        pytest.param("explicit", marks=pytest.mark.slow),
+        "shard_map",
+        pytest.param("shard_map, vma", marks=pytest.mark.slow),
+    ],
+)
 def test_a_skip_is_taken_by_all_devices(layout):
     mesh = mesh_of(AxisType.Explicit if layout == "explicit" else AxisType.Auto)
     run = functools.partial(through_explosions, None)

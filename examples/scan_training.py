@@ -1,0 +1,136 @@
+"""What blew up inside a `jax.lax.scan` that nobody could look into?
+
+python examples/scan_training.py                             # no download
+
+The whole training is one `jax.lax.scan` under `jit`: no Python runs between the steps,
+and nothing leaves the device before the last. A learning rate that rises too far makes
+it explode. What optaxclip kept in the optimizer state comes back from inside the scan:
+the norm of every leaf in each of the last 256 steps, and where the explosion began. The
+same run under `optaxclip.stabilize` survives.
+"""
+
+import functools
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from mnist import InputError
+
+import optaxclip
+
+NUM_INPUTS = 4
+
+
+def init(key: jax.Array, hidden: int, layers: int) -> dict[str, dict[str, jax.Array]]:
+    """Makes the parameters of an MLP with one output, `{layer: {name: array}}`."""
+    sizes = [NUM_INPUTS, *[hidden] * (layers - 1), 1]
+    return {
+        f"layer{i}": {
+            "kernel": jax.random.normal(key, shape) * math.sqrt(2 / shape[0]),
+            "bias": jnp.zeros(shape[1]),
+        }
+        for i, (key, *shape) in enumerate(
+            zip(jax.random.split(key, layers), sizes[:-1], sizes[1:], strict=True)
+        )
+    }
+
+
+def loss_fn(params: Any, x: jax.Array) -> jax.Array:
+    """Returns the mean squared error against the sum of the sines of the inputs."""
+    target = jnp.sum(jnp.sin(x), axis=1)
+    *layers, head = params.values()
+    for layer in layers:
+        x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
+    return jnp.mean(((x @ head["kernel"] + head["bias"])[:, 0] - target) ** 2)
+
+
+def train(tx: Any, params: Any, keys: jax.Array, *, batch_size: int) -> Any:
+    """Trains one step for each key, inside one scan, on data made there.
+
+    Returns:
+        opt_state: The last state of the optimizer.
+        losses: `[steps]`.
+    """
+
+    def step(carry, key):
+        params, opt_state = carry
+        x = jax.random.normal(key, (batch_size, NUM_INPUTS))
+        loss, grads = jax.value_and_grad(loss_fn)(params, x)
+        updates, opt_state = tx.update(grads, opt_state, params, value=loss)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    (_, opt_state), losses = jax.lax.scan(step, (params, tx.init(params)), keys)
+    return opt_state, losses
+
+
+def main(
+    *,
+    steps: int = 300,
+    learning_rate: float = 0.25,
+    hidden: int = 64,
+    layers: int = 5,
+    batch_size: int = 64,
+    seed: int = 0,
+    logdir: Path | None = None,
+) -> dict[str, Any]:
+    """Trains an MLP twice, in one scan each, and says what happened in there.
+
+    Args:
+        steps: Training steps, of which the last 256 are kept.
+        learning_rate: That of the last step of SGD; it rises linearly from 0.
+        hidden: Units in each layer.
+        layers: Layers.
+        batch_size: Examples in each step.
+        seed: Decides the parameters and the examples.
+        logdir: Where to write; by default a new directory in runs/scan_training.
+
+    Returns:
+        `{"plain": run, "stabilized": run}`; each run has its `losses`, its `history`,
+        its `picture`, as `story` what `explain` says, the step on which its last
+        explosion `began`, and the `leaf` that led then, both None for none.
+    """
+    knobs = {"steps": steps, "learning_rate": learning_rate, "hidden": hidden}
+    knobs |= {"layers": layers, "batch_size": batch_size}
+    for name, value in knobs.items():
+        if not value > 0:
+            raise InputError(f"{name} must be positive, got {value}")
+    logdir = logdir or Path("runs", "scan_training", time.strftime("%Y%m%d-%H%M%S"))
+    logdir.mkdir(parents=True, exist_ok=True)
+    init_key, data_key = jax.random.split(jax.random.key(seed))
+    params, keys = init(init_key, hidden, layers), jax.random.split(data_key, steps)
+    sgd = optax.sgd(optax.linear_schedule(0.0, learning_rate, steps))
+    runs = {
+        "plain": optax.chain(optaxclip.detect_explosions(), sgd),
+        "stabilized": optaxclip.stabilize(sgd),
+    }
+    result = {}
+    for name, tx in runs.items():
+        run = jax.jit(functools.partial(train, tx, batch_size=batch_size))
+        opt_state, losses = jax.device_get(run(params, keys))
+        metrics = optaxclip.metrics(opt_state)
+        began, leaf = (int(metrics[f"explosions/{x}"]) for x in ("began", "leaf"))
+        result[name] = found = {
+            "losses": losses,
+            "history": optaxclip.history(opt_state, params),
+            "picture": logdir / f"{name}.png",
+            "story": optaxclip.explain(opt_state, params),
+            "began": began if began >= 0 else None,
+            "leaf": optaxclip.leaf_names(params)[leaf] if began >= 0 else None,
+        }
+        optaxclip.plot(found["history"], found["picture"])
+        print(f"{name}: the loss went from {losses[0]:.3g} to {losses[-1]:.3g}")
+        print(found["story"])
+        print(f"the picture is {found['picture'].resolve()}\n")
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -1,0 +1,424 @@
+"""`plot` draws what a recorder kept, whatever the numbers are; `leading` names."""
+
+import itertools
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import to_hex, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+import optaxclip
+from optaxclip.plotting import ALARM, MAX_NAME_LENGTH, ZERO, leading, plot
+from optaxclip.reading import History
+
+NUM_STEPS = 30
+
+
+def history_of(
+    norms: Any,
+    *,
+    names: list[str] | None = None,
+    loss: Any = np.nan,
+    limit: float = np.inf,
+    fired: dict[int, str] | None = None,
+    start: int = 0,
+) -> History:
+    """A history with these norms; `fired` says which rule did on which step."""
+    norms = np.asarray(norms, np.float32)
+    num_steps, num_scopes = norms.shape
+    rules = ("nonfinite", "norm", "share", "loss")
+    with np.errstate(over="ignore"):
+        norm = np.linalg.norm(norms.astype(np.float64), axis=1).astype(np.float32)
+    return History(
+        step=np.arange(start, start + num_steps),
+        loss=np.broadcast_to(np.asarray(loss, np.float32), [num_steps]),
+        norm=norm,
+        limit=np.full(num_steps, limit, np.float32),
+        fired=np.array(
+            [
+                [(fired or {}).get(i) == rule for rule in rules]
+                for i in range(start, start + num_steps)
+            ]
+        ),
+        norms=norms,
+        names=names or [f"layer_{i}/kernel" for i in range(num_scopes)],
+    )
+
+
+def random_norms(num_scopes: int, num_steps: int = NUM_STEPS) -> np.ndarray:
+    return np.exp(np.random.default_rng(0).normal(size=(num_steps, num_scopes)))
+
+
+def exploding(num_scopes: int, leader: int) -> History:
+    """One scope grows from step 120 on, and is NaN at the end."""
+    norms = random_norms(num_scopes)
+    norms[20:, leader] = 100.0 * 4.0 ** np.arange(10)
+    norms[28:, leader] = np.nan
+    fired = dict.fromkeys(range(120, 128), "norm") | {128: "nonfinite"}
+    fired |= {129: "nonfinite"}
+    return history_of(norms, loss=2.0, limit=50.0, fired=fired, start=100)
+
+
+def panels(figure: Figure) -> dict[Any, Axes]:
+    """The axes by name, without the colour bar."""
+    return {
+        axes.get_label(): axes
+        for axes in figure.axes
+        if axes.get_label() != "<colorbar>"
+    }
+
+
+def line(axes: Axes, label: str) -> Line2D:
+    (found,) = [x for x in axes.get_lines() if x.get_label() == label]
+    return found
+
+
+def labels(axes: Axes) -> list[Any]:
+    return axes.get_legend_handles_labels()[1]
+
+
+def steps(axes: Axes, label: str) -> list[float]:
+    return list(np.asarray(line(axes, label).get_xdata()))
+
+
+def color_map(axes: Axes) -> QuadMesh:
+    (found,) = [x for x in axes.collections if isinstance(x, QuadMesh)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("num_scopes", "loss", "expected"),
+    [
+        (0, np.nan, ["norm"]),
+        (1, np.nan, ["norm"]),
+        (1, 2.0, ["loss", "norm"]),
+        (5, 2.0, ["loss", "norm", "scopes"]),
+        (7, np.nan, ["norm", "scopes"]),
+        (8, np.nan, ["norm", "scopes", "map"]),
+        (300, 2.0, ["loss", "norm", "scopes", "map"]),
+    ],
+)
+def test_panels(num_scopes, loss, expected):
+    figure = plot(history_of(random_norms(num_scopes), loss=loss))
+    assert list(panels(figure)) == expected
+    has_map = "map" in expected
+    assert len(figure.axes) == len(expected) + has_map  # the colour bar
+    for name in {"norm", "scopes"} & set(expected):
+        assert panels(figure)[name].get_yscale() == "log"
+    assert figure.axes[len(expected) - 1].get_xlabel() == "step"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "magic"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")]
+)
+def test_saves(tmp_path, suffix, magic):
+    path = tmp_path / f"picture{suffix}"
+    figure = plot(exploding(3, 1), path)
+    content = path.read_bytes()
+    assert content.startswith(magic)
+    if suffix == ".png":
+        width, height = (int.from_bytes(content[i : i + 4]) for i in (16, 20))
+        assert [width, height] == list((figure.get_size_inches() * 120).astype(int))
+
+
+def test_saves_nothing_unasked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plot(exploding(3, 1))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("num_scopes", [5, 300])
+def test_leader_stands_out(num_scopes):
+    history = exploding(num_scopes, 3)
+    axes = panels(plot(history))["scopes"]
+    leader = line(axes, "layer_3/kernel led")
+    np.testing.assert_array_equal(leader.get_xdata(), history.step)
+    np.testing.assert_array_equal(leader.get_ydata(), history.norms[:, 3])
+    assert leader.get_color() == ALARM
+    curves = [x for x in axes.get_lines() if len(np.asarray(x.get_xdata())) > 2]
+    assert len(curves) == num_scopes
+    for other in set(curves) - {leader}:
+        assert other.get_linewidth() < leader.get_linewidth() / 2
+        assert other.get_zorder() < leader.get_zorder()
+        assert other.get_color() != ALARM
+    assert steps(axes, "it is not finite") == [128, 129]
+
+
+def test_few_scopes_have_each_a_color_and_many_none():
+    few = panels(plot(exploding(7, 3)))["scopes"]
+    others = [f"layer_{i}/kernel" for i in range(7) if i != 3]
+    assert labels(few) == [*others, "layer_3/kernel led", "it is not finite"]
+    assert len({line(few, label).get_color() for label in labels(few)[:-1]}) == 7
+    many = panels(plot(exploding(8, 3)))["scopes"]
+    assert labels(many) == ["layer_3/kernel led", "it is not finite"]
+    greys = {x.get_color() for x in many.get_lines()} - {ALARM}
+    assert len(greys) == 1
+
+
+def test_marks_of_each_rule():
+    norms = random_norms(2)
+    norms[9] = np.inf
+    loss = np.arange(NUM_STEPS, dtype=np.float32)
+    loss[20] = np.nan
+    fired = {2: "norm", 3: "norm", 5: "share", 6: "loss", 9: "nonfinite"}
+    history = history_of(norms, loss=loss, limit=9.0, fired=fired | {20: "nonfinite"})
+    history.fired[2, 2] = True  # the share too, which the norm outranks
+    axes = panels(plot(history))
+    assert steps(axes["norm"], "above its limit") == [2, 3]
+    assert steps(axes["norm"], "share or loss above its limit") == [5, 6]
+    assert steps(axes["norm"], "not finite") == [9, 20]
+    assert steps(axes["loss"], "above its limit") == [6]
+    assert steps(axes["loss"], "not finite") == [20]
+    marks = line(axes["norm"], "above its limit")
+    np.testing.assert_array_equal(marks.get_ydata(), history.norm[[2, 3]])
+    limit = line(axes["norm"], "its limit")
+    np.testing.assert_array_equal(limit.get_ydata(), history.limit)
+    kinds = ["above its limit", "share or loss above its limit", "not finite"]
+    assert len({str(line(axes["norm"], kind).get_marker()) for kind in kinds}) == 3
+
+
+def test_nonfinite_stands_at_the_upper_edge():
+    figure = plot(exploding(1, 0))
+    figure.draw_without_rendering()
+    axes = panels(figure)["norm"]
+    marks = line(axes, "not finite")
+    shown = marks.get_transform().transform(marks.get_xydata())
+    places = axes.transAxes.inverted().transform(shown)
+    np.testing.assert_allclose(places[:, 1], 1)
+    np.testing.assert_allclose(places[:, 0], (np.array([28, 29]) + 0.5) / NUM_STEPS)
+
+
+def test_healthy_run_marks_nothing():
+    axes = panels(plot(history_of(random_norms(5), loss=2.0)))
+    assert labels(axes["loss"]) == labels(axes["norm"]) == []
+    assert labels(axes["scopes"]) == [f"layer_{i}/kernel" for i in range(5)]
+    assert len({x.get_linewidth() for x in axes["scopes"].get_lines()}) == 1
+    colors = {x.get_color() for panel in axes.values() for x in panel.get_lines()}
+    assert ALARM not in colors
+
+
+@pytest.mark.parametrize(
+    ("losses", "scale"),
+    [
+        ([1.0, 2.0, 3.0], "log"),
+        ([1.0, np.nan, np.inf], "log"),
+        ([1.0, 0.0, 3.0], "linear"),
+        ([1.0, -2.0, np.nan], "linear"),
+        ([np.inf, np.inf, np.nan], "linear"),
+    ],
+)
+def test_scale_of_the_loss(losses, scale):
+    figure = plot(history_of(random_norms(1, 3), loss=losses))
+    figure.draw_without_rendering()
+    assert panels(figure)["loss"].get_yscale() == scale
+
+
+def test_loss_of_some_steps():
+    losses = [1.0, np.nan, 2.0, np.nan]
+    axes = panels(plot(history_of(random_norms(1, 4), loss=losses)))["loss"]
+    assert labels(axes) == []
+    losses[1] = np.inf
+    axes = panels(plot(history_of(random_norms(1, 4), loss=losses)))["loss"]
+    assert steps(axes, "not finite") == [1]
+
+
+def test_zeros_are_left_out():
+    norms = random_norms(3)
+    norms[10, 0] = 0
+    norms[:, 2] = 0
+    axes = panels(plot(history_of(norms)))["scopes"]
+    drawn = np.asarray(line(axes, "layer_0/kernel").get_ydata())
+    assert np.flatnonzero(np.isnan(drawn)).tolist() == [10]
+    assert np.isnan(np.asarray(line(axes, "layer_2/kernel (zero)").get_ydata())).all()
+    low, high = axes.get_ylim()
+    assert norms[norms > 0].min() / 3 < low < high < norms.max() * 3
+
+
+def test_number_between_two_gaps_is_a_dot():
+    numbers = np.array([1.0, np.nan, 2.0, np.inf, 3.0, 3.0])
+    for axes in plot(history_of(numbers[:, None], loss=numbers)).axes:
+        (dots,) = [x for x in axes.get_lines() if x.get_marker() == "."]
+        np.testing.assert_array_equal(dots.get_xydata(), [[0, 1], [2, 2]])
+
+
+@pytest.mark.parametrize(
+    ("num_scopes", "leader"), [(8, 0), (40, 7), (41, 7), (300, 20), (300, 298)]
+)
+def test_names_of_the_map_do_not_overlap(num_scopes, leader):
+    figure = plot(exploding(num_scopes, leader))
+    figure.draw_without_rendering()
+    axes = panels(figure)["map"]
+    names = axes.get_yticklabels()
+    assert len(names) == num_scopes if num_scopes <= 40 else 15 < len(names) <= 21
+    for row, name in zip(axes.get_yticks(), names, strict=True):
+        assert name.get_text() == f"layer_{row:.0f}/kernel"
+        assert (name.get_color() == ALARM) == (row == leader)
+    assert leader in axes.get_yticks()
+    boxes = sorted((x.get_window_extent() for x in names), key=lambda box: box.y0)
+    for below, above in itertools.pairwise(boxes):
+        assert below.y1 <= above.y0 + 1
+
+
+def test_map_has_a_cell_for_each_norm():
+    norms = random_norms(9)
+    norms[4, 2] = 0
+    norms[5, 2] = np.nan
+    norms[6, 2] = np.inf
+    norms[7, 2] = 1e30
+    figure = plot(history_of(norms))
+    figure.draw_without_rendering()
+    axes = panels(figure)["map"]
+    mesh = color_map(axes)
+    colors = np.reshape(mesh.get_facecolor(), (9, NUM_STEPS, 4))
+    assert to_hex(colors[2, 4]) == ZERO
+    assert to_hex(colors[2, 5]) == to_hex(colors[2, 6]) == ALARM
+    special = [to_rgba(ZERO), to_rgba(ALARM)]
+    others = np.delete(colors.reshape(-1, 4), [2 * NUM_STEPS + i for i in (4, 5, 6)], 0)
+    for color in special:
+        assert not np.isclose(others, color).all(axis=1).any()
+    medians = [np.median(x[(x > 0) & np.isfinite(x)]) for x in norms.T]
+    order = np.argsort(norms[0] / medians)
+    brightness = colors[order, 0, :3].sum(axis=1)
+    assert (np.diff(brightness) >= 0).all()
+    assert labels(axes) == ["zero", "not finite"]
+    low, high = mesh.get_clim()
+    assert 0.01 < low < high < 100  # despite 1e30
+    assert axes.yaxis_inverted()
+    assert figure.axes[-1].get_xlabel().startswith("norm")
+
+
+def test_map_of_equal_norms_tells_zero():
+    norms = np.full((2, 9), 3.0)
+    norms[0, 5] = 0
+    figure = plot(history_of(norms))
+    figure.draw_without_rendering()
+    colors = np.reshape(color_map(panels(figure)["map"]).get_facecolor(), (9, 2, 4))
+    is_white = np.isclose(colors, to_rgba(ZERO)).all(axis=2)
+    assert np.argwhere(is_white).tolist() == [[5, 0]]
+
+
+def test_long_and_odd_names():
+    long = "encoder/" + "very_long_module_name/" * 8 + "kernel"
+    names = [long, "_hidden/w", "cost$per$unit"]
+    figure = plot(history_of(random_norms(3), names=names))
+    figure.draw_without_rendering()
+    axes = panels(figure)["scopes"]
+    shortened, hidden, cost = labels(axes)
+    assert len(shortened) == MAX_NAME_LENGTH
+    start, end = shortened.split("…")
+    assert long.startswith(start)
+    assert long.endswith(end)
+    assert hidden.strip() == "_hidden/w"
+    assert cost == r"cost\$per\$unit"  # no formula
+    assert axes.get_position().width > 0.6
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf, 1e-45, 3e38, 2.0])
+@pytest.mark.parametrize(("num_steps", "num_scopes"), [(1, 9), (4, 2)])
+def test_no_numbers_make_trouble(value, num_steps, num_scopes):
+    history = history_of(
+        np.full((num_steps, num_scopes), value),
+        loss=-value,
+        limit=value,
+        fired={0: "norm", 2: "loss", 3: "nonfinite"},
+    )
+    plot(history).draw_without_rendering()
+
+
+def test_few_steps_have_whole_ticks():
+    figure = plot(history_of(random_norms(2, 1), loss=2.0, start=17))
+    figure.draw_without_rendering()
+    axes = panels(figure)["norm"]
+    low, high = axes.get_xlim()
+    assert [x for x in axes.get_xticks() if low <= x <= high] == [17]
+
+
+def test_no_global_state(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # cannot be imported
+    plot(exploding(9, 1)).draw_without_rendering()
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "matplotlib.figure"])
+def test_missing_matplotlib(monkeypatch, module):
+    for name in [x for x in sys.modules if x.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=r'pip install "optaxclip\[report\]"$'):
+        plot(exploding(2, 1))
+
+
+def test_empty_history():
+    with pytest.raises(ValueError, match=r"^history holds no steps$"):
+        plot(history_of(np.zeros((0, 2))))
+    recorder = optaxclip.record()
+    state = recorder.init({"w": jnp.ones(2)})
+    with pytest.raises(ValueError, match="no steps"):
+        plot(optaxclip.history(state))
+
+
+def test_draws_what_a_detector_kept():
+    detect = optaxclip.detect_explosions(norm=5.0)
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    state = detect.init(params)
+    for size in [1.0, 1.0, 1.0, 100.0, jnp.nan]:
+        updates = {"a": jnp.full(2, 0.1), "b": jnp.full(2, size)}
+        _, state = jax.jit(detect.update)(updates, state, value=jnp.array(1.0))
+    history = optaxclip.history(state, params)
+    axes = panels(plot(history))
+    assert steps(axes["norm"], "above its limit") == [3]
+    assert steps(axes["norm"], "not finite") == [4]
+    assert leading(history) == 1
+    assert labels(axes["scopes"]) == ["a", "b led", "it is not finite"]
+
+
+def leading_of(norms: Any, *exploded: int, rule: str = "norm", start: int = 0):
+    return leading(history_of(norms, fired=dict.fromkeys(exploded, rule), start=start))
+
+
+def test_leading_has_grown_most():
+    norms = [[1.0, 10.0], [2.0, 20.0], [9.0, 30.0], [16.0, 81.0]]
+    assert leading_of(norms) is None
+    assert leading_of(norms, 3) == 0  # 8 times its median, not 4.05 times
+    assert leading_of(norms, 103, rule="share", start=100) == 0
+    assert leading_of(norms, 2, 3) == 0
+    assert leading_of([[1.0, 1.0], [2.0, 4.0], [9.0, 5.0]], 1, 2) == 1  # on the first
+
+
+def test_leading_is_that_of_the_last_explosion():
+    norms = np.ones((40, 3))
+    norms[5, 0] = norms[16, 1] = norms[15, 2] = 9
+    assert leading_of(norms, 5) == 0
+    assert leading_of(norms, 5, 15) == 0  # ten steps later: the same
+    assert leading_of(norms, 5, 16) == 1
+    assert leading_of(norms, 5, 15, 25, 35) == 0
+
+
+def test_leading_is_the_first_that_is_not_finite():
+    norms = np.ones((4, 4))
+    norms[3] = [1e9, 1, np.inf, np.nan]
+    assert leading_of(norms, 3, rule="nonfinite") == 2
+    norms[3, 2] = 1
+    assert leading_of(norms, 3, rule="nonfinite") == 3
+    assert leading_of(norms, 2, 3) == 0  # where nothing had grown yet, any: the first
+    assert leading_of(norms[3:], 0, rule="nonfinite") == 3
+
+
+def test_leading_knows_only_what_has_a_past():
+    norms = np.array([[0.0, 1.0, 5.0], [np.nan, 1.0, 5.0], [99.0, 2.0, 5.0]])
+    assert leading_of(norms, 2) == 1
+    assert leading_of(norms[:, :1], 2) is None
+    assert leading_of(norms[2:], 0) is None
+    assert leading_of(np.zeros((3, 2)), 2, rule="loss") is None
+    # Neither zeros nor what is not finite are of the past.
+    norms = np.array([[4.0, 1.0], [0.0, 1.0], [np.inf, 1.0], [5.0, 2.0]])
+    assert leading_of(norms, 3) == 1
+    norms[3] = 0.0, 2.0
+    assert leading_of(norms, 3) == 1
+    assert leading_of(np.zeros((3, 0)), 2) is None

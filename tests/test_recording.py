@@ -1,0 +1,309 @@
+"""The flight recorder: what it keeps, what is read of it, and what is told."""
+
+import math
+import re
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import optaxclip
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
+PARAMS = {"a": jnp.full(3, 2.0), "b": {"c": jnp.full((2, 2), 0.5)}, "n": jnp.arange(2)}
+
+
+def grads_of(a, c) -> Any:
+    """Gradients whose leaves have these norms."""
+    return {
+        "a": jnp.zeros(3).at[1].set(a),
+        "b": {"c": jnp.full((2, 2), c / 2)},
+        "n": PARAMS["n"],
+    }
+
+
+def run(tx, norms, losses=None, params: Any = PARAMS) -> Any:
+    """The state after gradients of these norms `[num_steps, 2]`, in one scan."""
+    norms = jnp.asarray(norms, jnp.float32)
+    losses = jnp.ones(len(norms)) if losses is None else jnp.asarray(losses)
+
+    def step(state, x):
+        (a, c), loss = x
+        _, state = tx.update(grads_of(a, c), state, params, value=loss)
+        return state, ()
+
+    scan = jax.jit(lambda state: lax.scan(step, state, (norms, losses))[0])
+    return scan(tx.init(params))
+
+
+def noise(num_steps, seed=0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.exp(0.3 * rng.standard_normal((num_steps, 2))).astype(np.float32)
+
+
+def total(norms) -> np.ndarray:
+    return np.sqrt(np.sum(np.square(np.asarray(norms, float)), axis=-1))
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 255, 256, 10_000])
+def test_the_last_256_steps_come_back_in_order(num_steps):
+    norms, losses = noise(num_steps), noise(num_steps, 1)[:, 0]
+    state = run(optaxclip.record(), norms, losses)
+    found = optaxclip.history(state, PARAMS)
+    first = max(0, num_steps - 256)
+    np.testing.assert_array_equal(found.step, np.arange(first, num_steps))
+    np.testing.assert_allclose(found.loss, losses[first:], rtol=1e-6)
+    np.testing.assert_allclose(found.norms[:, :2], norms[first:], rtol=1e-6)
+    np.testing.assert_array_equal(found.norms[:, 2], 0)
+    np.testing.assert_allclose(found.norm, total(norms[first:]), rtol=1e-6)
+    assert found.names == ["a", "b/c", "n"]
+    assert not found.fired.any()
+    assert np.all(found.limit == np.inf)
+    metrics = optaxclip.metrics(state, PARAMS)
+    if num_steps:
+        largest = total(norms).max()
+        np.testing.assert_allclose(metrics["gradients/largest"], largest, rtol=1e-6)
+        np.testing.assert_allclose(metrics["gradients/loss"], losses[-1], rtol=1e-6)
+
+
+def test_what_is_not_finite_is_kept_and_counted():
+    norms = [(1, 1), (math.inf, 1), (2, math.nan), (3, 4), (1, 1)]
+    state = run(optaxclip.record(), norms, [1, 1, 1, 1, math.nan])
+    found = optaxclip.history(state)
+    # An element that is inf makes the norm inf; one that is NaN makes it NaN.
+    np.testing.assert_allclose(found.norms[:, 0], [1, math.inf, 2, 3, 1])
+    np.testing.assert_allclose(found.norms[:, 1], [1, 1, math.nan, 4, 1])
+    assert found.fired[:, 0].tolist() == [False, True, True, False, True]
+    assert not found.fired[:, 1:].any()
+    metrics = optaxclip.metrics(state)
+    assert metrics["gradients/nonfinite"] == 3
+    assert metrics["gradients/largest"] == 5
+
+
+def test_a_loss_that_is_not_given_is_nan():
+    tx = optaxclip.record()
+    _, state = tx.update(grads_of(3, 4), tx.init(PARAMS))
+    assert math.isnan(optaxclip.metrics(state)["gradients/loss"])
+    assert np.isnan(optaxclip.history(state).loss).all()
+    assert not optaxclip.history(state).fired.any()
+
+
+@pytest.mark.parametrize("size", [3e38, 1e30, 1e-30])
+def test_norms_of_any_size(size):
+    state = run(optaxclip.record(), [(size, size / 2)])
+    largest = float(np.finfo(np.float32).max)
+    expected = min(float(total([size, size / 2])), largest)
+    found = optaxclip.history(state)
+    np.testing.assert_allclose(found.norm, [expected], rtol=1e-6)
+    metrics = optaxclip.metrics(state)
+    np.testing.assert_allclose(metrics["gradients/norm"], expected, rtol=1e-6)
+    np.testing.assert_allclose(metrics["gradients/share/0"], 0.8, rtol=1e-5)
+    np.testing.assert_allclose(metrics["gradients/share/1"], 0.2, rtol=1e-5)
+
+
+def test_recorders_before_and_after_a_clip_and_after_the_optimizer():
+    tx = optax.chain(
+        optaxclip.record("before", window=4),
+        optaxclip.clip_by_norm(1.0),
+        optaxclip.record("after", window=4),
+        optax.sgd(0.1),
+        optaxclip.record("updates", window=4),
+    )
+    params = {"a": jnp.ones(1), "b": jnp.ones(4)}
+    state = tx.init(params)
+    for size in (0.5, 8.0):
+        grads = {"a": jnp.array([size]), "b": jnp.zeros(4)}
+        _, state = tx.update(grads, state, params)
+    norms = [optaxclip.history(state, label=x).norm for x in ("before", "after")]
+    np.testing.assert_allclose(norms, [[0.5, 8], [0.5, 1]], rtol=1e-6)
+    metrics = optaxclip.metrics(state, params)
+    np.testing.assert_allclose(metrics["updates/ratio/a"], 0.1, rtol=1e-6)
+    np.testing.assert_allclose(metrics["updates/ratio/b"], 0)
+    np.testing.assert_allclose(metrics["updates/ratio"], 0.1 / math.sqrt(5), rtol=1e-6)
+    with pytest.raises(ValueError, match=re.escape("['after', 'before', 'updates']")):
+        optaxclip.history(state)
+    assert optaxclip.explain(state).count("\n") == 2
+
+
+def test_ratios_where_parameters_are_zero_unknown_stacked_or_hidden():
+    tx = optaxclip.record(stacked=lambda name: name == "layers")
+    params = {"layers": jnp.array([[3.0, 4.0], [0.0, 0.0]]), "w": jnp.array([2.0])}
+    tx = optax.masked(tx, {"layers": True, "w": False})
+    _, state = tx.update(params, tx.init(params), params)
+    grads = {"layers": jnp.ones((2, 2)), "w": jnp.ones(1)}
+    _, state = tx.update(grads, state, params)
+    metrics = optaxclip.metrics(state, params)
+    np.testing.assert_allclose(
+        metrics["gradients/ratio/layers[0]"], math.sqrt(2) / 5, rtol=1e-6
+    )
+    assert metrics["gradients/ratio/layers[1]"] == math.inf
+    np.testing.assert_allclose(metrics["gradients/ratio"], 2 / 5, rtol=1e-6)
+    assert "gradients/ratio/w" not in metrics
+
+
+def test_ratios_need_the_parameters_themselves():
+    state = run(optaxclip.record(), [(1, 1)])
+    shapes = jax.eval_shape(lambda: PARAMS)
+    names = set(optaxclip.metrics(state, shapes))
+    assert names < set(optaxclip.metrics(state, PARAMS))
+    assert not [name for name in names if "ratio" in name]
+    assert "gradients/norm/b/c" in names
+
+
+def test_a_leaf_has_vanished_when_it_was_small_in_a_whole_window():
+    tx = optaxclip.record(window=4)
+    small = [(1, 1e-7)] * 4
+    for norms, expected in [
+        (small[:3], 0),
+        (small, 1),
+        ([*small, (1, 1e-5)], 0),
+        ([(1, 1), *small], 1),
+        ([(1e30, 1e23)] * 4, 1),
+        ([(math.nan, 1)] * 4, 0),
+    ]:
+        metrics = optaxclip.metrics(run(tx, norms), PARAMS)
+        assert metrics["gradients/vanished/b/c"] == expected, norms
+        assert metrics["gradients/vanished/a"] == 0
+    # The leaf of integers has no norm, and so has vanished as soon as one can.
+    state = run(tx, small)
+    assert optaxclip.metrics(state, PARAMS)["gradients/vanished"] == 2
+    assert "2 of 3 norms have vanished" in optaxclip.explain(state, PARAMS)
+    assert "'b/c', 'n'." in optaxclip.explain(state, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("per", "expected"),
+    [("tree", [[5]]), (lambda name: name[:1], [[3, 4, 0]]), ("leaf", [[3, 4, 0]])],
+)
+def test_per_tree_leaf_or_group(per, expected):
+    state = run(optaxclip.record(per=per), [(3, 4)])
+    found = optaxclip.history(state)
+    np.testing.assert_allclose(found.norms, expected, rtol=1e-6)
+    np.testing.assert_allclose(found.norm, [5], rtol=1e-6)
+    np.testing.assert_allclose(optaxclip.metrics(state)["gradients/norm"], 5, rtol=1e-6)
+    np.testing.assert_allclose(state["gradients"].largest, 5, rtol=1e-6)
+
+
+def test_runs_under_vmap_are_read_one_by_one():
+    tx, norms = optaxclip.record(window=16), noise(8 * 20).reshape(8, 20, 2)
+    states = jax.vmap(lambda norms: run(tx, norms))(jnp.asarray(norms))
+    with pytest.raises(ValueError, match="reads one run"):
+        optaxclip.history(states)
+    for i in range(8):
+        found = optaxclip.history(jax.tree.map(lambda x, i=i: x[i], states))
+        np.testing.assert_allclose(found.norms[:, :2], norms[i, 4:], rtol=1e-6)
+
+
+def test_only_the_steps_that_a_cond_takes_are_kept():
+    tx = optaxclip.record()
+
+    def step(state, i):
+        def take(state):
+            return tx.update(grads_of(i.astype(jnp.float32), 0.0), state)[1]
+
+        return lax.cond(i % 3 == 0, take, lambda state: state, state), ()
+
+    state, _ = jax.jit(lambda s: lax.scan(step, s, jnp.arange(10)))(tx.init(PARAMS))
+    np.testing.assert_allclose(optaxclip.history(state).norms[:, 0], [0, 3, 6, 9])
+
+
+def test_stabilize_has_a_recorder_that_sees_skipped_steps_limits_and_rules():
+    tx = optaxclip.stabilize(optax.sgd(0.1), rollback=False)
+    params = {"a": PARAMS["a"], "b": PARAMS["b"]}
+
+    def step(state, size):
+        grads = jax.tree.map(lambda x: jnp.full_like(x, size), params)
+        return tx.update(grads, state, params, value=size)[1], ()
+
+    sizes = jnp.array([1.0] * 100 + [50.0, math.nan, 1.0])
+    state, _ = jax.jit(lambda s: lax.scan(step, s, sizes))(tx.init(params))
+    found = optaxclip.history(state, params)
+    np.testing.assert_allclose(found.norm, sizes * math.sqrt(7), rtol=1e-6)
+    np.testing.assert_allclose(found.loss, sizes)
+    assert found.fired[100].tolist() == [False, True, False, True]
+    assert found.fired[101].tolist() == [True, False, False, False]
+    assert found.fired.sum() == 3
+    np.testing.assert_allclose(found.limit[100], 3 * math.sqrt(7), rtol=1e-5)
+    metrics = optaxclip.metrics(state, params)
+    np.testing.assert_allclose(metrics["explosions/norm/a"], math.sqrt(3), rtol=1e-6)
+    assert metrics["explosions/nonfinite"] == 1
+    text = optaxclip.explain(state, params)
+    for part in (
+        "2 of 103 steps exploded: 1 not finite, 1 by the norm, 1 by the loss.",
+        "2 were skipped, and parameters went back 0 times.",
+        "Step 101 was not finite: leaf 'a' held inf or NaN.",
+        "It began on step 100: the norm was 132, above its limit 7.94; the loss was 50",
+        "The norm had grown by 50x per step since step 99, from 2.65 to 132",
+    ):
+        assert part in text, text
+
+
+def test_columns_are_what_a_table_takes():
+    norms = noise(5)
+    found = optaxclip.history(run(optaxclip.record(), norms), PARAMS).columns()
+    assert list(found)[:5] == ["step", "loss", "norm", "limit", "nonfinite"]
+    assert list(found)[-3:] == ["norm/a", "norm/b/c", "norm/n"]
+    assert all(column.shape == (5,) for column in found.values())
+    np.testing.assert_allclose(found["norm/b/c"], norms[:, 1], rtol=1e-6)
+
+
+def test_the_first_leaf_that_is_not_finite_is_told():
+    norms = noise(50)
+    norms[40:45] *= 4.0 ** np.arange(1, 6)[:, None]
+    norms[45, 1] = math.inf
+    text = optaxclip.explain(run(optaxclip.record(), norms), PARAMS)
+    assert "1 of 50 steps were not finite." in text
+    assert "On step 45 that of 'b/c' was the first not finite." in text
+    assert re.search(r"grown by [34]\.\d*x per step since step 3[89]", text), text
+    quiet = optaxclip.explain(run(optaxclip.record(), noise(50)), PARAMS)
+    assert quiet == "gradients: 0 of 50 steps were not finite."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"window": 0}, ValueError, "window must be >= 1"),
+        ({"window": 2.0}, TypeError, "window must be a whole number"),
+        ({"per": "unit"}, ValueError, 'not per "unit"'),
+        ({"per": "layer"}, ValueError, "per must be"),
+        ({"label": ""}, TypeError, "label must be a name"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        optaxclip.record(**arguments)
+
+
+def test_states_that_cannot_be_read():
+    with pytest.raises(ValueError, match="found no state of record"):
+        optaxclip.history(optax.sgd(0.1).init(PARAMS))
+    with pytest.raises(ValueError, match="found no state of record"):
+        optaxclip.explain(optaxclip.clip_by_norm(1.0).init(PARAMS))
+    state = run(optaxclip.record(), [(1, 1)])
+    with pytest.raises(ValueError, match=r"label='x' is no recorder; found \['grad"):
+        optaxclip.history(state, label="x")
+    for read in (optaxclip.history, optaxclip.metrics, optaxclip.explain):
+        with pytest.raises(ValueError, match="does not have the structure"):
+            read(state, {"a": jnp.ones(3)})
+    twice = optax.chain(optaxclip.record(), optaxclip.record()).init(PARAMS)
+    for read in (optaxclip.history, optaxclip.metrics, optaxclip.explain):
+        with pytest.raises(ValueError, match="two transformations have the label"):
+            read(twice)
+    tx = optaxclip.record()
+    with pytest.raises(ValueError, match=re.escape("not of shape (2,)")):
+        tx.update(PARAMS, tx.init(PARAMS), value=jnp.ones(2))
+
+
+def test_updates_pass_and_half_precision_is_measured_in_float32():
+    tx = optaxclip.record()
+    grads = {"w": jnp.full(10_000, 0.1, jnp.bfloat16)}
+    found, state = tx.update(grads, tx.init(grads))
+    chex.assert_trees_all_equal(found, grads)
+    expected = 100 * float(jnp.bfloat16(0.1))
+    np.testing.assert_allclose(optaxclip.history(state).norm, [expected], rtol=1e-5)
