@@ -12,15 +12,15 @@ from optaxclip import limits
 from optaxclip.checks import check_label
 from optaxclip.clipping import counted
 from optaxclip.limits import LimitLike, as_limit
-from optaxclip.norms import divided, measure_leaves, saturating_cast
+from optaxclip.norms import divided, measure_leaves, saturating_cast, total_of
 from optaxclip.recording import WINDOW, RecordState, empty, loss_of, pushed
 from optaxclip.scopes import Stacked, find_scopes, layout_of
 
 RULES = ("nonfinite", "norm", "share", "loss")
 COUNTS = ("steps", *RULES, "exploded", "in_a_row", "nonfinite_in_a_row", "last")
-"""What each element of `DetectExplosionsState.counts` is."""
-NUM_RECENT = 8
-"""To so many norms the growth is fitted."""
+"""What each element of `DetectExplosionsState.record.counts` is."""
+NUM_FITTED = 8
+"""To the norms of so many steps the growth is fitted."""
 
 NORM_LIMIT = limits.log_quantile()
 SHARE_LIMIT = limits.drift()
@@ -41,10 +41,6 @@ class DetectExplosionsState(NamedTuple):
     is.
     """
 
-    counts: jax.Array
-    """int32 `[9]`: the number of steps; on how many of them the four rules fired (not
-    finite, norm, share, loss) and on how many any; how many in a row, up to the last
-    step, exploded and were not finite; and the last that exploded, -1 for none."""
     steps: jax.Array
     """int32 `[3, 6]`: three steps, which are the last, the one on which the last
     explosion began (after ten without one), and the first of the last non-finite ones
@@ -52,16 +48,18 @@ class DetectExplosionsState(NamedTuple):
     not finite, or else the one that had grown most against its moving average; -1 for
     none), and whether each of the four rules fired."""
     numbers: jax.Array
-    """float `[3, 14]`: of the same three steps the norm, the share of the leaf that led
-    and the loss (NaN where not given), the limits of these (+inf for none), and the
-    last eight finite norms (0 where there is none yet)."""
+    """float `[3, 6]`: of the same three steps the norm, the share of the leaf that led
+    and the loss (NaN where not given), and the limits of these (+inf for none)."""
     baseline: jax.Array
     """float `[num_leaves, 2]`: moving average of the logarithm of each leaf's norm, and
     the number of norms in it, up to 64."""
     rule_states: tuple[Any, Any, Any]
     """States of the limits on norm, share and loss."""
     record: RecordState
-    """Of the last 256 steps, per leaf."""
+    """Of the last 256 steps, per leaf. Its `counts`, int32 `[9]`: the number of steps;
+    on how many of them the four rules fired (not finite, norm, share, loss) and on how
+    many any; how many in a row, up to the last step, exploded and were not finite; and
+    the last that exploded, -1 for none."""
 
 
 def detect_explosions(
@@ -133,7 +131,7 @@ def detect_explosions(
 
 def count(state: DetectExplosionsState, name: str) -> jax.Array:
     """One of the `COUNTS`."""
-    return state.counts[..., COUNTS.index(name)]
+    return state.record.counts[..., COUNTS.index(name)]
 
 
 class Step(NamedTuple):
@@ -148,16 +146,13 @@ class Step(NamedTuple):
     norm_limit: jax.Array
     share_limit: jax.Array
     loss_limit: jax.Array
-    recent: jax.Array
-    growth: jax.Array
 
 
 def read_step(state: DetectExplosionsState, which: str) -> Step:
     """The step "last", "began" or "nonfinite" of a state."""
     row = ("last", "began", "nonfinite").index(which)
     step, numbers = state.steps[row], state.numbers[row]
-    norm, share, loss, norm_limit, share_limit, loss_limit = numbers[:6]
-    recent = numbers[6:]
+    norm, share, loss, norm_limit, share_limit, loss_limit = numbers
     return Step(
         step=step[0],
         leaf=step[1],
@@ -168,13 +163,17 @@ def read_step(state: DetectExplosionsState, which: str) -> Step:
         norm_limit=norm_limit,
         share_limit=share_limit,
         loss_limit=loss_limit,
-        recent=recent,
-        growth=_fitted_growth(recent),
     )
 
 
-def _fitted_growth(norms):
-    """Growth per step: `exp` of the slope of a line fitted to the known logarithms."""
+def fitted_growth(record: RecordState) -> jax.Array:
+    """Growth of the norm per step in the last eight, as far as they are finite.
+
+    `exp` of the slope of a line fitted to the logarithms.
+    """
+    steps = record.counts[0] - NUM_FITTED + jnp.arange(NUM_FITTED)
+    norms = jax.vmap(total_of)(record.norms[steps % len(record.norms)])
+    norms = jnp.where((steps >= 0) & (norms < jnp.inf), norms, 0)
     is_known = norms > 0
     logs = jnp.log(jnp.where(is_known, norms, 1))
     times = jnp.arange(norms.size, dtype=norms.dtype)
@@ -207,14 +206,15 @@ class Detector:
         norms, _ = jax.eval_shape(lambda: measure_leaves(params, scopes))
         dtype = norms.dtype
         sizes = scopes.sizes().astype(dtype)
-        numbers = [0] * 3 + [jnp.inf] * 3 + [0] * NUM_RECENT
+        numbers = [0] * 3 + [jnp.inf] * 3
+        counts = jnp.asarray([0] * (len(COUNTS) - 1) + [-1], jnp.int32)
+        layout = layout_of(params, "leaf", self.stacked)
         return DetectExplosionsState(
-            counts=jnp.asarray([0] * (len(COUNTS) - 1) + [-1], jnp.int32),
             steps=jnp.asarray([[-1, -1] + [0] * len(RULES)] * 3, jnp.int32),
             numbers=jnp.asarray([numbers] * 3, dtype),
             baseline=jnp.zeros((*norms.shape, 2), dtype),
             rule_states=self._rule_states(sizes),
-            record=empty(norms, WINDOW, layout_of(params, "leaf", self.stacked)),
+            record=empty(norms.size, WINDOW, counts, layout),
         )
 
     def _rule_states(self, sizes):
@@ -253,25 +253,21 @@ class Detector:
                 bound = jnp.broadcast_to(found, signal.shape).astype(dtype)
             highest.append(bound)
             rule_states.append(rule_state)
-        fired = jnp.stack(
-            [~is_finite]
-            + [
-                jnp.any((x > limit) & (x < jnp.inf))
-                for x, limit in zip(signals, highest, strict=True)
-            ]
-        )
+        flags = [~is_finite] + [
+            jnp.any((x > limit) & (x < jnp.inf))
+            for x, limit in zip(signals, highest, strict=True)
+        ]
+        fired = jnp.stack(flags)
 
         leaf, baseline = _leading_leaf(norms, norm, state.baseline)
         leaf_share, leaf_limit = (
             x[leaf] if x.size else jnp.zeros([], dtype) for x in (shares, highest[1])
         )
-        recent = state.numbers[0, -NUM_RECENT:]
-        recent = jnp.where(is_positive, jnp.append(recent[1:], norm), recent)
         step = jnp.concatenate(
             [jnp.stack([count(state, "steps"), leaf]), fired.astype(jnp.int32)]
         )
         numbers = [norm, leaf_share, loss, highest[0], leaf_limit, highest[2]]
-        numbers = jnp.concatenate([jnp.stack(numbers), recent])
+        numbers = jnp.stack(numbers)
 
         is_exploded = jnp.any(fired)
         last = count(state, "last")
@@ -280,12 +276,17 @@ class Detector:
         row = lax.broadcasted_iota(jnp.int32, (3, 1), 0)
         is_told = (row == 0) | is_first & (row == 1) | is_nonfinite_first & (row == 2)
         state = DetectExplosionsState(
-            counts=_counted(state.counts, fired, is_exploded),
             steps=jnp.where(is_told, step[None], state.steps),
             numbers=jnp.where(is_told, numbers[None], state.numbers),
             baseline=baseline,
             rule_states=(rule_states[0], rule_states[1], rule_states[2]),
-            record=pushed(state.record, norms, norm, loss, highest[0], fired),
+            record=pushed(
+                state.record,
+                [loss, highest[0], *flags],
+                norms,
+                norm,
+                _counted(state.record.counts, fired, is_exploded),
+            ),
         )
         return state, (norm, highest[0])
 

@@ -12,6 +12,7 @@ from optaxclip.explosions import (
     RULES,
     DetectExplosionsState,
     count,
+    fitted_growth,
     read_step,
 )
 from optaxclip.norms import divided, measure_leaves, shares_of, total_of
@@ -61,7 +62,7 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     | `explosions/in_a_row` | how many in a row did, up to the last step |
     | `explosions/began` | the step on which the last explosion began; -1 for none |
     | `explosions/leaf` | the index of the leaf that led then; -1 for none |
-    | `explosions/growth` | the growth of the norm per step, fitted to the last eight |
+    | `explosions/growth` | the growth of the norm per step, in the last eight |
     | `explosions/norm`, `norm_limit`, `loss`, `loss_limit` | of the last step |
     | `explosions/skipped` | skip only: the share of all steps so far it skipped |
     | `explosions/num_skipped` | skip only: their number |
@@ -205,11 +206,10 @@ def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> 
             "history reads one run: give jax.tree.map(lambda x: x[i], opt_state)"
         )
     state = jax.device_get(state)
-    window, num_scopes = state.norms.shape
-    num_steps = int(state.counts[0])
+    window, num_steps = len(state.rows), int(state.counts[0])
     step = np.arange(max(0, num_steps - window), num_steps)
-    norms, numbers = (x[step % window] for x in (state.norms, state.numbers))
-    loss, limit, bits = numbers.T
+    (loss, limit, bits), norms = np.split(state.rows[step % window].T, [3])
+    norms = norms.T
     squares = np.square(norms.astype(np.float64))
     with np.errstate(over="ignore"):  # from float64 back to float32
         norm = np.sqrt(squares.sum(axis=1)).astype(np.float32)
@@ -221,7 +221,7 @@ def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> 
         limit=limit,
         fired=(bits[:, None].astype(int) >> np.arange(len(RULES))) % 2 == 1,
         norms=norms,
-        names=scope_names(state.layout, num_scopes, label, params),
+        names=scope_names(state.layout, norms.shape[1], label, params),
     )
 
 
@@ -257,12 +257,12 @@ def find_states(opt_state: Any) -> dict[str, Any]:
 
 
 def _record_metrics(label: str, state: RecordState, params: Any):
-    num_steps, num_nonfinite = state.counts
-    row = jnp.maximum(num_steps - 1, 0) % len(state.norms)
-    norms, numbers = state.norms[row], state.numbers[row]
+    num_steps, num_nonfinite = state.counts[:2]
+    row = state.rows[jnp.maximum(num_steps - 1, 0) % len(state.rows)]
+    norms = row[3:]
     result = {
         "norm": total_of(norms),
-        "loss": numbers[0],
+        "loss": row[0],
         "largest": state.largest,
         "nonfinite": num_nonfinite,
     }
@@ -334,7 +334,7 @@ def _explosion_metrics(label: str, state: Any) -> dict[str, jax.Array]:
         "in_a_row": count(state, "in_a_row"),
         "began": read_step(state, "began").step,
         "leaf": read_step(state, "began").leaf,
-        "growth": last.growth,
+        "growth": fitted_growth(state.record),
         "norm": last.norm,
         "norm_limit": last.norm_limit,
         "loss": last.loss,

@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
@@ -28,21 +27,26 @@ WINDOW = 256
 class RecordState(NamedTuple):
     """State of `record`, as `{label: RecordState}`; `history` puts it in order.
 
-    The arrays of the window are rings: step `i` stands in row `i % window`.
+    A ring: step `i` stands in row `i % window`.
     """
 
-    norms: jax.Array
-    """float32 `[window, num_scopes]`: the norm of each scope."""
-    numbers: jax.Array
-    """float32 `[window, 3]`: the loss, NaN where not given; the limit of the norm of
-    all updates, +inf for none; and, as the bits of a whole number, which of the rules
-    (not finite, norm, share, loss) fired."""
+    rows: jax.Array
+    """float32 `[window, 3 + num_scopes]`: the loss, NaN where not given; the limit of
+    the norm of all updates, +inf for none; as the bits of a whole number, which of the
+    rules (not finite, norm, share, loss) fired; and the norm of each scope. One array,
+    since every array of a state costs a small step some microseconds."""
     largest: jax.Array
     """float32 `[]`: the largest finite norm of all updates so far."""
     counts: jax.Array
-    """int32 `[2]`: number of steps so far, and of those that were not finite."""
+    """int32 `[2]`: number of steps so far, and of those that were not finite;
+    `detect_explosions` appends what it counts."""
     layout: Layout
     """No arrays: what kind of scopes these are, and how `params` names them."""
+
+    @property
+    def norms(self) -> jax.Array:
+        """The columns of `rows` with the norms."""
+        return self.rows[..., 3:]
 
 
 def record(
@@ -108,7 +112,9 @@ def record(
 
     def init(params):
         norms, _ = jax.eval_shape(lambda: _measure(params, scopes_of(params)))
-        return {label: empty(norms, window, layout_of(params, per, stacked))}
+        counts = jnp.zeros([2], jnp.int32)
+        layout = layout_of(params, per, stacked)
+        return {label: empty(norms.size, window, counts, layout)}
 
     def update(updates, state, params=None, **extra_args):
         del params
@@ -117,57 +123,56 @@ def record(
         is_finite = norm < jnp.inf
         if extra_args.get("value") is not None:
             is_finite &= jnp.isfinite(loss)
-        limit = jnp.full_like(norm, jnp.inf)
-        new = pushed(state[label], norms, norm, loss, limit, ~is_finite[None])
+        counts = counted(
+            state[label].counts, jnp.stack([jnp.ones([], bool), ~is_finite])
+        )
+        numbers = [loss, jnp.full_like(norm, jnp.inf), ~is_finite]
+        new = pushed(state[label], numbers, norms, norm, counts)
         return updates, {label: new}
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def empty(norms: Any, window: int, layout: Layout) -> RecordState:
-    """A state before the first step, for norms of this shape."""
+def empty(
+    num_scopes: int, window: int, counts: jax.Array, layout: Layout
+) -> RecordState:
+    """A state before the first step."""
     return RecordState(
-        norms=jnp.zeros((window, *norms.shape), jnp.float32),
-        numbers=jnp.zeros((window, 3), jnp.float32),
+        rows=jnp.zeros((window, 3 + num_scopes), jnp.float32),
         largest=jnp.zeros([], jnp.float32),
-        counts=jnp.zeros([2], jnp.int32),
+        counts=counts,
         layout=layout,
     )
 
 
 def pushed(
     state: RecordState,
+    numbers: list[jax.Array],
     norms: jax.Array,
     norm: jax.Array,
-    loss: jax.Array,
-    limit: jax.Array,
-    fired: jax.Array,
+    counts: jax.Array,
 ) -> RecordState:
     """The state with one more step, in the place of the oldest.
 
     Args:
       state: The state before.
+      numbers: Loss, limit, and which rules fired, each `[]`.
       norms: `[num_scopes]`.
       norm: Of all updates, `[]`.
-      loss: `[]`.
-      limit: Of that norm, `[]`.
-      fired: bool: which rules did, "not finite" first.
+      counts: The next `counts`.
     """
-    window = len(state.norms)
-    row = state.counts[0] % window
-    bits = jnp.sum(jnp.where(fired, 2.0 ** np.arange(len(fired)), 0))
-    numbers = jnp.stack([saturating_cast(x, jnp.float32) for x in (loss, limit)])
+    loss, limit, *fired = numbers
+    bits = sum(jnp.where(x, 2.0**i, 0) for i, x in enumerate(fired))
+    head = [jnp.asarray(x, norms.dtype) for x in (loss, limit, bits)]
+    row = saturating_cast(jnp.concatenate([jnp.stack(head), norms]), jnp.float32)
     norm = saturating_cast(norm, jnp.float32)
     is_larger = (norm > state.largest) & (norm < jnp.inf)
     return RecordState(
-        norms=lax.dynamic_update_index_in_dim(
-            state.norms, saturating_cast(norms, jnp.float32), row, 0
-        ),
-        numbers=lax.dynamic_update_index_in_dim(
-            state.numbers, jnp.append(numbers, bits.astype(jnp.float32)), row, 0
+        rows=lax.dynamic_update_index_in_dim(
+            state.rows, row, state.counts[0] % len(state.rows), 0
         ),
         largest=jnp.where(is_larger, norm, state.largest),
-        counts=counted(state.counts, jnp.stack([jnp.ones([], bool), fired[0]])),
+        counts=counts,
         layout=state.layout,
     )
 

@@ -82,7 +82,7 @@ def explain(opt_state: Any, params: Any = None) -> str:
 def _sentences(label: str, state: Any, params: Any) -> list[str]:
     state = jax.device_get(state)
     kept = history({label: state}, params, label=label)
-    num_steps, num_nonfinite = map(int, record_of(state).counts)
+    num_steps, num_nonfinite = map(int, record_of(state).counts[:2])
     if isinstance(state, RecordState):
         found = [f"{num_nonfinite} of {num_steps} steps were not finite."]
         bad = np.flatnonzero(kept.fired[:, 0])
@@ -143,25 +143,21 @@ def _growth(kept: History) -> list[str]:
         return []
     is_first = np.diff(fired, prepend=-np.inf) > MAX_GAP
     began = int(fired[is_first][-1])
-    nonfinite = np.flatnonzero(~np.isfinite(kept.norm[began:]))
+    nonfinite = np.flatnonzero(kept.fired[began:, 0])
     end = began + int(nonfinite[0] if len(nonfinite) else 0)
     whole = _grown(kept.norm, began, end)
     scopes = [_grown(norms, began, end) for norms in kept.norms.T]
-    rises = [0 if grown is None else grown.rise for grown in scopes]
-    if whole is None or whole.start == whole.end:
-        return []
-
-    def told(grown):
-        return (
-            f"{grown.rise ** (1 / (grown.end - grown.start)):.3g}x per step since step "
-            f"{kept.step[grown.start]}, from {grown.low:.3g} to {grown.high:.3g}"
-        )
-
-    text = f"The norm had grown by {told(whole)}"
-    most = scopes[int(np.argmax(rises))]
-    if len(scopes) > 1 and most is not None and most.end > most.start:
-        text += f"; most that of {kept.names[int(np.argmax(rises))]!r}, {told(most)}"
-    return [text + "."]
+    most = int(np.argmax([grown.rise if grown else 0 for grown in scopes]))
+    found = [("The norm had grown by", whole)]
+    if len(scopes) > 1:
+        what = f"In the end that of {kept.names[most]!r} had grown most, by"
+        found.append((what, scopes[most]))
+    return [
+        f"{what} {grown.rate:.3g}x per step since step {kept.step[grown.start]}, "
+        f"from {grown.low:.3g} to {grown.high:.3g}."
+        for what, grown in found
+        if grown
+    ]
 
 
 class _Grown(NamedTuple):
@@ -174,9 +170,14 @@ class _Grown(NamedTuple):
     def rise(self) -> float:
         return self.high / self.low
 
+    @property
+    def rate(self) -> float:
+        """Growth in a step."""
+        return self.rise ** (1 / (self.end - self.start))
+
 
 def _grown(norms: np.ndarray, began: int, end: int) -> _Grown | None:
-    """From the last norm that was as usual to the last one up to `end`.
+    """From the last norm that was as usual to the last one up to `end`, if it rose.
 
     As usual is up to the 90th percentile of the quietest 32 steps before it began.
     """
@@ -188,6 +189,8 @@ def _grown(norms: np.ndarray, began: int, end: int) -> _Grown | None:
     blocks = np.array_split(norms[before], -(-len(before) // 32))
     usual = np.percentile(min(blocks, key=np.median), 90)
     start, end = int(known[norms[known] <= usual][-1]), int(known[-1])
+    if start == end:
+        return None
     return _Grown(start, end, float(norms[start]), float(norms[end]))
 
 
@@ -234,7 +237,9 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
         raise ValueError(
             "found no state of detect_explosions, skip_explosions or stabilize"
         )
-    counts = jax.device_get({label: _noticed(x).counts for label, x in states.items()})
+    counts = jax.device_get(
+        {label: _noticed(x).record.counts for label, x in states.items()}
+    )
     num_nonfinite = {
         label: int(values[COUNTS.index("nonfinite")])
         for label, values in counts.items()

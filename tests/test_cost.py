@@ -26,6 +26,7 @@ CLIPS = {
     "zclip": optaxclip.zclip(),
     "autoclip": optaxclip.autoclip(),
     "adagc": optaxclip.adagc(),
+    "record": optax.chain(optaxclip.record(), optaxclip.clip_by_norm(1.0)),
 }
 
 
@@ -139,6 +140,15 @@ def test_bfloat16_gradients_are_not_kept_in_float32():
     # Two readings, as above; the clipped ones are written once and read twice, where
     # the bare step reads the gradients twice: another reading and a writing.
     assert norm.accessed - none.accessed < 4.1
+
+
+def test_a_recorder_reads_nothing_that_the_clip_does_not_read():
+    # It shares the first reading with the clip; it has a rescue of its own, which
+    # healthy steps skip. Its window of 256 steps is written in one row.
+    clip, both = cost("norm"), cost("record")
+    assert both.accessed - clip.accessed < 1.001
+    assert both.temporaries - clip.temporaries < 0.001
+    assert len(re.findall(r" while\(", both.hlo)) == 2
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from jax import lax
 
 import optaxclip
 from optaxclip import limits
-from optaxclip.explosions import COUNTS, RULES, count, read_step
+from optaxclip.explosions import COUNTS, RULES, count, fitted_growth, read_step
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -118,7 +118,7 @@ def test_counts_and_the_step_at_which_it_began():
     sizes = [*healthy(20), 50, 1, math.nan, math.nan, *healthy(11), 900, 1]
     _, state, _ = run(DETECT, sizes)
     state = state["explosions"]
-    counts = dict(zip(COUNTS, np.asarray(state.counts), strict=True))
+    counts = dict(zip(COUNTS, np.asarray(state.record.counts), strict=True))
     assert counts == {
         "steps": 37,
         "nonfinite": 2,
@@ -141,12 +141,12 @@ def test_counts_and_the_step_at_which_it_began():
 def test_the_growth_of_the_norm():
     sizes = [1.0] * 20 + [1.3**i for i in range(8)]
     _, state, _ = run(DETECT, [*sizes, math.nan])
-    growth = read_step(state["explosions"], "last").growth
+    growth = fitted_growth(state["explosions"].record)
     np.testing.assert_allclose(growth, 1.3, rtol=1e-5)
     _, state, _ = run(DETECT, [3.0])
-    assert read_step(state["explosions"], "last").growth == 1
+    assert fitted_growth(state["explosions"].record) == 1
     _, state, _ = run(DETECT, [1.0, 2.0, 4.0])
-    growth = read_step(state["explosions"], "last").growth
+    growth = fitted_growth(state["explosions"].record)
     np.testing.assert_allclose(growth, 2, rtol=1e-6)
 
 
@@ -190,7 +190,7 @@ def test_100_000_heavy_tailed_steps():
 
     def step(state, row):
         _, state = tx.update({"a": row[:1]}, state, value=row[1])
-        return state, state["explosions"].explosions.counts
+        return state, state["explosions"].explosions.record.counts
 
     state = tx.init({"a": jnp.ones(1)})
     rows = np.stack([norms, losses], axis=1)

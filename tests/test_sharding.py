@@ -341,7 +341,7 @@ def through_explosions(specs, gradients, params) -> Any:
     (params, (before, wrapper)), _ = lax.scan(step, (params, tx.init(params)), given)
     state = wrapper["explosions"]
     steps = before["before"].steps, state.explosions.steps
-    counts = before["before"].counts, state.explosions.counts
+    counts = before["before"].record.counts, state.explosions.record.counts
     return params, (steps, counts, state.num_responses, state.scale)
 
 

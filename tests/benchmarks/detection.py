@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 import optaxclip
-from optaxclip.explosions import RULES, read_step
+from optaxclip.explosions import RULES, fitted_growth, read_step
 
 DATA = Path(__file__).parents[1] / "data" / "traces" / "open.npz"
 
@@ -203,7 +203,8 @@ def watcher(num_leaves: int) -> Callable[..., Any]:
         # The norm of a scalar is its absolute value.
         _, state = detect.update(list(norms), state, value=loss)
         last = read_step(state["explosions"], "last")
-        return state, Verdict(last.fired, last.leaf, last.growth)
+        growth = fitted_growth(state["explosions"].record)
+        return state, Verdict(last.fired, last.leaf, growth)
 
     def watch_run(loss, norms):
         state = detect.init([jnp.zeros([])] * num_leaves)
