@@ -210,7 +210,7 @@ def _draw_map(axes: "Axes", history: History, leader: int | None) -> None:
         if is_found.any():
             axes.plot([], [], "s", color=color, markeredgecolor="black", label=label)
     _add_legend(axes, loc="lower right", ncols=2)
-    axes.figure.colorbar(
+    bar = axes.figure.colorbar(
         mesh,
         ax=axes,
         location="bottom",
@@ -218,7 +218,10 @@ def _draw_map(axes: "Axes", history: History, leader: int | None) -> None:
         shrink=0.5,
         aspect=40,
         label="norm / its median, 1st to 99th percentile of all",
+        ticks=np.unique(np.geomspace(low, high, 5)),
+        format="%.2g",
     )
+    bar.minorticks_off()
 
 
 def _name_rows(axes: "Axes", names: list[str], leader: int | None) -> None:
