@@ -298,7 +298,10 @@ def _leading_leaf(norms, norm, baseline):
     logs = jnp.log(jnp.where(is_known, norms, 1))
     risen = jnp.where(is_known & (num > 0), logs - mean, -jnp.inf)
     risen = jnp.where(norms < jnp.inf, risen, jnp.inf)  # NaN is not
-    leaf = jnp.argmax(risen) if norms.size else jnp.full([], -1)
+    leaf = jnp.full([], -1)
+    if norms.size:
+        leaf = jnp.argmax(risen)
+        leaf = jnp.where(risen[leaf] > -jnp.inf, leaf, -1)
     rate = jnp.maximum(1 / (num + 1), 1 / _BASELINE_WINDOW)
     learned = [mean + rate * (logs - mean), jnp.minimum(num + 1, _BASELINE_WINDOW)]
     is_learned = is_known & (norm < jnp.inf)

@@ -267,8 +267,8 @@ def stabilize(
     `skip_explosions(optimizer, cool_down=1/64, recovery=1.002, rollback=True)`: skips
     steps whose norm, share of a leaf or loss is not usual for the run; where they go
     on, returns to earlier parameters, and from there on makes smaller steps, which
-    recover within some 2000. What is accepted as a change of regime is clipped to what
-    was usual, by `limits.log_quantile()`. Give the loss as `value=`: what diverges
+    recover within some 2000. What is accepted as a change of regime is clipped to the
+    limit on the norm, `limits.log_quantile()`. Give the loss as `value=`: what diverges
     slowly shows nowhere else.
 
     Args:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optaxclip.explosions import MAX_GAP, RULES
+from optaxclip.explosions import RULES
 from optaxclip.reading import History
 
 if TYPE_CHECKING:
@@ -100,11 +100,9 @@ def leading(history: History) -> int | None:
     That is, on its first step, the first that was not finite, or else the one that had
     grown most against the median of its norms before.
     """
-    exploded = np.flatnonzero(history.fired.any(axis=1))
-    if not exploded.size:
+    first = history.began
+    if first is None:
         return None
-    is_first = np.diff(history.step[exploded], prepend=-np.inf) > MAX_GAP
-    first = exploded[is_first][-1]
     nonfinite = np.flatnonzero(~np.isfinite(history.norms[first]))
     if nonfinite.size:
         return int(nonfinite[0])

@@ -9,6 +9,7 @@ import optax
 
 from optaxclip.clipping import ClipByNormState
 from optaxclip.explosions import (
+    MAX_GAP,
     RULES,
     DetectExplosionsState,
     count,
@@ -78,7 +79,7 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     | `gradients/norm` | the norm of all updates, in the last step |
     | `gradients/norm/<scope>` | the norm of that scope |
     | `gradients/share/<scope>` | its share of the sum of the squares |
-    | `gradients/vanished/<scope>` | 1 if at most 1e-6 of all, in the whole window |
+    | `gradients/vanished/<scope>` | 1 if at most 1e-6 of all norms in the whole window |
     | `gradients/ratio`, `gradients/ratio/<leaf>` | the norm / that of the parameters |
     | `gradients/loss` | the loss; NaN if it was not given |
     | `gradients/largest` | the largest finite norm of all updates so far |
@@ -137,6 +138,15 @@ class History(NamedTuple):
     """float32 `[num_steps, num_scopes]`: the norm of each scope."""
     names: list[str]
     """The name of each scope, or its number."""
+
+    @property
+    def began(self) -> int | None:
+        """The row on which the last explosion began, of those kept; None for none."""
+        exploded = np.flatnonzero(self.fired.any(axis=1))
+        if not len(exploded):
+            return None
+        is_first = np.diff(exploded, prepend=-np.inf) > MAX_GAP
+        return int(exploded[is_first][-1])
 
     def columns(self) -> dict[str, np.ndarray]:
         """One column for each number of a step, as `pandas.DataFrame` takes them.
@@ -269,7 +279,10 @@ def _record_metrics(label: str, state: RecordState, params: Any):
     if not isinstance(state.layout, PerTree):
         shares = jnp.square(shares_of(norms)[0])
         has_vanished = have_vanished(state).astype(jnp.int32)
-        result |= {"share": jnp.max(shares, initial=0), "vanished": sum(has_vanished)}
+        result |= {
+            "share": jnp.max(shares, initial=0),
+            "vanished": jnp.sum(has_vanished),
+        }
         columns = {"norm": norms, "share": shares, "vanished": has_vanished}
         ratios = _ratios(norms, state.layout, label, params)
         if ratios is not None:
@@ -289,7 +302,8 @@ def have_vanished(state: RecordState) -> jax.Array:
     # Against the largest scope first, since squares may overflow.
     squares = jnp.square(divided(state.norms, jnp.where(largest > 0, largest, 1)))
     total = largest * jnp.sqrt(jnp.sum(squares, axis=1, keepdims=True))
-    is_small = state.norms <= VANISHED * total
+    # The total may be NaN.
+    is_small = (state.norms <= VANISHED * total) | (state.norms == 0)
     return jnp.all(is_small, axis=0) & (state.counts[0] >= len(state.norms))
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from optaxclip.clipping import ClipByNormState
 from optaxclip.explosions import (
     COUNTS,
-    MAX_GAP,
     RULES,
     DetectExplosionsState,
     Step,
@@ -85,9 +84,8 @@ def _sentences(label: str, state: Any, params: Any) -> list[str]:
     num_steps, num_nonfinite = map(int, record_of(state).counts[:2])
     if isinstance(state, RecordState):
         found = [f"{num_nonfinite} of {num_steps} steps were not finite."]
-        bad = np.flatnonzero(kept.fired[:, 0])
-        if len(bad):
-            found += [_first_nonfinite(kept, bad), *_growth(kept)]
+        if kept.began is not None:
+            found += [_first_nonfinite(kept, kept.began), *_growth(kept, kept.began)]
     else:
         found = [_counted(state)]
         if count(_noticed(state), "exploded"):
@@ -124,9 +122,8 @@ def _counted(state: Any) -> str:
     return text
 
 
-def _first_nonfinite(kept: History, bad: np.ndarray) -> str:
+def _first_nonfinite(kept: History, first: int) -> str:
     """Which scope was the first in the last stretch of non-finite steps kept."""
-    first = bad[np.flatnonzero(np.diff(bad, prepend=-2) > 1)[-1]]
     scopes = np.flatnonzero(~np.isfinite(kept.norms[first]))
     if not len(scopes):
         return f"On step {kept.step[first]} the loss was {kept.loss[first]:g}."
@@ -136,20 +133,15 @@ def _first_nonfinite(kept: History, bad: np.ndarray) -> str:
     return f"On step {kept.step[first]} that of {name!r} was the first not finite."
 
 
-def _growth(kept: History) -> list[str]:
+def _growth(kept: History, began: int) -> list[str]:
     """How the norms had grown up to the last explosion."""
-    fired = np.flatnonzero(kept.fired.any(axis=1))
-    if not len(fired):
-        return []
-    is_first = np.diff(fired, prepend=-np.inf) > MAX_GAP
-    began = int(fired[is_first][-1])
     nonfinite = np.flatnonzero(kept.fired[began:, 0])
     end = began + int(nonfinite[0] if len(nonfinite) else 0)
     whole = _grown(kept.norm, began, end)
     scopes = [_grown(norms, began, end) for norms in kept.norms.T]
-    most = int(np.argmax([grown.rise if grown else 0 for grown in scopes]))
     found = [("The norm had grown by", whole)]
     if len(scopes) > 1:
+        most = int(np.argmax([grown.rise if grown else 0 for grown in scopes]))
         what = f"In the end that of {kept.names[most]!r} had grown most, by"
         found.append((what, scopes[most]))
     return [
@@ -181,6 +173,7 @@ def _grown(norms: np.ndarray, began: int, end: int) -> _Grown | None:
 
     As usual is up to the 90th percentile of the quietest 32 steps before it began.
     """
+    norms = norms.astype(float)
     known = np.flatnonzero((norms > 0) & np.isfinite(norms))
     before = known[known < began]
     known = known[known <= end]
@@ -191,7 +184,7 @@ def _grown(norms: np.ndarray, began: int, end: int) -> _Grown | None:
     start, end = int(known[norms[known] <= usual][-1]), int(known[-1])
     if start == end:
         return None
-    return _Grown(start, end, float(norms[start]), float(norms[end]))
+    return _Grown(start, end, norms[start], norms[end])
 
 
 class ExplosionError(ArithmeticError):
@@ -311,16 +304,18 @@ def _story(label: str, state: DetectExplosionsState, params: Any) -> str:
         ]
         reasons = ["it was not finite"] * bool(began.fired[0]) + [
             f"{what} was {value:.3g}, above its limit {limit:.3g}"
-            if value > limit
-            else "the share of another leaf in it exceeded its limit"
+            if value > limit and (rule != "share" or began.leaf >= 0)
+            else "the share of a leaf in it exceeded its limit"
             for rule, what, value, limit in signals
             if began.fired[RULES.index(rule)]
         ]
         what = "It" if began.step < bad.step else "The last explosion"
         story.append(f"{what} began on step {int(began.step)}: {'; '.join(reasons)}.")
-    if began.step >= 0 and np.isfinite(began.norm):
-        story.append(f"{leaf_of(began).capitalize()} had grown most.")
-    story += _growth(history({label: state}, params, label=label))
+    if began.step >= 0 and began.leaf >= 0 and np.isfinite(began.norm):
+        story.append(f"L{leaf_of(began)[1:]} had grown most.")
+    kept = history({label: state}, params, label=label)
+    if kept.began is not None:
+        story += _growth(kept, kept.began)
     return " ".join(story)
 
 

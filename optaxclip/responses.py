@@ -83,22 +83,23 @@ def skip_explosions(
     A step is skipped if `detect_explosions` would notice an explosion: the updates are
     zeros, the inner state stays, bit for bit, and the rules learn nothing from it. If
     explosions persist, that is a change of regime: from the `max_consecutive`-th in a
-    row on the finite ones are taken and learned, their gradients clipped to the limit
-    on the norm, until the rules find them usual. A non-finite step is never taken;
-    after 100 in a row the run is given up, which `metrics` and `raise_if_exploded` say.
-    Where `inner` itself makes something that is not finite, or an update would overflow
-    the dtype of its parameter, those elements become 0.
+    row on the finite ones are taken and learned, with gradients clipped to the limit on
+    the norm, if there is one, until the rules find them usual. A non-finite step is
+    never taken; after 100 in a row the run is given up, which `metrics` and
+    `raise_if_exploded` say. Where `inner` itself makes something that is not finite, or
+    an update would overflow the dtype of its parameter, those elements become 0.
 
     Two more responses are off unless asked for. To roll back: the third explosion in a
-    row, unless it is accepted, takes parameters and inner state back to those of a
-    quiet step, `snapshot_every` to `2 * snapshot_every` quiet steps ago. The update is
-    then `snapshot - params`, which `optax.apply_updates` turns into the snapshot to one
+    row, unless it is accepted, and the third non-finite one in a row after one was
+    accepted, takes parameters and inner state back to those of a quiet step,
+    `snapshot_every` to `2 * snapshot_every` quiet steps ago. The update is then
+    `snapshot - params`, which `optax.apply_updates` turns into the snapshot to one
     rounding of the larger of the two. That takes the memory of two copies of both, and
     on healthy steps one read of one copy of the parameters. To cool down: after three
     explosions in a row, a factor of the inner updates is multiplied by `cool_down`,
-    down to 1/4096; each quiet step multiplies it by `recovery`, up to 1. If explosions
-    go on after a rollback it is not cut: then not the steps were too large, but the
-    data have changed.
+    down to 1/4096; each quiet step multiplies it by `recovery`, up to 1. With rollback
+    that is only where it ended them: else not the steps were too large, but the data
+    have changed.
 
     Args:
       inner: The optimizer; it gets all extra arguments.
@@ -142,6 +143,15 @@ def skip_explosions(
     check_label(label)
     inner = optax.with_extra_args_support(inner)
 
+    def is_third(explosions):
+        """Of a row, or of non-finite ones after a step was accepted."""
+        num, num_nonfinite = (
+            count(explosions, name) for name in ("in_a_row", "nonfinite_in_a_row")
+        )
+        was_accepted = num - num_nonfinite >= max_consecutive
+        is_third_nonfinite = num_nonfinite == NUM_UNTIL_ROLLBACK
+        return (num == NUM_UNTIL_ROLLBACK) | (was_accepted & is_third_nonfinite)
+
     def init(params):
         inner_state = inner.init(params)
         snapshots = ()
@@ -171,10 +181,9 @@ def skip_explosions(
         explosions, norm_and_limit = detector.update(
             updates, extra_args.get("value"), state.explosions
         )
-        num_in_a_row = count(explosions, "in_a_row")
-        is_exploded = num_in_a_row > 0
+        is_exploded = count(explosions, "in_a_row") > 0
         is_finite = count(explosions, "nonfinite_in_a_row") == 0
-        is_accepted = is_finite & (num_in_a_row >= max_consecutive)
+        is_accepted = is_finite & (count(explosions, "in_a_row") >= max_consecutive)
         is_skipped = _once(is_exploded & ~is_accepted)
         # What comes of bad parameters would soon look usual.
         explosions = explosions._replace(
@@ -188,12 +197,12 @@ def skip_explosions(
 
         scale = state.scale
         if cool_down is not None:
-            num_cut = num_in_a_row
+            is_cut = is_third(explosions)
             if rollback:
                 # One or two may be the fault of their batches, and what outlasts a
                 # rollback is that of the data; the rest is that of the steps.
-                num_cut = jnp.where(is_exploded, 0, count(state.explosions, "in_a_row"))
-            cut = jnp.where(num_cut == NUM_UNTIL_ROLLBACK, cool_down, 1)
+                is_cut = ~is_exploded & is_third(state.explosions)
+            cut = jnp.where(is_cut, cool_down, 1)
             # A division last: XLA would compute all else again for every element.
             shrinkage = jnp.clip(1 / recovery, _LEAST_SCALE, 1)
             unit = jnp.where(is_exploded, 1, shrinkage)
@@ -201,7 +210,7 @@ def skip_explosions(
             scale = scale.astype(jnp.float32)
 
         inner_state, snapshots = state.inner_state, state.snapshots
-        is_rolled_back = _once(is_skipped & (num_in_a_row == NUM_UNTIL_ROLLBACK))
+        is_rolled_back = _once(is_skipped & is_third(explosions))
         if isinstance(snapshots, Snapshots):
             older, newer, num_quiet = snapshots
             is_due = ~is_exploded & (num_quiet >= snapshot_every - 1)
@@ -259,11 +268,11 @@ def _once(flag: jax.Array) -> jax.Array:
 
 def _limited(updates: Any, when: jax.Array, norm: jax.Array, limit: jax.Array) -> Any:
     """The updates, where `when` with a norm of at most its limit."""
-    is_large = when & (norm > limit)
-    # Beyond the largest float the norm is not known: zeros. A division last: XLA would
-    # compute all else again for every element.
-    is_known = norm < jnp.finfo(norm.dtype).max
-    dividend = jnp.where(is_large, jnp.where(is_known, limit, 0), 1)
+    is_large = when & ~(norm <= limit)
+    # Zeros if the limit is bad, or the norm not known: beyond the largest float. A
+    # division last: XLA would compute all else again for every element.
+    is_good = (limit > 0) & (norm < jnp.finfo(norm.dtype).max)
+    dividend = jnp.where(is_large, jnp.where(is_good, limit, 0), 1)
     factor = dividend / jnp.where(is_large, norm, 1)
 
     def limited(u):
@@ -271,7 +280,8 @@ def _limited(updates: Any, when: jax.Array, norm: jax.Array, limit: jax.Array) -
             return u
         # The barrier is that of `clip_by_norm`.
         u = lax.optimization_barrier(jnp.asarray(u))
-        return scaled(widened(u, factor.dtype), factor).astype(u.dtype)
+        dtype = jnp.promote_types(factor.dtype, u.real.dtype)
+        return scaled(widened(u, dtype), factor.astype(dtype)).astype(u.dtype)
 
     return jax.tree.map(limited, updates)
 

@@ -114,6 +114,13 @@ def test_the_leaf_that_led():
         assert read_step(after["explosions"], "last").leaf == 1 - leaf
 
 
+def test_no_leaf_leads_on_the_first_step():
+    tx = optaxclip.detect_explosions(norm=1.0)
+    _, state, _ = run(tx, [grads_of(0.0) | {"b": grads_of(9.0)["b"]}])
+    assert optaxclip.metrics(state)["explosions/leaf"] == -1
+    assert "grown most" not in optaxclip.explain(state, PARAMS)
+
+
 def test_counts_and_the_step_at_which_it_began():
     sizes = [*healthy(20), 50, 1, math.nan, math.nan, *healthy(11), 900, 1]
     _, state, _ = run(DETECT, sizes)
@@ -343,7 +350,51 @@ def test_an_accepted_norm_of_any_size_is_at_most_its_limit(dtype):
         norm = optaxclip.global_norm(updates)
         np.testing.assert_allclose(norm, expected, rtol=8 * float(jnp.finfo(dtype).eps))
         assert updates["a"].dtype == dtype
-        assert updates["mask"] is not None
+        assert updates["mask"] is grads["mask"] or (updates["mask"] == 1).all()
+
+
+@pytest.mark.parametrize("limit", [-1.0, math.nan])
+def test_what_is_accepted_with_a_bad_limit_is_zero(limit):
+    tx = optaxclip.skip_explosions(
+        optax.identity(), norm=lambda _: limit, share=None, loss=1.0, max_consecutive=1
+    )
+    _, _, found = run(tx, [2.0], [5.0])
+    assert is_zero(found[0])
+
+
+def test_gradients_wider_than_the_parameters_stay_as_they_are(x64):
+    params = {"a": jnp.ones(2, jnp.float32)}
+    grads = {"a": jnp.array([1 / 3, 1e-50], jnp.float64)}
+    tx = optaxclip.skip_explosions(optax.identity())
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params))
+    chex.assert_trees_all_equal(updates, grads)
+
+
+def test_parameters_that_accepted_steps_ruin_are_taken_back():
+    """Kicks that grow, all of them finite; beyond 2 the loss is NaN."""
+    tx = optaxclip.stabilize(optax.sgd(0.05))
+    rng = np.random.default_rng(0)
+    noise = rng.choice([-1, 1], 500) * np.exp(0.1 * rng.standard_normal(500))
+    kicks = np.zeros(500)
+    kicks[200:230] = 10 * 1.6 ** np.arange(30)
+
+    def step(carry, x):
+        params, state = carry
+        noise, kick = x
+        is_bad = params["a"] > 2
+        grad = jnp.where(kick > 0, -kick, 0.2 * (params["a"] - 1) + noise)
+        grads = {"a": jnp.where(is_bad, jnp.nan, grad)}
+        loss = jnp.where(is_bad, jnp.nan, 1 + 0.1 * noise)
+        updates, state = tx.update(grads, state, params, value=loss)
+        return (optax.apply_updates(params, updates), state), ()
+
+    carry = {"a": jnp.ones([])}, tx.init({"a": jnp.ones([])})
+    given = jnp.float32(noise), jnp.float32(kicks)
+    (params, state), _ = jax.jit(lambda c: lax.scan(step, c, given))(carry)
+    assert params["a"] < 2
+    metrics = optaxclip.metrics(state)
+    assert metrics["explosions/rollbacks"] > 1
+    assert metrics["explosions/in_a_row"] == 0
 
 
 def test_gives_up_after_100_non_finite_steps_in_a_row_and_never_takes_one():

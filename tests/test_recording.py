@@ -166,6 +166,7 @@ def test_a_leaf_has_vanished_when_it_was_small_in_a_whole_window():
         ([(1, 1), *small], 1),
         ([(1e30, 1e23)] * 4, 1),
         ([(math.nan, 1)] * 4, 0),
+        ([(1, 0), (1, 0), (math.nan, 0), (1, 0)], 1),
     ]:
         metrics = optaxclip.metrics(run(tx, norms), PARAMS)
         assert metrics["gradients/vanished/b/c"] == expected, norms
@@ -263,6 +264,26 @@ def test_the_first_leaf_that_is_not_finite_is_told():
     assert re.search(r"grown by [34]\.\d*x per step since step 3[89]", text), text
     quiet = optaxclip.explain(run(optaxclip.record(), noise(50)), PARAMS)
     assert quiet == "gradients: 0 of 50 steps were not finite."
+
+
+def test_names_are_told_as_they_are_and_large_norms_without_overflow():
+    params = {"Dense_0": {"Kernel": jnp.ones(2)}, "b": jnp.ones(2)}
+    tx = optaxclip.detect_explosions(norm=3.2e38, share=None)
+    state = tx.init(params)
+    for size in [2e38] * 40 + [3.3e38]:
+        grads = {"Dense_0": {"Kernel": jnp.array([size, 0.0])}, "b": jnp.zeros(2)}
+        _, state = jax.jit(tx.update)(grads, state)
+    story = optaxclip.explain(state, params)
+    assert "Leaf 'Dense_0/Kernel' had grown most. The norm had grown by 1.65x" in story
+
+
+@pytest.mark.parametrize("loss", [2.0, math.nan])
+def test_a_tree_without_leaves_is_told(loss):
+    tx = optaxclip.detect_explosions(loss=1.0)
+    _, state = tx.update({}, tx.init({}), value=loss)
+    for params in (None, {}):
+        assert "1 of 1 steps exploded" in optaxclip.explain(state, params)
+    assert optaxclip.metrics(state, {})["explosions/count"] == 1
 
 
 @pytest.mark.parametrize(
