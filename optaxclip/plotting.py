@@ -24,7 +24,12 @@ MAX_NAMED, NUM_NAMED = 40, 20
 MAX_NAME_LENGTH = 32
 
 
-def plot(history: History, path: str | os.PathLike[str] | None = None) -> "Figure":
+def plot(
+    history: History,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    after: History | None = None,
+) -> "Figure":
     """Draws the last steps of a run: the loss, the norms, what exploded and where.
 
     The total norm with its limit and the steps that exploded; with several scopes the
@@ -34,12 +39,14 @@ def plot(history: History, path: str | os.PathLike[str] | None = None) -> "Figur
     Args:
       history: As `history` reads it, at least one step.
       path: Where to save the picture, `.png`, `.pdf` or `.svg`; None for nowhere.
+      after: That of a recorder behind a clip: its norm is drawn too, and the steps on
+        which it is smaller are marked as clipped.
 
     Returns:
       The figure, of which nothing else in matplotlib knows.
 
     Raises:
-      ValueError: If the history is empty.
+      ValueError: If the history is empty, or `after` holds other steps.
       ImportError: If matplotlib is missing.
 
     Example:
@@ -60,6 +67,8 @@ def plot(history: History, path: str | os.PathLike[str] | None = None) -> "Figur
         ) from error
     if not len(history.step):
         raise ValueError("history holds no steps")
+    if after is not None and not np.array_equal(after.step, history.step):
+        raise ValueError("after= holds other steps than history")
     num_scopes = len(history.names)
     leader = leading(history)
     heights = {"norm": 2.4}
@@ -76,7 +85,7 @@ def plot(history: History, path: str | os.PathLike[str] | None = None) -> "Figur
     )
     if "loss" in panels:
         _draw_loss(panels["loss"], history)
-    _draw_norm(panels["norm"], history)
+    _draw_norm(panels["norm"], history, after)
     if "scopes" in panels:
         _draw_scopes(panels["scopes"], history, leader)
     for axes in panels.values():
@@ -135,12 +144,18 @@ def _draw_loss(axes: "Axes", history: History) -> None:
     _mark_above(axes, history.step[is_nonfinite], "not finite")
 
 
-def _draw_norm(axes: "Axes", history: History) -> None:
+def _draw_norm(axes: "Axes", history: History, after: History | None) -> None:
     norm = _positive(history.norm)
     nonfinite, exceeds, share, loss = history.fired.T
     axes.set_title("norm of all updates", loc="left", fontsize="medium")
     axes.set_yscale("log")
     _draw_line(axes, history.step, norm, color=COLORS[0])
+    if after is not None:
+        lower = _positive(after.norm)
+        _draw_line(axes, history.step, lower, label="after the clip", color=COLORS[1])
+        clipped = history.step[lower < norm * (1 - 1e-6)]  # more than a rounding
+        style = {"color": COLORS[1], "transform": axes.get_xaxis_transform()}
+        axes.plot(clipped, np.zeros(clipped.size), "|", label="clipped", **style)
     limit = _positive(history.limit)
     if not np.isnan(limit).all():
         _draw_line(

@@ -79,7 +79,7 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     | `gradients/norm` | the norm of all updates, in the last step |
     | `gradients/norm/<scope>` | the norm of that scope |
     | `gradients/share/<scope>` | its share of the sum of the squares |
-    | `gradients/vanished/<scope>` | 1 if at most 1e-6 of all norms in the whole window |
+    | `gradients/vanished/<scope>` | 1 if at most 1e-6 of all in the whole window |
     | `gradients/ratio`, `gradients/ratio/<leaf>` | the norm / that of the parameters |
     | `gradients/loss` | the loss; NaN if it was not given |
     | `gradients/largest` | the largest finite norm of all updates so far |

@@ -366,3 +366,15 @@ def test_a_leaf_that_is_not_finite_leaves_the_others(bad):
     found, total = measure_leaves(tree, find_scopes(tree, "leaf"))
     assert np.isfinite(found).tolist() == [True, False]
     assert not np.isfinite(total)
+
+
+@pytest.mark.parametrize("num_leaves", [3, 120])
+@pytest.mark.parametrize("bad", [math.inf, math.nan, 3e38])
+def test_leaves_beside_one_that_needs_a_rescue_keep_their_norms(num_leaves, bad):
+    tree = [jnp.full(2, x) for x in (bad, *np.linspace(1, 2, num_leaves - 1))]
+    norms, total = measure_leaves(tree, find_scopes(tree, "leaf"))
+    expected = math.sqrt(2) * np.linspace(1, 2, num_leaves - 1)
+    np.testing.assert_allclose(norms[1:], expected, rtol=1e-6)
+    largest = min(math.sqrt(2) * bad, float(np.finfo(np.float32).max))
+    largest = bad if math.isinf(bad) else largest
+    np.testing.assert_allclose([norms[0], total], largest, rtol=1e-6)

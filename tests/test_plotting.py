@@ -422,3 +422,16 @@ def test_leading_knows_only_what_has_a_past():
     norms[3] = 0.0, 2.0
     assert leading_of(norms, 3) == 1
     assert leading_of(np.zeros((3, 0)), 2) is None
+
+
+def test_clipped_steps_are_marked_beside_the_norm_after_the_clip():
+    norms = random_norms(2)
+    before, after = history_of(norms), history_of(np.minimum(norms, 1.5))
+    axes = panels(plot(before, after=after))["norm"]
+    drawn = np.asarray(line(axes, "after the clip").get_ydata())
+    np.testing.assert_allclose(drawn, after.norm)
+    is_clipped = (norms > 1.5).any(axis=1)
+    assert 0 < is_clipped.sum() < NUM_STEPS
+    assert steps(axes, "clipped") == list(np.flatnonzero(is_clipped))
+    with pytest.raises(ValueError, match="other steps"):
+        plot(before, after=history_of(norms[1:]))
