@@ -19,7 +19,7 @@ from optaxclip.explosions import (
     count,
 )
 from optaxclip.limits import LimitLike
-from optaxclip.norms import scaled, widened
+from optaxclip.norms import accumulator, scaled, widened
 from optaxclip.scopes import Stacked, is_gradient
 from optaxclip.selecting import update_or_keep
 
@@ -280,7 +280,7 @@ def _limited(updates: Any, when: jax.Array, norm: jax.Array, limit: jax.Array) -
             return u
         # The barrier is that of `clip_by_norm`.
         u = lax.optimization_barrier(jnp.asarray(u))
-        dtype = jnp.promote_types(factor.dtype, u.real.dtype)
+        dtype = accumulator([u])
         return scaled(widened(u, dtype), factor.astype(dtype)).astype(u.dtype)
 
     return jax.tree.map(limited, updates)

@@ -70,6 +70,7 @@ def test_exploding_tower_is_named(detection, traces, verdicts):
     assert all(name.startswith("aux.") for names in layers for name in names)
 
 
+@pytest.mark.slow
 def test_explain_names_the_leaf_and_the_step(traces):
     """In all runs in which one tower explodes; in one its start is no longer kept."""
     num_told = 0

@@ -280,7 +280,7 @@ def test_names_are_told_as_they_are_and_large_norms_without_overflow():
 @pytest.mark.parametrize("loss", [2.0, math.nan])
 def test_a_tree_without_leaves_is_told(loss):
     tx = optaxclip.detect_explosions(loss=1.0)
-    _, state = tx.update({}, tx.init({}), value=loss)
+    _, state = jax.jit(tx.update)({}, tx.init({}), value=loss)
     for params in (None, {}):
         assert "1 of 1 steps exploded" in optaxclip.explain(state, params)
     assert optaxclip.metrics(state, {})["explosions/count"] == 1
