@@ -327,7 +327,7 @@ def test_the_picture_shows_the_curves(learned):
     "flags",
     [
         {"clip": "value", "max": 0.01},
-        {"clip": "none"},
+        pytest.param({"clip": "none"}, marks=pytest.mark.slow),
         {"preset": "tensorflow", "clip": "norm", "max": 0.1},
         *(
             pytest.param({"clip": name}, marks=pytest.mark.slow)

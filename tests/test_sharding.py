@@ -77,8 +77,23 @@ def all_reduces(compiled) -> int:
     return len(re.findall(r" all-reduce(?:-start)?\(", entry))
 
 
-@pytest.mark.parametrize("per", PERS)
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("per", "axis_type"),
+    [
+        *((per, AxisType.Auto) for per in ("tree", "unit")),
+        ("leaf", AxisType.Explicit),
+        *(
+            pytest.param(per, axis_type, marks=pytest.mark.slow)
+            for per, axis_type in (
+                ("leaf", AxisType.Auto),
+                ("group", AxisType.Auto),
+                ("tree", AxisType.Explicit),
+                ("unit", AxisType.Explicit),
+                ("group", AxisType.Explicit),
+            )
+        ),
+    ],
+)
 def test_jit_with_sharded_arrays(per, axis_type):
     clip = optaxclip.clip_by_norm(1.0, per=PERS[per])
     mesh = mesh_of(axis_type)
@@ -105,8 +120,24 @@ def test_one_all_reduce_per_set_of_mesh_axes_under_jit(per):
     assert all_reduces(compiled) == 2
 
 
-@pytest.mark.parametrize("check_vma", [False, True])
-@pytest.mark.parametrize("per", PERS)
+@pytest.mark.parametrize(
+    ("per", "check_vma"),
+    [
+        ("tree", False),
+        ("unit", True),
+        ("group", False),
+        *(
+            pytest.param(per, check_vma, marks=pytest.mark.slow)
+            for per, check_vma in (
+                ("tree", True),
+                ("unit", False),
+                ("group", True),
+                ("leaf", False),
+                ("leaf", True),
+            )
+        ),
+    ],
+)
 def test_shard_map(per, check_vma):
     """Sharded and replicated leaves mixed: healthy, huge, tiny and not finite."""
     clip = optaxclip.clip_by_norm(1.0, per=PERS[per], specs=SPECS)
@@ -353,7 +384,7 @@ def through_explosions_on_one_device():
 @pytest.mark.parametrize(
     "layout",
     [
-        "auto",
+        pytest.param("auto", marks=pytest.mark.slow),
         pytest.param("explicit", marks=pytest.mark.slow),
         "shard_map",
         pytest.param("shard_map, vma", marks=pytest.mark.slow),
