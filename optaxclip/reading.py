@@ -156,16 +156,16 @@ class History(NamedTuple):
           "norm_exploded", "share_exploded" and "loss_exploded", and "norm/<scope>".
         """
         fired = ["nonfinite", *(f"{rule}_exploded" for rule in RULES[1:])]
-        return {
-            "step": self.step,
-            "loss": self.loss,
-            "norm": self.norm,
-            "limit": self.limit,
-            **dict(zip(fired, self.fired.T, strict=True)),
-            **dict(
-                zip([f"norm/{name}" for name in self.names], self.norms.T, strict=True)
-            ),
-        }
+        return (
+            {
+                "step": self.step,
+                "loss": self.loss,
+                "norm": self.norm,
+                "limit": self.limit,
+            }
+            | dict(zip(fired, self.fired.T, strict=True))
+            | _by_name({"norm": self.norms.T}, self.names)
+        )
 
 
 def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> History:
@@ -197,20 +197,12 @@ def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> 
       >>> print(kept.step, kept.norm, kept.names, kept.norms[0])
       [2 3 4] [5. 5. 5.] ['b', 'w'] [4. 3.]
     """
-    recorders = {
-        name: record_of(state)
-        for name, state in find_states(opt_state).items()
-        if not isinstance(state, ClipByNormState)
-    }
+    recorders = find_recorders(opt_state)
     if label is None and len(recorders) == 1:
         (label,) = recorders
     if label not in recorders:
-        raise ValueError(
-            f"label={label!r} is no recorder; found {sorted(recorders)}"
-            if recorders
-            else "found no state of record, detect_explosions or skip_explosions"
-        )
-    state = recorders[label]
+        raise ValueError(f"label={label!r} is no recorder; found {sorted(recorders)}")
+    state = record_of(recorders[label])
     if jnp.ndim(state.largest):
         raise ValueError(
             "history reads one run: give jax.tree.map(lambda x: x[i], opt_state)"
@@ -220,14 +212,10 @@ def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> 
     step = np.arange(max(0, num_steps - window), num_steps)
     (loss, limit, bits), norms = np.split(state.rows[step % window].T, [3])
     norms = norms.T
-    squares = np.square(norms.astype(np.float64))
-    with np.errstate(over="ignore"):  # from float64 back to float32
-        norm = np.sqrt(squares.sum(axis=1)).astype(np.float32)
-    saturated = np.where(np.isfinite(norms).all(axis=1), np.finfo(np.float32).max, norm)
     return History(
         step=step,
         loss=loss,
-        norm=np.minimum(norm, saturated),
+        norm=np.asarray(_totals(norms)),
         limit=limit,
         fired=(bits[:, None].astype(int) >> np.arange(len(RULES))) % 2 == 1,
         norms=norms,
@@ -235,11 +223,28 @@ def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> 
     )
 
 
+def find_recorders(opt_state: Any) -> dict[str, Any]:
+    """The states that hold a recorder, by their label; the error of none."""
+    found = {
+        label: state
+        for label, state in find_states(opt_state).items()
+        if not isinstance(state, ClipByNormState)
+    }
+    if not found:
+        raise ValueError(
+            "found no state of record, detect_explosions or skip_explosions"
+        )
+    return found
+
+
 def record_of(state: Any) -> RecordState:
     """The recorder of a `record`, `detect_explosions` or `skip_explosions`."""
-    if isinstance(state, SkipExplosionsState):
-        state = state.explosions
-    return state.record if isinstance(state, DetectExplosionsState) else state
+    return state if isinstance(state, RecordState) else noticed_of(state).record
+
+
+def noticed_of(state: Any) -> DetectExplosionsState:
+    """What a `detect_explosions` or `skip_explosions` noticed."""
+    return state.explosions if isinstance(state, SkipExplosionsState) else state
 
 
 def find_states(opt_state: Any) -> dict[str, Any]:
@@ -288,22 +293,21 @@ def _record_metrics(label: str, state: RecordState, params: Any):
         if ratios is not None:
             result["ratio"], columns["ratio"] = ratios
         names = scope_names(state.layout, len(norms), label, params)
-        result |= {
-            f"{column}/{name}": value
-            for column, values in columns.items()
-            for name, value in zip(names, values, strict=True)
-        }
+        result |= _by_name(columns, names)
     return {f"{label}/{name}": value for name, value in result.items()}
+
+
+def _totals(norms: Any) -> jax.Array:
+    """The norm of all updates on each step, `[num_steps]`."""
+    return jax.vmap(total_of)(jnp.asarray(norms))
 
 
 def have_vanished(state: RecordState) -> jax.Array:
     """Which scopes had nearly no norm in a whole window."""
-    largest = jnp.max(state.norms, axis=1, keepdims=True, initial=0)
-    # Against the largest scope first, since squares may overflow.
-    squares = jnp.square(divided(state.norms, jnp.where(largest > 0, largest, 1)))
-    total = largest * jnp.sqrt(jnp.sum(squares, axis=1, keepdims=True))
-    # The total may be NaN.
-    is_small = (state.norms <= VANISHED * total) | (state.norms == 0)
+    totals = _totals(state.norms)
+    # On a step that is not finite no norm is small but 0.
+    totals = jnp.where(totals < jnp.inf, totals, 0)
+    is_small = state.norms <= VANISHED * totals[:, None]
     return jnp.all(is_small, axis=0) & (state.counts[0] >= len(state.norms))
 
 
@@ -328,10 +332,10 @@ def _ratios(norms: jax.Array, layout: Layout, label: str, params: Any):
 
 
 def _explosion_metrics(label: str, state: Any) -> dict[str, jax.Array]:
-    result = {}
+    result, noticed = {}, noticed_of(state)
     if isinstance(state, SkipExplosionsState):
         num_skipped, num_rollbacks = state.num_responses
-        num_steps = jnp.maximum(count(state.explosions, "steps"), 1)
+        num_steps = jnp.maximum(count(noticed, "steps"), 1)
         result = {
             "num_skipped": num_skipped,
             "skipped": num_skipped.astype(jnp.float32) / num_steps.astype(jnp.float32),
@@ -339,16 +343,15 @@ def _explosion_metrics(label: str, state: Any) -> dict[str, jax.Array]:
             "scale": state.scale,
             "rollbacks": num_rollbacks,
         }
-        state = state.explosions
-    last = read_step(state, "last")
+    last, began = (read_step(noticed, which) for which in ("last", "began"))
     result = {
         "exploded": jnp.any(last.fired).astype(jnp.int32),
-        "count": count(state, "exploded"),
-        **{f"count/{rule}": count(state, rule) for rule in RULES},
-        "in_a_row": count(state, "in_a_row"),
-        "began": read_step(state, "began").step,
-        "leaf": read_step(state, "began").leaf,
-        "growth": fitted_growth(state.record),
+        "count": count(noticed, "exploded"),
+        **{f"count/{rule}": count(noticed, rule) for rule in RULES},
+        "in_a_row": count(noticed, "in_a_row"),
+        "began": began.step,
+        "leaf": began.leaf,
+        "growth": fitted_growth(noticed.record),
         "norm": last.norm,
         "norm_limit": last.norm_limit,
         "loss": last.loss,
@@ -376,11 +379,14 @@ def _clip_metrics(label: str, state: ClipByNormState, params: Any):
         column: _per_name(values, state.layout) for column, values in columns.items()
     }
     names = scope_names(state.layout, len(columns["norm"]), label, params)
+    largest = {name: jnp.max(values, initial=0) for name, values in columns.items()}
+    result = largest | _by_name(columns, names)
+    return {f"{label}/{name}": value for name, value in result.items()}
+
+
+def _by_name(columns: dict[str, Any], names: list[str]) -> dict[str, Any]:
     return {
-        f"{label}/{column}": jnp.max(values, initial=0)
-        for column, values in columns.items()
-    } | {
-        f"{label}/{column}/{name}": value
+        f"{column}/{name}": value
         for column, values in columns.items()
         for name, value in zip(names, values, strict=True)
     }

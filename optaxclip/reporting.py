@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip.clipping import ClipByNormState
 from optaxclip.explosions import (
     COUNTS,
     RULES,
@@ -19,11 +18,12 @@ from optaxclip.reading import (
     STATES,
     VANISHED,
     History,
+    find_recorders,
     find_states,
     have_vanished,
     history,
+    noticed_of,
     record_of,
-    scope_names,
 )
 from optaxclip.recording import RecordState
 from optaxclip.responses import NUM_UNTIL_GIVEN_UP, SkipExplosionsState
@@ -63,18 +63,9 @@ def explain(opt_state: Any, params: Any = None) -> str:
       Leaf 'w' had grown most
       The norm had grown by 5x per step since step 3, from 1.2 to 30.
     """
-    states = {
-        label: state
-        for label, state in find_states(opt_state).items()
-        if not isinstance(state, ClipByNormState)
-    }
-    if not states:
-        raise ValueError(
-            "found no state of record, detect_explosions or skip_explosions"
-        )
     return "\n".join(
         f"{label}: {' '.join(_sentences(label, state, params))}"
-        for label, state in states.items()
+        for label, state in find_recorders(opt_state).items()
     )
 
 
@@ -88,8 +79,8 @@ def _sentences(label: str, state: Any, params: Any) -> list[str]:
             found += [_first_nonfinite(kept, kept.began), *_growth(kept, kept.began)]
     else:
         found = [_counted(state)]
-        if count(_noticed(state), "exploded"):
-            found += [_story(label, _noticed(state), params)]
+        if count(noticed_of(state), "exploded"):
+            found += [_story(noticed_of(state), kept, params)]
     vanished = [
         repr(name)
         for name, has in zip(kept.names, have_vanished(record_of(state)), strict=True)
@@ -105,7 +96,7 @@ def _sentences(label: str, state: Any, params: Any) -> list[str]:
 
 
 def _counted(state: Any) -> str:
-    noticed = _noticed(state)
+    noticed = noticed_of(state)
     numbers = {rule: int(count(noticed, rule)) for rule in RULES}
     words = ["not finite", "by the norm", "by the share of a leaf", "by the loss"]
     reasons = [
@@ -230,9 +221,7 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
         raise ValueError(
             "found no state of detect_explosions, skip_explosions or stabilize"
         )
-    counts = jax.device_get(
-        {label: _noticed(x).record.counts for label, x in states.items()}
-    )
+    counts = jax.device_get({label: record_of(x).counts for label, x in states.items()})
     num_nonfinite = {
         label: int(values[COUNTS.index("nonfinite")])
         for label, values in counts.items()
@@ -246,15 +235,15 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
         default=0,
     )
     for label, state in states.items():
-        explosions = _noticed(state)
         if isinstance(state, SkipExplosionsState):
             if bool(state.gave_up):
                 what = (
                     f"gave up after {NUM_UNTIL_GIVEN_UP} non-finite steps in a row, "
                     "none of which was taken"
                 )
+                kept = history({label: state}, params, label=label)
                 raise ExplosionError(
-                    f"{label}: {what}. {_story(label, explosions, params)} Try a "
+                    f"{label}: {what}. {_story(noticed_of(state), kept, params)} Try a "
                     "smaller learning rate, rollback=True or an earlier "
                     "checkpoint, and look at the data and the precision of that step."
                 )
@@ -266,7 +255,8 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
                     "clip before it."
                 )
         elif num_nonfinite[label] > num_skipped:
-            story = _story(label, explosions, params)
+            kept = history({label: state}, params, label=label)
+            story = _story(state, kept, params)
             raise ExplosionError(
                 f"{label}: {story[:1].lower()}{story[1:]} Nothing skipped it. Try "
                 "optaxclip.stabilize(optimizer), a smaller learning rate, or a clip, "
@@ -274,20 +264,14 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
             )
 
 
-def _noticed(state: Any) -> DetectExplosionsState:
-    return state.explosions if isinstance(state, SkipExplosionsState) else state
-
-
-def _story(label: str, state: DetectExplosionsState, params: Any) -> str:
+def _story(state: DetectExplosionsState, kept: History, params: Any) -> str:
     """How the last explosion began, and became non-finite if one did."""
     state = jax.device_get(state)
-    names = scope_names(state.record.layout, len(state.baseline), label, params)
     began, bad = (read_step(state, which) for which in ("began", "nonfinite"))
 
     def leaf_of(step: Step) -> str:
-        if params is None:
-            return f"leaf {int(step.leaf)}"
-        return f"leaf {names[int(step.leaf)]!r}"
+        name = kept.names[int(step.leaf)]
+        return f"leaf {name if params is None else repr(name)}"
 
     story = []
     if bad.step >= 0:
@@ -313,7 +297,6 @@ def _story(label: str, state: DetectExplosionsState, params: Any) -> str:
         story.append(f"{what} began on step {int(began.step)}: {'; '.join(reasons)}.")
     if began.step >= 0 and began.leaf >= 0 and np.isfinite(began.norm):
         story.append(f"L{leaf_of(began)[1:]} had grown most.")
-    kept = history({label: state}, params, label=label)
     if kept.began is not None:
         story += _growth(kept, kept.began)
     return " ".join(story)

@@ -210,8 +210,9 @@ def skip_explosions(
             scale = scale.astype(jnp.float32)
 
         inner_state, snapshots = state.inner_state, state.snapshots
-        is_rolled_back = _once(is_skipped & is_third(explosions))
+        is_rolled_back = jnp.zeros_like(is_skipped)
         if isinstance(snapshots, Snapshots):
+            is_rolled_back = _once(is_skipped & is_third(explosions))
             older, newer, num_quiet = snapshots
             is_due = ~is_exploded & (num_quiet >= snapshot_every - 1)
             done, (inner_state, newer) = _replaced(
@@ -223,8 +224,6 @@ def skip_explosions(
             num_quiet = num_quiet + (~is_exploded).astype(jnp.int32)
             num_quiet = jnp.where(is_due | is_rolled_back, 0, num_quiet)
             snapshots = Snapshots(older, newer, num_quiet)
-        else:
-            is_rolled_back = jnp.zeros_like(is_rolled_back)
 
         updates, inner_state = update_or_keep(
             lambda state: inner.update(updates, state, params, **extra_args),

@@ -232,6 +232,22 @@ def watch(traces: Sequence[Trace]) -> list[Verdict]:
     ]
 
 
+def tell(trace: Trace) -> str:
+    """What `explain` says at the end of a run."""
+    detect: Any = optaxclip.detect_explosions()
+    names = trace.labels["leaves"]
+
+    def step(state, signals):
+        loss, norms = signals
+        grads = dict(zip(names, norms, strict=True))
+        return detect.update(grads, state, value=loss)[1], ()
+
+    params = dict.fromkeys(names, jnp.zeros([]))
+    signals = np.float32(trace.loss), np.float32(trace.leaves)
+    scan = jax.jit(lambda state: jax.lax.scan(step, state, signals)[0])
+    return optaxclip.explain(scan(detect.init(params)), params)
+
+
 def is_nonfinite(trace: Trace) -> np.ndarray:
     return ~(np.isfinite(trace.loss) & np.isfinite(trace.leaves).all(axis=1))
 
@@ -446,12 +462,18 @@ def compare(scores: dict[str, Score]) -> str:
     return "\n".join(sentences)
 
 
-def main(*, peers: tuple[str, ...] = tuple(PEERS), growth: float = 1.5) -> None:
+def main(
+    *,
+    peers: tuple[str, ...] = tuple(PEERS),
+    growth: float = 1.5,
+    explain: bool = False,
+) -> None:
     """Prints the score of each detector, and what else ours says.
 
     Args:
         peers: Which to compare with.
         growth: Of the norm in a step, for the rule that ours does not have.
+        explain: Also what `optaxclip.explain` says of the D.layer runs.
     """
     traces = load()
     verdicts = watch(traces)
@@ -497,6 +519,9 @@ def main(*, peers: tuple[str, ...] = tuple(PEERS), growth: float = 1.5) -> None:
     )
     print(describe_names(traces, verdicts))
     print(describe_growth(traces, verdicts, growth))
+    for trace in traces:
+        if explain and trace.group == "D.layer":
+            print(f"\n{trace.labels['name']}: {tell(trace)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Clipping by norm adds less to an Adam step than `optax.clip_by_global_norm` does.
 
-A learned limit adds nothing to that, and a recorder hardly anything. `stabilize`
-without rollback adds less than a clip within `optax.apply_if_finite` does.
+A learned limit adds nothing to that, and a recorder nothing to a large step.
+`stabilize` without rollback adds less than a clip within `optax.apply_if_finite` does.
 
     python tests/benchmarks/overhead.py --tree gpt2 --torch
 
