@@ -173,8 +173,7 @@ def fitted_growth(record: RecordState) -> jax.Array:
     """
     steps = record.counts[0] - NUM_FITTED + jnp.arange(NUM_FITTED)
     norms = jax.vmap(total_of)(record.norms[steps % len(record.norms)])
-    norms = jnp.where((steps >= 0) & (norms < jnp.inf), norms, 0)
-    is_known = norms > 0
+    is_known = (norms > 0) & (norms < jnp.inf)  # 0 in rows without a step yet
     logs = jnp.log(jnp.where(is_known, norms, 1))
     times = jnp.arange(norms.size, dtype=norms.dtype)
     center = jnp.sum(times, where=is_known) / jnp.maximum(jnp.sum(is_known), 1)

@@ -147,9 +147,10 @@ def test_counts_and_the_step_at_which_it_began():
 
 def test_the_growth_of_the_norm():
     sizes = [1.0] * 20 + [1.3**i for i in range(8)]
-    _, state, _ = run(DETECT, [*sizes, math.nan])
-    growth = fitted_growth(state["explosions"].record)
-    np.testing.assert_allclose(growth, 1.3, rtol=1e-5)
+    for bad in (math.nan, math.inf):
+        _, state, _ = run(DETECT, [*sizes, bad])
+        growth = fitted_growth(state["explosions"].record)
+        np.testing.assert_allclose(growth, 1.3, rtol=1e-5)
     _, state, _ = run(DETECT, [3.0])
     assert fitted_growth(state["explosions"].record) == 1
     _, state, _ = run(DETECT, [1.0, 2.0, 4.0])
