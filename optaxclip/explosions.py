@@ -26,8 +26,14 @@ from optaxclip.scopes import Stacked, find_scopes, layout_of
 
 RULES = ("nonfinite", "norm", "share", "loss")
 COUNTS = (
-    *("steps", *RULES, "exploded", "skipped", "rollbacks"),
-    *("in_a_row", "nonfinite_in_a_row", "last"),
+    "steps",
+    *RULES,
+    "exploded",
+    "skipped",
+    "rollbacks",
+    "in_a_row",
+    "nonfinite_in_a_row",
+    "last",
 )
 """What each element of `DetectExplosionsState.record.counts` is."""
 NUM_FITTED = 8
@@ -216,8 +222,8 @@ class Detector:
         norms, _ = jax.eval_shape(lambda: measure_leaves(params, scopes))
         dtype = norms.dtype
         sizes = scopes.sizes().astype(dtype)
-        numbers = [*np.zeros(3), *np.full(3, np.inf)]
-        step = [-1, -1, 0, *np.asarray(numbers, np.float32).view(np.int32)]
+        numbers = np.array([0, 0, 0, np.inf, np.inf, np.inf], np.float32)
+        step = [-1, -1, 0, *numbers.view(np.int32)]
         counts = jnp.asarray([0] * (len(COUNTS) - 1) + [-1], jnp.int32)
         layout = layout_of(params, "leaf", self.stacked)
         return DetectExplosionsState(
@@ -238,13 +244,12 @@ class Detector:
         self, updates, value, state
     ) -> tuple[DetectExplosionsState, tuple[jax.Array, jax.Array]]:
         """The state after a step that is taken; the norm and its limit."""
+        norms, norm = measure_leaves(updates, self._scopes(updates))
+        # What the rules have kept stays of its type, also if the updates are wider.
         kept = [x.dtype for x in jax.tree.leaves(state.rule_states)]
         floats = [dtype for dtype in kept if jnp.issubdtype(dtype, jnp.floating)]
-        dtype = jnp.result_type(jnp.float32, *floats)
-        norms, norm = (
-            saturating_cast(x, dtype)
-            for x in measure_leaves(updates, self._scopes(updates))
-        )
+        dtype = jnp.result_type(*floats) if floats else norm.dtype
+        norms, norm = (saturating_cast(x, dtype) for x in (norms, norm))
         is_positive = (norm > 0) & (norm < jnp.inf)
         shares = divided(norms, jnp.where(is_positive, norm, 1))
         loss = loss_of(value, dtype)
@@ -270,6 +275,8 @@ class Detector:
         ]
         is_exploded = functools.reduce(jnp.logical_or, fired)
 
+        # The leaf stands in the record: so the rows before are read before the new one
+        # is written, or XLA would copy them all.
         now, last = count(state, "steps"), count(state, "last")
         _, before = rows_of(state.record, now - _BEFORE)
         leaf = _leading_leaf(norms, before)

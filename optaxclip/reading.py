@@ -65,7 +65,7 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     | `explosions/began` | the step on which the last explosion began; -1 for none |
     | `explosions/leaf` | the index of the leaf that led then; -1 for none |
     | `explosions/growth` | the growth of the norm per step, in the last eight |
-    | `explosions/norm`, `norm_limit`, `loss`, `loss_limit` | of the last step |
+    | `explosions/norm_limit`, `loss_limit` | the limits in the last step |
     | `explosions/skipped` | skip only: the share of all steps so far it skipped |
     | `explosions/num_skipped` | skip only: their number |
     | `explosions/gave_up` | skip only: 1 if the last 100 steps were not finite |
@@ -351,7 +351,7 @@ def _explosion_metrics(label: str, state: Any) -> dict[str, jax.Array]:
             "scale": state.scale,
             "rollbacks": count(noticed, "rollbacks"),
         }
-    last, norms = rows_of(noticed.record, count(noticed, "steps") - 1)
+    last, _ = rows_of(noticed.record, count(noticed, "steps") - 1)
     began = read_step(noticed, "began")
     result = {
         "exploded": (count(noticed, "in_a_row") > 0).astype(jnp.int32),
@@ -361,9 +361,7 @@ def _explosion_metrics(label: str, state: Any) -> dict[str, jax.Array]:
         "began": began.step,
         "leaf": began.leaf,
         "growth": fitted_growth(noticed.record),
-        "norm": total_of(norms),
         "norm_limit": last["limit"],
-        "loss": last["loss"],
         "loss_limit": last["loss_limit"],
     } | result
     return {f"{label}/{name}": value for name, value in result.items()}

@@ -36,7 +36,7 @@ class RecordState(NamedTuple):
     """
 
     rows: jax.Array
-    """float32 `[window, 5 + num_scopes]`: the `COLUMNS` and the norm of each scope. One
+    """float32 `[window, 6 + num_scopes]`: the `COLUMNS` and the norm of each scope. One
     array, since every array of a state costs a small step some microseconds."""
     counts: jax.Array
     """int32 `[2]`: number of steps so far, and of those that were not finite;
@@ -143,9 +143,11 @@ def record(
 def empty(
     num_scopes: int, window: int, counts: jax.Array, layout: Layout
 ) -> RecordState:
-    """A state before the first step."""
+    """A state before the first step, without limits."""
+    head = [jnp.inf if name.endswith("limit") else 0 for name in COLUMNS]
+    row = jnp.asarray(head + [0] * num_scopes, jnp.float32)
     return RecordState(
-        rows=jnp.zeros((window, len(COLUMNS) + num_scopes), jnp.float32),
+        rows=jnp.tile(row, (window, 1)),
         counts=counts,
         layout=layout,
     )
@@ -167,8 +169,7 @@ def pushed(
       norm: Of all updates, `[]`.
       counts: The next `counts`.
     """
-    # XLA would copy all rows to read one and write one in the same loop.
-    before, _ = lax.optimization_barrier(rows_of(state, state.counts[0] - 1))
+    before, _ = rows_of(state, state.counts[0] - 1)
     narrow = saturating_cast(norm, jnp.float32)
     is_larger = (narrow > before["largest"]) & (narrow < jnp.inf)
     columns = {"leaf": jnp.full([], -1), **columns}
@@ -185,7 +186,7 @@ def rows_of(state: RecordState, steps: Any) -> tuple[dict[str, Any], Any]:
 
     Args:
       state: The state.
-      steps: int `[...]`: their indices. Zeros stand for one below 0.
+      steps: int `[...]`: their indices; of one below 0 all norms are 0.
 
     Returns:
       (`{name: [...]}`, `[..., num_scopes]`).

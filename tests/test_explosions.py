@@ -402,6 +402,15 @@ def test_what_is_accepted_with_a_bad_limit_is_zero(limit):
     assert is_zero(found[0])
 
 
+@pytest.mark.parametrize("bad", [1e60, 1e-60])
+def test_a_number_is_a_limit_for_norms_beyond_float32(x64, bad):
+    tx = optaxclip.detect_explosions(norm=bad, share=None, loss=None)
+    params = {"a": jnp.ones(2, jnp.float64)}
+    for size, expected in ((0.1 * bad, 0), (10 * bad, 1)):
+        _, state = jax.jit(tx.update)({"a": jnp.full(2, size)}, tx.init(params))
+        assert count(state["explosions"], "norm") == expected
+
+
 def test_gradients_wider_than_the_parameters_stay_as_they_are(x64):
     params = {"a": jnp.ones(2, jnp.float32)}
     grads = {"a": jnp.array([1 / 3, 1e-50], jnp.float64)}

@@ -86,6 +86,13 @@ def test_what_is_not_finite_is_kept_and_counted():
     assert metrics["gradients/largest"] == 5
 
 
+def test_before_the_first_step_there_is_no_limit():
+    found = optaxclip.metrics(optaxclip.detect_explosions().init(PARAMS))
+    assert found["explosions/norm_limit"] == math.inf
+    assert found["explosions/loss_limit"] == math.inf
+    assert found["explosions/norm"] == 0
+
+
 def test_a_loss_that_is_not_given_is_nan():
     tx = optaxclip.record()
     _, state = tx.update(grads_of(3, 4), tx.init(PARAMS))
