@@ -122,7 +122,7 @@ def fit(
         error: What `optaxclip.raise_if_exploded` says, or None.
         history: Loss and norm of each step where finite, `{name: {step: value}}`.
     """
-    carry, train, accuracy = built
+    carry, _, train, accuracy = built
     images, labels, *test = jax.device_put(digits)
     train = jax.jit(train, donate_argnums=0)
     skipped, error = [0], None

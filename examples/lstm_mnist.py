@@ -104,8 +104,8 @@ def build(config: Config, *, seed: int = 0, measured: bool = True, wrap: Any = N
     Returns:
         carry: The parameters and the state of the optax chain, or of `wrap(chain)`; if
             `measured` it records the steps, "before" and "after" the clip.
-        train: `(carry, batches, images, labels) -> (carry, measures)`; `batches` are
-            indices `[steps, batch]`, `measures` the losses, with `wrap` also metrics.
+        step: `(carry, images, labels) -> (carry, measures)`: loss, with `wrap` metrics.
+        train: `(carry, batches, images, labels) -> ...`, over indices `[steps, batch]`.
         accuracy: `(params, images, labels) -> share`, compiled.
     """
     graphdef, params = nnx.split(LSTM(config, rngs=nnx.Rngs(seed)), nnx.Param)
@@ -143,13 +143,13 @@ def build(config: Config, *, seed: int = 0, measured: bool = True, wrap: Any = N
     def accuracy(params, images, labels):
         return (nnx.merge(graphdef, params)(images).argmax(axis=-1) == labels).mean()
 
-    return (params, tx.init(params)), train, jax.jit(accuracy)
+    return (params, tx.init(params)), step, train, jax.jit(accuracy)
 
 
 def fit(config: Config, digits: mnist.Mnist, recorder: curves.Recorder, *, seed: int):
     """Trains until the end or a NaN; returns the last carry, and steps per second."""
     everywhere, shared = mnist.shardings(config.batch_size)
-    carry, train, accuracy = build(config, seed=seed)
+    carry, _, train, accuracy = build(config, seed=seed)
     carry, digits = jax.device_put((carry, digits), everywhere)
     images, labels, *test = digits
     batches = mnist.shuffled(len(labels), (config.steps, config.batch_size), seed=seed)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from digits import idx_bytes, write_idx
 
 import optaxclip
 
@@ -35,34 +36,6 @@ def mnist() -> Any:
 @pytest.fixture(scope="module")
 def lstm() -> Any:
     return importlib.import_module("lstm_mnist")
-
-
-def blob_digits(num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images with one noisy bright bar, whose place is the label: easy to learn."""
-    rng = np.random.default_rng(seed)
-    labels = rng.permutation(num) % 10
-    images = rng.integers(0, 50, (num, 28, 28))
-    for image, label in zip(images, labels, strict=True):
-        image[:, 2 * label : 2 * label + 4] += 200
-    return images.astype(np.uint8), labels.astype(np.uint8)
-
-
-def idx_bytes(array: np.ndarray) -> bytes:
-    header = np.array([0x800 + array.ndim, *array.shape], ">u4")
-    return header.tobytes() + array.tobytes()
-
-
-def write_idx(directory: Path, *, compress: bool = False, num_train: int = 300):
-    """Writes the four files and returns the arrays in them, as `load` gives them."""
-    arrays = []
-    for part, num, seed in (("train", num_train, 0), ("t10k", 110, 1)):
-        images, labels = blob_digits(num, seed)
-        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
-            content = idx_bytes(array)
-            path = directory / f"{part}-{name}-ubyte{'.gz' if compress else ''}"
-            path.write_bytes(gzip.compress(content) if compress else content)
-            arrays.append(array)
-    return arrays
 
 
 @pytest.fixture(scope="module")
@@ -377,7 +350,7 @@ def test_every_clip_does_what_it_says(lstm, digits, tmp_path, capsys, flags):
 def test_norms_need_not_be_measured(lstm):
     images = np.zeros([20, 28, 28], np.uint8)
     for measured in (True, False):
-        carry, train, _ = lstm.build(lstm.Config(hidden=12), measured=measured)
+        carry, _, train, _ = lstm.build(lstm.Config(hidden=12), measured=measured)
         args = (np.zeros([3, 2], int), images, np.zeros(20, int))
         (_, opt_state), (losses,) = jax.eval_shape(train, carry, *args)
         assert losses.shape == (3,)
