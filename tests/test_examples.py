@@ -368,7 +368,7 @@ def test_four_devices_share_the_batch(
         programs.append(compile(lowered, *args).as_text())
         return compile(lowered, *args)
 
-    four = functools.partial(mnist.shardings, devices=jax.devices()[:4])
+    four = functools.partial(mnist.shardings, devices=jax.devices("cpu")[:4])
     monkeypatch.setattr(mnist, "shardings", four)
     monkeypatch.setattr(jax.stages.Lowered, "compile", remember)
     result = lstm.main(data=digits, logdir=tmp_path, **NORM)
@@ -383,7 +383,7 @@ def test_four_devices_share_the_batch(
 def test_as_many_devices_take_part_as_share_the_batch_evenly(mnist):
     assert mnist.shardings(64)[0].num_devices == 1  # the tests' devices are CPUs
     for batch_size, num in ((64, 8), (100, 4), (33, 1)):
-        for sharding in mnist.shardings(batch_size, jax.devices()):
+        for sharding in mnist.shardings(batch_size, jax.devices("cpu")):
             assert sharding.num_devices == num
 
 

@@ -661,7 +661,8 @@ def test_derivatives():
 @pytest.mark.parametrize("check_vma", [False, True])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_shard_map(sharded, check_vma):
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    devices = jax.devices("cpu")[:8]
+    mesh = jax.make_mesh((8,), ("x",), (AxisType.Auto,), devices=devices)
     gradients = {"w": jnp.arange(32.0).reshape(16, 2) - 5, "b": jnp.ones(8)}
     params = gradients
     if not sharded:
@@ -699,7 +700,8 @@ def test_shard_map(sharded, check_vma):
 @pytest.mark.parametrize("inner", ["plain", "jit", "jit with shardings"])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_arrays(axis_type, inner):
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    axis_types, devices = (axis_type,) * 2, jax.devices("cpu")[:8]
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types, devices=devices)
     sharding = NamedSharding(mesh, P("x", "y"))
     params = {"w": jnp.arange(32.0).reshape(8, 4) - 5}
     state = warm_state(params)

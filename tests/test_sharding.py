@@ -42,7 +42,8 @@ def tree(scale=1.0, dtype=jnp.float32) -> dict[str, Any]:
 
 
 def mesh_of(axis_type):
-    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    axis_types, devices = (axis_type,) * 2, jax.devices("cpu")[:8]
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types, devices=devices)
 
 
 def place(mesh, values, specs=SPECS) -> dict[str, Any]:
