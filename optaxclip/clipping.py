@@ -211,12 +211,8 @@ def clip_by_norm(
 
         def full(value, dtype=None):
             # New arrays on each call: a buffer that appears twice cannot be donated.
-            return jax.tree.map(
-                lambda norm: jnp.full(
-                    norm.shape, value, dtype or norm.dtype, device=norm.sharding
-                ),
-                like,
-            )
+            # Sharded, and inside `shard_map` varying, as the norms are.
+            return jax.tree.map(lambda norm: jnp.full_like(norm, value, dtype), like)
 
         state = ClipByNormState(
             num_steps=jnp.zeros([], jnp.int32),

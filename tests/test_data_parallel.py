@@ -223,6 +223,8 @@ def test_one_goes_on_from_the_checkpoint_of_two(
     example, one_process, two_processes, data, tmp_path
 ):
     *_, checkpoints = two_processes
+    for i in range(2):  # each has written a part
+        assert (checkpoints / str(NUM_STEPS) / "carry" / f"ocdbt.process_{i}").exists()
     shutil.copytree(checkpoints, tmp_path / "checkpoints")
     shutil.rmtree(tmp_path / "checkpoints" / str(NUM_STEPS))
     found = example.main(data=data, checkpoints=tmp_path / "checkpoints", **FLAGS)
