@@ -16,6 +16,10 @@ Per = Literal["tree", "leaf", "unit"] | Callable[[str], str]
 Stacked = Callable[[str], bool]
 """True for the names of leaves whose axis 0 runs over layers."""
 
+# XLA makes a chain of additions of a sum of numbers that lie apart, and on CPU takes
+# time cubic in their number to fuse it. Of more than so many it stays a sum.
+_MOST_FUSED = 100
+
 
 def leaf_names(tree: Any, *, stacked: Stacked | None = None) -> list[str]:
     """Names the leaves of a tree by their path, in the order of `jax.tree.leaves`.
@@ -187,6 +191,8 @@ class Scopes(NamedTuple):
             return flat
         total = getattr(numpy, reduce)
         if self.kind == "tree":
+            if numpy is jnp and len(parts) > _MOST_FUSED:
+                flat = jax.lax.optimization_barrier(flat)
             return total(flat, initial=0)
         if not self.groups:  # of a tree without leaves
             return flat

@@ -114,6 +114,15 @@ def test_norm_reads_the_gradients_once():
     assert 1.99 < added < 2.01
 
 
+def test_norm_of_many_leaves_is_not_one_chain_of_additions():
+    # XLA takes time cubic in the length of such a chain to fuse it.
+    leaves = [jax.ShapeDtypeStruct((8, 8), jnp.float32)] * 150
+    hlo = jax.jit(optaxclip.global_norm).lower(leaves).compile().as_text() or ""
+    num_added = [part.count(" add(") for part in hlo.split("\n\n")]
+    assert len(num_added) > 10
+    assert max(num_added) < 50
+
+
 def test_norm_copies_no_gradient():
     copied = re.findall(r" = (\S+) copy(?:-start)?\(", cost("norm").hlo)
     assert all(num_elements(shape) <= 1 for shape in copied)
