@@ -596,10 +596,14 @@ def interrupted_run(scope: str) -> Any:
 @pytest.mark.parametrize(
     ("scope", "round_trip"),
     [
-        *itertools.product(
-            ["tree", "stacked leaf", "unit", "group"], [through_bytes, through_orbax]
-        ),
+        ("stacked leaf", through_bytes),
+        ("unit", through_orbax),
         ("stacked unit", through_state_dict),
+        *(
+            pytest.param(scope, round_trip, marks=pytest.mark.slow)
+            for scope in ("tree", "group")
+            for round_trip in (through_bytes, through_orbax)
+        ),
         ("stacked leaf", through_orbax_by_shapes),
     ],
 )

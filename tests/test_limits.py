@@ -159,6 +159,14 @@ CASES = {
 }
 EACH_KIND = ["minimum", *(name for name in CASES if "short" in name)]
 every_limit = pytest.mark.parametrize("name", CASES)
+# The same code with other numbers is slow.
+each_kind_of_limit = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in EACH_KIND else pytest.mark.slow)
+        for name in CASES
+    ],
+)
 
 
 def expected(name, norms) -> Any:
@@ -237,7 +245,7 @@ def test_a_constant_sequence_and_then_a_small_rise(name):
     assert_equals_the_reference(name, norms, run(name, norms)[0], rtol=1e-5)
 
 
-@every_limit
+@each_kind_of_limit
 @pytest.mark.usefixtures("x64")
 def test_float64_and_a_single_scope(name):
     norms = np.float64(hostile(500)[:, 0]) * (1 if "quantile" in name else 1e100)
@@ -247,7 +255,7 @@ def test_float64_and_a_single_scope(name):
     assert_same_type(name, state, ())
 
 
-@every_limit
+@each_kind_of_limit
 @pytest.mark.parametrize("shape", [(), (0,), (2, 3)])
 def test_scopes_of_any_shape(name, shape):
     limit, norms = CASES[name][0], jnp.ones(shape)
@@ -297,7 +305,7 @@ def test_the_unit_of_the_norms_does_not_matter(name):
     np.testing.assert_array_equal(found[:, 2], found[:, 0] * np.float32(2.0**-60))
 
 
-@every_limit
+@each_kind_of_limit
 def test_norms_near_the_largest_float(name):
     norms = noisy(300, 3) * np.float32(1e38)
     found, _ = run(name, norms)

@@ -35,9 +35,13 @@ def random_tree(dtype, scale=1.0, seed=0):
 
 @pytest.mark.parametrize(
     ("dtype", "ord", "jit"),
-    [(dtype, 2, jit) for dtype in DTYPES for jit in (False, True)]
+    [(dtype, 2, True) for dtype in DTYPES]
+    + [pytest.param(dtype, 2, False, marks=pytest.mark.slow) for dtype in DTYPES]
     + [(jnp.float32, ord, True) for ord in ORDS if ord != 2]
-    + [(jnp.complex64, ord, True) for ord in (1, 3, math.inf)],
+    + [
+        pytest.param(jnp.complex64, ord, True, marks=pytest.mark.slow)
+        for ord in (1, 3, math.inf)
+    ],
 )
 def test_every_scope_against_numpy(dtype, ord, jit):
     tree = random_tree(dtype)
