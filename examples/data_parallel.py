@@ -38,9 +38,13 @@ def join(
         raise mnist.InputError(
             "give --coordinator, --num-processes and --process-id, or --cluster alone"
         )
-    if all(given) or cluster:
-        # Where all three are None, JAX asks the cluster.
+    if all(given):
         jax.distributed.initialize(coordinator, num_processes, process_id)
+    elif cluster:
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:  # JAX found none that it can ask
+            raise mnist.InputError(f"--cluster: {error}") from error
 
 
 def read_rows(
@@ -108,8 +112,7 @@ def fit(
     shape = config.steps, config.batch_size
     batches = mnist.shuffled(len(digits.train_labels), shape, seed=seed)
     with open_checkpoints(checkpoints, save_every, settings) as manager:
-        start = manager.latest_step() or 0
-        if start:
+        if start := manager.latest_step() or 0:
             like = jax.tree.map(ocp.utils.to_shape_dtype_struct, carry)
             args = ocp.args.Composite(carry=ocp.args.StandardRestore(like))
             carry = manager.restore(start, args=args)["carry"]
@@ -173,8 +176,8 @@ def main(
     for name, value in (knobs | {"save_every": save_every}).items():
         if not value > 0:
             raise mnist.InputError(f"{name} must be positive, got {value}")
-    digits = mnist.load(data)
     join(coordinator, num_processes, process_id, cluster)
+    digits = mnist.load(data)
     if batch_size % (num_devices := jax.device_count()):
         raise mnist.InputError(
             f"batch_size must be a multiple of {num_devices} devices, got {batch_size}"

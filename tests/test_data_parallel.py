@@ -279,4 +279,13 @@ def test_a_cluster_is_asked(example, monkeypatch):
     example.join(None, None, None, False)
     example.join(None, None, None, True)
     example.join("host:1", 2, 1, False)
-    assert given == [(None, None, None), ("host:1", 2, 1)]
+    assert given == [(), ("host:1", 2, 1)]
+
+
+def test_no_cluster_is_told(example, monkeypatch):
+    def initialize():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ValueError, match=r"^--cluster: coordinator_address should"):
+        example.join(None, None, None, True)
