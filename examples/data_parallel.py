@@ -57,7 +57,6 @@ def read_rows(
         batch: Which of them all processes take together, `[batch_size]`.
         step: The step, from 0.
     """
-    del step
     share = len(batch) // jax.process_count()
     mine = batch[jax.process_index() * share :][:share]
     return digits.train_images[mine], digits.train_labels[mine]
@@ -68,7 +67,7 @@ def open_checkpoints(
 ) -> ocp.CheckpointManager:
     """Returns what saves and restores; refuses the checkpoints of other settings."""
     options = ocp.CheckpointManagerOptions(
-        save_interval_steps=save_every, max_to_keep=2, cleanup_tmp_directories=True
+        should_save_fn=lambda step, _: step % save_every == 0, max_to_keep=2
     )
     manager = ocp.CheckpointManager(
         directory.resolve(), options=options, item_names=("carry", "settings")
@@ -77,10 +76,11 @@ def open_checkpoints(
         args = ocp.args.Composite(settings=ocp.args.JsonRestore())
         found = manager.restore(last, args=args)["settings"]
         for name, value in settings.items():
-            if found[name] != value:
+            if (kept := found.get(name)) != value:
+                manager.close()
                 raise mnist.InputError(
-                    f"{directory} holds a run with {name}={found[name]}, not {value}: "
-                    "give another directory as --checkpoints"
+                    f"{directory} holds a run with {name}={kept}, not {value}: give "
+                    "another as --checkpoints"
                 )
     return manager
 

@@ -248,7 +248,7 @@ class Detector:
         # What the rules have kept stays of its type, also if the updates are wider.
         kept = [x.dtype for x in jax.tree.leaves(state.rule_states)]
         floats = [dtype for dtype in kept if jnp.issubdtype(dtype, jnp.floating)]
-        dtype = jnp.result_type(*floats) if floats else norm.dtype
+        dtype = jnp.result_type(jnp.float32, *floats) if floats else norm.dtype
         norms, norm = (saturating_cast(x, dtype) for x in (norms, norm))
         is_positive = (norm > 0) & (norm < jnp.inf)
         shares = divided(norms, jnp.where(is_positive, norm, 1))

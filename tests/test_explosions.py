@@ -411,6 +411,19 @@ def test_a_number_is_a_limit_for_norms_beyond_float32(x64, bad):
         assert count(state["explosions"], "norm") == expected
 
 
+def test_a_limit_with_a_narrow_state_narrows_no_norm():
+    def update(norms, state, param_norms):
+        del param_norms
+        return jnp.full_like(norms, jnp.inf), state
+
+    narrow = optaxclip.limits.Limit(lambda sizes: jnp.ones([], jnp.bfloat16), update)
+    tx = optaxclip.detect_explosions(norm=narrow, share=None, loss=None)
+    grads = {"a": jnp.array([100_000.6])}
+    _, state = tx.update(grads, tx.init(grads))
+    found = optaxclip.metrics(state)["explosions/norm"]
+    np.testing.assert_allclose(found, 100_000.6, rtol=1e-6)
+
+
 def test_gradients_wider_than_the_parameters_stay_as_they_are(x64):
     params = {"a": jnp.ones(2, jnp.float32)}
     grads = {"a": jnp.array([1 / 3, 1e-50], jnp.float64)}

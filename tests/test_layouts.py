@@ -358,6 +358,10 @@ def test_eight_devices_do_what_one_does(layout, mode, names, subtests):
             if name.startswith(("skip", "stabilize")):
                 for x in updates[name].values():
                     assert not np.any(np.asarray(x)[SKIPPED_STEPS])
+            if "rollback" in name:
+                told = optaxclip.metrics(jax.device_get(states[name]))
+                assert told["explosions/rollbacks"] == 1
+                assert 0 < told["explosions/scale"] < 1
     with subtests.test("metrics"):
         mesh, specs = mesh_of(layout, mode), LAYOUTS[layout].specs
         with jax.set_mesh(mesh):

@@ -43,7 +43,7 @@ def jax_trainers(configs: dict[str, Any], num_steps: int) -> dict[str, Callable]
 
     def trainer(config: Any) -> Callable[[], None]:
         nonlocal shared
-        carry, train, _ = lstm_mnist.build(config, measured=False)
+        carry, _, train, _ = lstm_mnist.build(config, measured=False)
         compiled = jax.jit(train, donate_argnums=0).lower(carry, *data).compile()
         params, (clip_state, optimizer_state) = carry
         shared = shared or (params, optimizer_state)
