@@ -12,14 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cli
 import curves
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from matplotlib.figure import Figure
-from mnist import InputError
 from tqdm import tqdm
 
 import optaxclip
@@ -163,9 +162,7 @@ def main(*, seeds: int = 4, hidden: int = 64, logdir: Path | None = None) -> Any
         hidden: Units of each network.
         logdir: Where to write; by default a new directory in runs/bptt.
     """
-    for name, value in (("seeds", seeds), ("hidden", hidden)):
-        if not value > 0:
-            raise InputError(f"{name} must be positive, got {value}")
+    cli.check_positive({"seeds": seeds, "hidden": hidden})
     logdir = logdir or Path("runs", "bptt", time.strftime("%Y%m%d-%H%M%S"))
     draws, runs = np.random.default_rng(0).uniform(-1, 1, SHAPE), []
     for name in tqdm(CELLS, unit="network"):
@@ -194,7 +191,4 @@ def main(*, seeds: int = 4, hidden: int = 64, logdir: Path | None = None) -> Any
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
+    cli.run(main)

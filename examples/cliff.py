@@ -13,14 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cli
 import curves
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from matplotlib.figure import Figure
-from mnist import InputError
 from tqdm import tqdm
 
 import optaxclip
@@ -149,12 +148,10 @@ def main(
         logdir: Where to write; by default a new directory in runs/cliff.
     """
     knobs = {"learning_rate": learning_rate, "max_norm": max_norm, "steps": steps}
-    for name, value in (knobs | {"starts": starts, "good": good}).items():
-        if not value > 0:
-            raise InputError(f"{name} must be positive, got {value}")
+    cli.check_positive(knobs | {"starts": starts, "good": good})
     for name, value, *ends in zip("wb", (w, b), LOW, HIGH, strict=True):
         if not ends[0] <= value <= ends[1]:
-            raise InputError(
+            raise cli.InputError(
                 f"{name} must be between {ends[0]} and {ends[1]}, got {value}"
             )
     logdir = logdir or Path("runs", "cliff", time.strftime("%Y%m%d-%H%M%S"))
@@ -193,7 +190,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
+    cli.run(main)

@@ -12,15 +12,14 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import cli
 import curves
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 from matplotlib.figure import Figure
-from mnist import InputError
 from tqdm import tqdm
 
 import optaxclip
@@ -150,9 +149,7 @@ def main(
     """
     knobs = {"steps": steps, "seeds": seeds, "learning_rate": learning_rate}
     knobs |= {"hidden": hidden, "batch_size": batch_size, "length": length}
-    for name, value in (knobs | {"warmup": warmup}).items():
-        if not value > 0 and (name, value) != ("warmup", 0):
-            raise InputError(f"{name} must be positive, got {value}")
+    cli.check_positive(knobs | ({"warmup": warmup} if warmup else {}))
     logdir = logdir or Path("runs", "compare_limits", time.strftime("%Y%m%d-%H%M%S"))
     chars = list("\n".join(dict.fromkeys(topics.values())))
     _, text, counts = np.unique(chars, return_inverse=True, return_counts=True)
@@ -194,7 +191,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
+    cli.run(main)

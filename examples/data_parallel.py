@@ -14,11 +14,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import cli
 import jax
 import mnist
 import numpy as np
 import orbax.checkpoint as ocp
-import tyro
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lstm_mnist import Config, build
 from tqdm import tqdm
@@ -35,7 +35,7 @@ def join(
     """Makes this process one of many, if so told; before anything asks for devices."""
     given = [x is not None for x in (coordinator, num_processes, process_id)]
     if any(given) and (cluster or not all(given)):
-        raise mnist.InputError(
+        raise cli.InputError(
             "give --coordinator, --num-processes and --process-id, or --cluster alone"
         )
     if all(given):
@@ -44,7 +44,7 @@ def join(
         try:
             jax.distributed.initialize()
         except ValueError as error:  # JAX found none that it can ask
-            raise mnist.InputError(f"--cluster: {error}") from error
+            raise cli.InputError(f"--cluster: {error}") from error
 
 
 def read_rows(
@@ -78,7 +78,7 @@ def open_checkpoints(
         for name, value in settings.items():
             if (kept := found.get(name)) != value:
                 manager.close()
-                raise mnist.InputError(
+                raise cli.InputError(
                     f"{directory} holds a run with {name}={kept}, not {value}: give "
                     "another as --checkpoints"
                 )
@@ -173,13 +173,11 @@ def main(
     """
     knobs: dict[str, Any] = {"hidden": hidden, "batch_size": batch_size}
     knobs |= {"steps": steps, "learning_rate": learning_rate}
-    for name, value in (knobs | {"save_every": save_every}).items():
-        if not value > 0:
-            raise mnist.InputError(f"{name} must be positive, got {value}")
+    cli.check_positive(knobs | {"save_every": save_every})
     join(coordinator, num_processes, process_id, cluster)
     digits = mnist.load(data)
     if batch_size % (num_devices := jax.device_count()):
-        raise mnist.InputError(
+        raise cli.InputError(
             f"batch_size must be a multiple of {num_devices} devices, got {batch_size}"
         )
     config = Config(clip="zclip", **knobs)
@@ -194,7 +192,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except mnist.InputError as error:
-        raise SystemExit(f"error: {error}") from None
+    cli.run(main)

@@ -12,9 +12,10 @@ import curves
 import jax
 import numpy as np
 import optax
+from cli import InputError
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from mnist import InputError, Mnist, shuffled
+from mnist import Mnist, shuffled
 
 import optaxclip
 

@@ -13,14 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cli
 import curves
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from matplotlib.figure import Figure
-from mnist import InputError
 from tqdm import tqdm
 
 import optaxclip
@@ -160,7 +159,7 @@ def main(
     for name, knob in (knobs | {"max_steps": (max_steps, 500, 10**9)}).items():
         value, low, high = knob
         if not low <= value <= high:
-            raise InputError(f"{name} must be from {low} to {high}, got {value}")
+            raise cli.InputError(f"{name} must be from {low} to {high}, got {value}")
     stamp = time.strftime("%Y%m%d-%H%M%S")
     logdir = logdir or Path("runs", "faster_with_clipping", stamp)
     distances = np.arange(2, largest + 1)
@@ -194,7 +193,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
+    cli.run(main)

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import cli
 import curves
 import jax
 import jax.numpy as jnp
 import mnist
 import optax
-import tyro
 from explode import compare
 from flax import nnx
 
@@ -67,10 +67,9 @@ def resolve(preset: Preset, num_train: int, **flags: Any) -> Config:
     if "max" not in flags:
         knobs["max"] = knobs["max"].get(clip, math.inf)
     elif clip not in ("value", "norm"):
-        raise mnist.InputError(f"--clip {clip} takes no --max")
-    for name in ("hidden", "layers", "batch_size", "steps", "learning_rate", "max"):
-        if not knobs.get(name, 1) > 0:
-            raise mnist.InputError(f"{name} must be positive, got {knobs[name]}")
+        raise cli.InputError(f"--clip {clip} takes no --max")
+    sizes = "hidden", "layers", "batch_size", "steps", "learning_rate", "max"
+    cli.check_positive({name: knobs[name] for name in sizes if name in knobs})
     if epochs := knobs.pop("epochs", None):
         knobs.setdefault("steps", epochs * max(1, num_train // knobs["batch_size"]))
     return Config(**knobs)
@@ -226,7 +225,7 @@ def main(
     recorder.draw(title.removesuffix(" --max inf"), limit=limit, per=config.per)
     print(f"events and picture are in {logdir.resolve()}")
     if not math.isfinite(recorder.last("loss")):
-        raise mnist.InputError("the loss is not finite: try a smaller --learning-rate")
+        raise cli.InputError("the loss is not finite: try a smaller --learning-rate")
     result = {
         "accuracy": recorder.last("accuracy"),
         "clipped": float(optaxclip.metrics(carry[1]).get("clip/fraction", 0)),
@@ -244,7 +243,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except mnist.InputError as error:
-        raise SystemExit(f"error: {error}") from None
+    cli.run(main)

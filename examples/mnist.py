@@ -8,14 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from cli import InputError
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049  # unsigned bytes in 3 and in 1 dimensions
 NUM_TRAIN_OF_5000 = 4000
-
-
-class InputError(ValueError):
-    """The caller asked for something impossible; the message says what and why."""
 
 
 class Mnist(NamedTuple):

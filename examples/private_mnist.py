@@ -12,16 +12,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cli
 import curves
 import dp_accounting as dp
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 from matplotlib.figure import Figure
-from mnist import InputError, load
+from mnist import load
 from tqdm import tqdm
 
 import optaxclip
@@ -132,12 +132,10 @@ def main(
     """
     knobs = {"noise_multiplier": noise_multiplier, "max_norm": max_norm}
     knobs |= {"learning_rate": learning_rate, "batch_size": batch_size}
-    for name, value in (knobs | {"epochs": epochs}).items():
-        if not 0 < value < math.inf:
-            raise InputError(f"{name} must be positive and finite, got {value}")
+    cli.check_positive(knobs | {"epochs": epochs}, finite=True)
     train_x, train_y, test_x, test_y = map(jnp.asarray, load(data))
     if batch_size > (num := len(train_x)):
-        raise InputError(f"batch_size is {batch_size}, of only {num} images")
+        raise cli.InputError(f"batch_size is {batch_size}, of only {num} images")
     logdir = logdir or Path("runs/private_mnist", time.strftime("%Y%m%d-%H%M%S"))
     steps = num // batch_size
     graphdef, start = nnx.split(CNN(rngs=nnx.Rngs(seed)))
@@ -194,7 +192,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
+    cli.run(main)

@@ -14,15 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cli
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from curves import COLORS
 from flax import nnx
 from matplotlib.figure import Figure
-from mnist import InputError
 from sklearn.datasets import make_regression
 from tqdm import tqdm
 
@@ -154,9 +153,7 @@ def main(
         logdir: Where to write; by default a new directory in runs/regression_blowup.
     """
     knobs = {"epochs": epochs, "seeds": seeds, "learning_rate": learning_rate}
-    for name, value in (knobs | {"weight_decay": weight_decay}).items():
-        if not value > 0:
-            raise InputError(f"{name} must be positive, got {value}")
+    cli.check_positive(knobs | {"weight_decay": weight_decay})
     logdir = logdir or Path("runs", "regression_blowup", time.strftime("%Y%m%d-%H%M%S"))
     data = make_regression(1000, NUM_FEATURES, noise=0.1, random_state=1)
     x, y = (jnp.asarray(array, jnp.float32).reshape(1000, -1) for array in data)
@@ -194,7 +191,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
+    cli.run(main)

@@ -15,11 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cli
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
-from mnist import InputError
 
 import optaxclip
 
@@ -96,9 +95,7 @@ def main(
     """
     knobs = {"steps": steps, "learning_rate": learning_rate, "hidden": hidden}
     knobs |= {"layers": layers, "batch_size": batch_size}
-    for name, value in knobs.items():
-        if not value > 0:
-            raise InputError(f"{name} must be positive, got {value}")
+    cli.check_positive(knobs)
     logdir = logdir or Path("runs", "scan_training", time.strftime("%Y%m%d-%H%M%S"))
     logdir.mkdir(parents=True, exist_ok=True)
     init_key, data_key = jax.random.split(jax.random.key(seed))
@@ -130,7 +127,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
+    cli.run(main)

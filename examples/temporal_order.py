@@ -13,14 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cli
 import curves
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from matplotlib.figure import Figure
-from mnist import InputError
 from tqdm import tqdm
 
 import optaxclip
@@ -159,12 +158,10 @@ def main(
         logdir: Where to write; by default a new directory in runs/temporal_order.
     """
     knobs = {"seeds": seeds, "max_norm": max_norm, "learning_rate": learning_rate}
-    for name, value in knobs.items():
-        if not 0 < value < math.inf:
-            raise InputError(f"{name} must be positive and finite, got {value}")
+    cli.check_positive(knobs, finite=True)
     if steps < EVERY or steps % EVERY or min(lengths, default=0) < 10:
         what = f"steps in whole {EVERY}s and lengths of 10 or more are needed"
-        raise InputError(f"{what}, got {steps} and {lengths}")
+        raise cli.InputError(f"{what}, got {steps} and {lengths}")
     logdir = logdir or Path("runs/temporal_order", time.strftime("%Y%m%d-%H%M%S"))
     limits = jnp.array([math.inf, max_norm])  # in the order of COLORS
     params = jax.tree.map(lambda *x: jnp.array([x, x]), *map(smart_tanh, range(seeds)))
@@ -193,7 +190,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
+    cli.run(main)

@@ -145,5 +145,5 @@ def test_what_is_printed_is_what_the_runs_did(bptt, tmp_path, capsys, monkeypatc
 
 @pytest.mark.parametrize("name", ["seeds", "hidden"])
 def test_a_knob_out_of_range_is_named(bptt, name):
-    with pytest.raises(bptt.InputError, match=f"^{name} must be positive, got 0$"):
+    with pytest.raises(bptt.cli.InputError, match=f"^{name} must be positive, got 0$"):
         bptt.main(**{name: 0})

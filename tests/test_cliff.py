@@ -93,9 +93,9 @@ def test_a_path_is_cut_where_it_leaves_the_surface(cliff):
     "name", ["learning_rate", "max_norm", "steps", "starts", "good"]
 )
 def test_a_knob_out_of_range_is_named(cliff, name):
-    with pytest.raises(cliff.InputError, match=f"^{name} must be positive, got 0$"):
+    with pytest.raises(cliff.cli.InputError, match=f"^{name} must be positive, got 0$"):
         cliff.main(**{name: 0})
     with pytest.raises(
-        cliff.InputError, match=r"^w must be between 4.0 and 6.0, got 7$"
+        cliff.cli.InputError, match=r"^w must be between 4.0 and 6.0, got 7$"
     ):
         cliff.main(w=7)

@@ -132,8 +132,12 @@ def test_a_spike_is_a_leap_above_the_median_before(compare):
     "name", ["steps", "seeds", "learning_rate", "warmup", "length"]
 )
 def test_a_knob_out_of_range_is_named(compare, name):
-    with pytest.raises(compare.InputError, match=f"^{name} must be positive, got -1$"):
+    with pytest.raises(
+        compare.cli.InputError, match=f"^{name} must be positive, got -1$"
+    ):
         compare.main(**{name: -1})
     if name != "warmup":
-        with pytest.raises(compare.InputError, match=f"^{name} .* positive, got 0$"):
+        with pytest.raises(
+            compare.cli.InputError, match=f"^{name} .* positive, got 0$"
+        ):
             compare.main(**{name: 0})

@@ -148,7 +148,7 @@ def test_the_numbers_are_those_of_the_theory_and_of_the_table(
 )
 def test_a_knob_out_of_range_is_named(faster, name, value):
     with pytest.raises(
-        faster.InputError, match=f"^{name} must be from .* got {value}$"
+        faster.cli.InputError, match=f"^{name} must be from .* got {value}$"
     ):
         faster.main(**{name: value})
 

@@ -208,10 +208,12 @@ def test_main_reports_what_it_draws(private, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf])
 def test_a_knob_out_of_range_is_named(private, value):
     for name in ("noise_multiplier", "max_norm", "learning_rate", "batch_size"):
-        with pytest.raises(private.InputError, match=f"^{name} must be positive"):
+        with pytest.raises(private.cli.InputError, match=f"^{name} must be positive"):
             private.main(**{name: value})
 
 
 def test_a_batch_is_no_larger_than_the_training_set(private):
-    with pytest.raises(private.InputError, match=r"^batch_size is 5000, of only 4000 "):
+    with pytest.raises(
+        private.cli.InputError, match=r"^batch_size is 5000, of only 4000 "
+    ):
         private.main(batch_size=5000)

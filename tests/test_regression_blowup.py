@@ -164,5 +164,7 @@ def test_what_it_returns_is_what_it_prints_and_draws(
 
 @pytest.mark.parametrize("name", ["epochs", "seeds", "learning_rate", "weight_decay"])
 def test_a_knob_out_of_range_is_named(blowup, name):
-    with pytest.raises(blowup.InputError, match=f"^{name} must be positive, got 0$"):
+    with pytest.raises(
+        blowup.cli.InputError, match=f"^{name} must be positive, got 0$"
+    ):
         blowup.main(**{name: 0})

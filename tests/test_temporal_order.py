@@ -169,8 +169,8 @@ def test_the_result_tells_the_runs(order, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("name", ["seeds", "max_norm", "learning_rate"])
 def test_a_knob_out_of_range_is_named(order, name):
     for value in (0, -1, math.nan, math.inf):
-        with pytest.raises(order.InputError, match=f"^{name} must be positive"):
+        with pytest.raises(order.cli.InputError, match=f"^{name} must be positive"):
             order.main(**{name: value})
     for knobs in ({"steps": 499}, {"steps": 0}, {"lengths": (20, 9)}, {"lengths": ()}):
-        with pytest.raises(order.InputError, match=r"^steps in .* lengths .* got"):
+        with pytest.raises(order.cli.InputError, match=r"^steps in .* lengths .* got"):
             order.main(**knobs)
