@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from optaxclip import limits
-from optaxclip.checks import check_label
+from optaxclip.checks import check_label, check_length
 from optaxclip.clipping import counted
 from optaxclip.limits import LimitLike, as_limit
 from optaxclip.norms import (
@@ -33,6 +33,12 @@ COUNTS = (
     "rollbacks",
     "in_a_row",
     "nonfinite_in_a_row",
+    "suspect_in_a_row",
+    "gave_up",
+    "phase",
+    "age",
+    "strikes",
+    "last_rollback",
     "last",
 )
 """What each element of `DetectExplosionsState.record.counts` is."""
@@ -41,10 +47,25 @@ NUM_FITTED = 8
 
 NORM_LIMIT = limits.log_quantile()
 SHARE_LIMIT = limits.drift()
-LOSS_LIMIT = limits.minimum(limits.log_quantile(2.4, min_ratio=1.7), limits.initial())
+# A loss jumps less than a norm: with an early jump of 5 most runs of the zoo that
+# explode from their first steps are missed, with 2 twice as many early steps of healthy
+# ones are flagged.
+LOSS_LIMIT = limits.log_quantile(2.4, min_ratio=1.7, early_jump=2.5)
 
+MIN_GROWTH = 20.0
+"""A share counts only where the leaf's own norm has grown by this factor as well.
+
+That is its geometric mean growth over the last 64 steps; before, no share counts. A
+share alone also rises when the other leaves fall. On the recorded traces of
+`tests/benchmarks/detection.py` 3 to 20 notice the same, 40 misses one run of six; the
+larger, the fewer false alarms where gates that start at zero open during a warm-up.
+"""
+MIN_KNOWN = 5
+"""In that mean, of the eight steps that stand for the last 64, this many must have a
+norm: more than half, so that neither non-finite steps nor zeros blind the rule."""
 MAX_GAP = 10
-"""An explosion within so many steps of the last belongs to the same one."""
+"""Explosions at most this many steps apart are one: a run that is skipped, rolled back
+and accepted again is flagged with gaps of a few steps."""
 
 # The leaf that led has grown most since the steps that are so many before.
 _BEFORE = np.arange(1, 64, 8, dtype=np.int32)
@@ -68,11 +89,14 @@ class DetectExplosionsState(NamedTuple):
     rule_states: tuple[Any, Any, Any]
     """States of the limits on norm, share and loss."""
     record: RecordState
-    """Of the last 256 steps, per leaf. Its `counts`, int32 `[11]`: the number of steps;
+    """Of the last 256 steps, per leaf. Its `counts`, int32 `[17]`: the number of steps;
     on how many of them the four rules fired (not finite, norm, share, loss) and on how
     many any; how many `skip_explosions` skipped, and its rollbacks; how many in a row,
-    up to the last step, exploded and were not finite; and the last that exploded, -1
-    for none."""
+    up to the last step, were no good (exploded, and not by a loss alone that is not
+    finite), had updates that were not finite, and spoke against the parameters (by the
+    loss, or without one by the norm); whether it gave up; where it stands in a rollback
+    (`deciding.PHASES`), quiet steps since the older snapshot, rollbacks in succession,
+    the step of the last; and the last step that exploded. -1 for none."""
 
 
 def detect_explosions(
@@ -80,6 +104,8 @@ def detect_explosions(
     norm: LimitLike | None = NORM_LIMIT,
     share: LimitLike | None = SHARE_LIMIT,
     loss: LimitLike | None = LOSS_LIMIT,
+    max_gap: int = MAX_GAP,
+    window: int = WINDOW,
     specs: Any = None,
     stacked: Stacked | None = None,
     label: str = "explosions",
@@ -89,7 +115,8 @@ def detect_explosions(
     A step explodes if it is not finite, in any leaf or in the loss, or if one of three
     signals exceeds its limit: the norm of all updates, the share of a leaf in it, and
     the loss, where the training loop gives it: `update(grads, state, params,
-    value=loss)`. Updates pass through; `metrics` reads the verdict, and
+    value=loss)`. A share counts only in a leaf whose own norm has grown twentyfold
+    within the last 64 steps. Updates pass through; `metrics` reads the verdict, and
     `raise_if_exploded` tells it.
 
     Placed after the optimizer, it watches the norm of the updates instead of the
@@ -100,9 +127,10 @@ def detect_explosions(
         By default `limits.log_quantile()`.
       share: Limit on the share of each leaf, within [0, 1], likewise. By default
         `limits.drift()`.
-      loss: Limit on the loss, likewise. By default `limits.minimum` of
-        `limits.log_quantile(2.4, min_ratio=1.7)` and `limits.initial()`, for a loss >
-        0; for one that may be negative take `limits.window_sigma(6)`.
+      loss: Limit on the loss, likewise; it may have either sign. By default
+        `limits.log_quantile(2.4, min_ratio=1.7, early_jump=2.5)`.
+      max_gap: Explosions at most this many steps apart are told as one, at least 1.
+      window: Number of steps that the record keeps, at least 64.
       specs: As in `clip_by_norm`; inside `jax.shard_map`, `value` must have been
         reduced over the devices.
       stacked: As in `clip_by_norm`.
@@ -128,7 +156,9 @@ def detect_explosions(
       >>> print(optaxclip.metrics(state)["explosions/count/norm"])
       1
     """
-    detector = Detector(norm, share, loss, specs, stacked)
+    detector = Detector(
+        norm, share, loss, specs, stacked, max_gap=max_gap, window=window
+    )
     check_label(label)
 
     def init(params):
@@ -148,11 +178,13 @@ def count(state: DetectExplosionsState, name: str) -> jax.Array:
     return state.record.counts[..., COUNTS.index(name)]
 
 
-def with_counted(
-    state: DetectExplosionsState, flags: dict[str, jax.Array]
+def with_values(
+    state: DetectExplosionsState, values: dict[str, jax.Array]
 ) -> DetectExplosionsState:
-    """The state with one more of each of the `COUNTS` whose flag is True."""
-    counts = counted(state.record.counts, _by_count(flags))
+    """The state with other `COUNTS`."""
+    counts = state.record.counts
+    new = [values.get(name, counts[i]) for i, name in enumerate(COUNTS)]
+    counts = side_by_side([jnp.asarray(x, jnp.int32) for x in new])
     return state._replace(record=state.record._replace(counts=counts))
 
 
@@ -199,11 +231,27 @@ def fitted_growth(record: RecordState) -> jax.Array:
     return jnp.exp(jnp.sum(distances * logs) / jnp.where(squares > 0, squares, 1))
 
 
+class Verdict(NamedTuple):
+    """What is known of one step; all are scalars."""
+
+    is_bad: jax.Array
+    """Whether it exploded, and not by a loss alone that is not finite: with finite
+    gradients that says nothing, as where float16 overflows in the loss."""
+    has_nonfinite_updates: jax.Array
+    norm: jax.Array
+    norm_limit: jax.Array
+    evidence: jax.Array
+    """The signal that speaks of the parameters: the loss, or without one the norm."""
+    evidence_limit: jax.Array
+
+
 class Detector:
     """The rules of one transformation, and how their state goes on."""
 
-    def __init__(self, norm, share, loss, specs, stacked):
+    def __init__(self, norm, share, loss, specs, stacked, *, max_gap, window):
         self.specs, self.stacked = specs, stacked
+        self.max_gap = check_length("max_gap", max_gap, 1)
+        self.window = check_length("window", window, 64)
         self.limits = [
             None if limit is None else as_limit(limit) for limit in (norm, share, loss)
         ]
@@ -224,12 +272,13 @@ class Detector:
         sizes = scopes.sizes().astype(dtype)
         numbers = np.array([0, 0, 0, np.inf, np.inf, np.inf], np.float32)
         step = [-1, -1, 0, *numbers.view(np.int32)]
-        counts = jnp.asarray([0] * (len(COUNTS) - 1) + [-1], jnp.int32)
+        counts = [-1 if name.startswith("last") else 0 for name in COUNTS]
+        counts = jnp.asarray(counts, jnp.int32)
         layout = layout_of(params, "leaf", self.stacked)
         return DetectExplosionsState(
             told=jnp.asarray([step] * 2, jnp.int32),
             rule_states=self._rule_states(sizes),
-            record=empty(norms.size, WINDOW, counts, layout),
+            record=empty(norms.size, self.window, counts, layout),
         )
 
     def _rule_states(self, sizes):
@@ -240,10 +289,8 @@ class Detector:
         )
         return norm, share, loss
 
-    def update(
-        self, updates, value, state
-    ) -> tuple[DetectExplosionsState, tuple[jax.Array, jax.Array]]:
-        """The state after a step that is taken; the norm and its limit."""
+    def update(self, updates, value, state) -> tuple[DetectExplosionsState, Verdict]:
+        """The state after a step that is taken, and what is known of the step."""
         norms, norm = measure_leaves(updates, self._scopes(updates))
         # What the rules have kept stays of its type, also if the updates are wider.
         kept = [x.dtype for x in jax.tree.leaves(state.rule_states)]
@@ -269,17 +316,20 @@ class Detector:
                 bound = jnp.broadcast_to(found, signal.shape).astype(dtype)
             highest.append(once(bound))
             rule_states.append(rule_state)
-        fired = [~is_finite] + [
-            jnp.any((x > limit) & (x < jnp.inf))
-            for x, limit in zip(signals, highest, strict=True)
-        ]
-        is_exploded = functools.reduce(jnp.logical_or, fired)
-
         # The leaf stands in the record: so the rows before are read before the new one
         # is written, or XLA would copy them all.
         now, last = count(state, "steps"), count(state, "last")
         _, before = rows_of(state.record, now - _BEFORE)
         leaf = _leading_leaf(norms, before)
+        # A share also rises when the other leaves fall.
+        has_grown = (now >= _BEFORE[-1]) & _have_grown(norms, before)
+        exceeds = [
+            (x > limit) & (x < jnp.inf)
+            for x, limit in zip(signals, highest, strict=True)
+        ]
+        exceeds[1] &= has_grown
+        fired = [~is_finite] + [jnp.any(x) for x in exceeds]
+        is_exploded = functools.reduce(jnp.logical_or, fired)
         leaf_share, leaf_limit = (
             x[leaf] if x.size else jnp.zeros([], dtype) for x in (shares, highest[1])
         )
@@ -287,11 +337,23 @@ class Detector:
         bits = jnp.asarray(sum(jnp.where(x, 2**i, 0) for i, x in enumerate(fired)))
         numbers = norm, leaf_share, loss, norm_limit, leaf_limit, loss_limit
         step = Step(now, leaf, bits, *map(_as_bits, numbers))
-        is_first = is_exploded & ((last < 0) | (now - last > MAX_GAP))
-        is_nonfinite_first = ~is_finite & (count(state, "nonfinite_in_a_row") == 0)
+        is_first = is_exploded & ((last < 0) | (now - last > self.max_gap))
+        previous, _ = rows_of(state.record, now - 1)
+        was_nonfinite = flags_of(previous["fired"].astype(jnp.int32))[..., 0]
+        is_nonfinite_first = ~is_finite & ~was_nonfinite
         row = lax.broadcasted_iota(jnp.int32, (2, 1), 0)
         is_told = jnp.where(row == 0, is_first, is_nonfinite_first)
-        counts = _counted(state.record.counts, fired, is_exploded)
+        has_nonfinite_updates = ~(norm < jnp.inf)
+        is_bad = functools.reduce(jnp.logical_or, fired[1:], has_nonfinite_updates)
+        counts = _counted(
+            state.record.counts,
+            dict(zip(RULES, fired, strict=True)) | {"exploded": is_exploded},
+            {
+                "in_a_row": is_bad,
+                "nonfinite_in_a_row": has_nonfinite_updates,
+                "suspect_in_a_row": fired[1] if value is None else fired[3],
+            },
+        )
         columns = {"loss": loss, "loss_limit": loss_limit, "limit": norm_limit}
         columns |= {"fired": bits, "leaf": leaf}
         state = DetectExplosionsState(
@@ -299,7 +361,16 @@ class Detector:
             rule_states=(rule_states[0], rule_states[1], rule_states[2]),
             record=pushed(state.record, columns, norms, norm, counts),
         )
-        return state, (norm, norm_limit)
+        signal, limit = (norm, norm_limit) if value is None else (loss, loss_limit)
+        verdict = Verdict(
+            is_bad=is_bad,
+            has_nonfinite_updates=has_nonfinite_updates,
+            norm=norm,
+            norm_limit=norm_limit,
+            evidence=saturating_cast(signal, jnp.float32),
+            evidence_limit=saturating_cast(limit, jnp.float32),
+        )
+        return state, verdict
 
 
 def _leading_leaf(norms, before):
@@ -311,22 +382,35 @@ def _leading_leaf(norms, before):
     """
     if not norms.size:
         return jnp.full([], -1, jnp.int32)
-    before = before.astype(norms.dtype)
-    is_known = (before > 0) & (before < jnp.inf) & (norms > 0)[None]
-    now, then = (jnp.log(jnp.where(is_known, x, 1)) for x in (norms[None], before))
-    growth = jnp.sum(now - then, axis=0)
+    growth = jnp.sum(_log_growth(norms, before), axis=0)
     growth = jnp.where(norms < jnp.inf, growth, jnp.inf)  # NaN is not
     leaf = jnp.argmax(growth)
     return jnp.where(growth[leaf] > 0, leaf, -1).astype(jnp.int32)
 
 
-def _counted(counts, fired, is_exploded):
+def _have_grown(norms, before):
+    """Which leaves have by `MIN_GROWTH`; of steps that were not finite none counts."""
+    is_finite = jnp.all(before < jnp.inf, axis=1, keepdims=True)  # NaN is not
+    before = jnp.where(is_finite, before, 0)
+    num = jnp.sum(before > 0, axis=0)
+    divisor = jnp.maximum(num, 1).astype(norms.dtype)
+    mean = jnp.sum(_log_growth(norms, before), axis=0) / divisor
+    return (mean > np.log(MIN_GROWTH)) & (num >= MIN_KNOWN)
+
+
+def _log_growth(norms, before):
+    """Logarithms `[num_steps, num_leaves]` of the growth; 0 where it is not known."""
+    before = before.astype(norms.dtype)
+    is_known = (before > 0) & (before < jnp.inf) & (norms > 0)[None]
+    now, then = (jnp.log(jnp.where(is_known, x, 1)) for x in (norms[None], before))
+    return now - then
+
+
+def _counted(counts, flags, in_a_row):
     """The next `COUNTS`, before any response."""
-    in_a_row = {"in_a_row": is_exploded, "nonfinite_in_a_row": fired[0]}
-    flags = dict(zip(RULES, fired, strict=True)) | {"exploded": is_exploded} | in_a_row
-    grown = counted(counts, _by_count(flags | {"steps": jnp.ones([], bool)}))
+    grown = counted(counts, _by_count(flags | in_a_row | {"steps": jnp.ones([], bool)}))
     is_reset = _by_count({name: ~flag for name, flag in in_a_row.items()})
-    is_last = _by_count({"last": is_exploded})
+    is_last = _by_count({"last": flags["exploded"]})
     return jnp.where(is_reset, 0, jnp.where(is_last, counts[0], grown))
 
 

@@ -308,8 +308,7 @@ def window_sigma(sigmas: ArrayLike = 3.0, *, window: int = 128) -> Limit:
 
     `mean + sigmas * max(std, 0.01 * abs(mean))` over the last `window` norms before the
     clip, without its own; +inf until half of them are there. The floor of 1 % keeps a
-    small rise after a flat stretch from being a spike. As the limit of a loss, which
-    may be negative, it is the one on a linear scale.
+    small rise after a flat stretch from being a spike. A loss may have either sign.
 
     After a lasting change it follows within `window` steps. It is not robust: a spike
     of s means raises the limit to about `s * (1 / window + sigmas / sqrt(window))`
@@ -431,27 +430,33 @@ def log_quantile(
     *,
     min_ratio: ArrayLike = 3.0,
     max_jump: ArrayLike = 5.0,
+    early_jump: ArrayLike | None = None,
     window: int = 128,
 ) -> Limit:
-    """Limits a norm by the spread of the last norms above their median.
+    """Limits a norm or a loss by the spread of the last ones above their median.
 
     `median * max((high / median)**power, min_ratio)`, where high is the 95th percentile
     of the last `window` norms before the clip, without its own; but no more than
-    `max_jump` times the largest of the last `window / 4`, which is the limit from the
-    second norm on, until half of the window is there.
+    `max_jump` times the largest of the last `window / 4`. Until half of the window is
+    there, the limit is `early_jump` times that, from the second norm on.
 
     On a logarithmic scale that is a multiple of the spread above the median: it needs
-    no Gaussian tail, and units do not matter. After a lasting rise of any size, norms
-    are below the limit again after 5 % of the window (7 steps of 128), and the limit
-    has forgotten the old ones after `window` steps. A single spike moves the limit by
-    one place in the order of the norms. Also for a loss that is positive; see
-    `window_sigma` for any other.
+    no Gaussian tail, and units do not matter. A loss may have either sign: where any of
+    the window is negative, the scale is linear, and the limit `median + max(2 * power *
+    spread, (min_ratio - 1) * abs(median))` from `window / 8` losses on, with the larger
+    of the distances of the 5th and 95th percentiles from the median as the spread.
+
+    After a lasting rise of any size, norms are below the limit again after 5 % of the
+    window (7 steps of 128), and the limit has forgotten the old ones after `window`
+    steps. A single spike moves the limit by one place in the order of the norms.
 
     Args:
       power: How many times as far above the median as the 95th percentile, on a
         logarithmic scale, >= 0.
       min_ratio: The least limit in units of the median, >= 1.
-      max_jump: The limit in units of the largest recent norm, >= 1.
+      max_jump: The largest limit in units of the largest recent norm, >= 1.
+      early_jump: The limit in these units until half of the window is there, >= 1; by
+        default `max_jump`.
       window: Number of norms remembered, at least 4.
 
     Returns:
@@ -475,6 +480,8 @@ def log_quantile(
     check_number("power", power, lambda x: x >= 0, ">= 0")
     check_number("min_ratio", min_ratio, lambda x: x >= 1, ">= 1")
     check_number("max_jump", max_jump, lambda x: x >= 1, ">= 1")
+    early_jump = max_jump if early_jump is None else early_jump
+    check_number("early_jump", early_jump, lambda x: x >= 1, ">= 1")
     window = check_length("window", window, 4)
 
     def init(sizes):
@@ -483,21 +490,34 @@ def log_quantile(
 
     def update(norms, state, param_norms=None):
         del param_norms
-        exponent, least, jump = like(norms, power, min_ratio, max_jump)
+        exponent, least, jump, early = like(
+            norms, power, min_ratio, max_jump, early_jump
+        )
         num = windows.num_known(state.window)
         low, high, share = windows.percentiles_of(
-            state.window, jnp.asarray([50, 95], norms.dtype)
+            state.window, jnp.asarray([5, 50, 95], norms.dtype)
         )
-        low, high = (_log(jnp.where(x < jnp.inf, x, 1)) for x in (low, high))
-        logs = low + share * (high - low)
-        median, spread = logs[..., 0], logs[..., 1] - logs[..., 0]
+        low, high = (jnp.where(x < jnp.inf, x, 1) for x in (low, high))
+        log_low, log_high = _log(low), _log(high)
+        logs = log_low + share * (log_high - log_low)
+        median, spread = logs[..., 1], logs[..., 2] - logs[..., 1]
         limits = jnp.exp(median + jnp.maximum(exponent * spread, jnp.log(least)))
         largest = windows.largest_of(state.window, window // 4)
-        highest = jnp.where(num > 0, jump * largest, jnp.inf)
+        first_limits = jnp.where(num > 0, early * largest, jnp.inf)
         has_half = num >= window // 2
-        limits = jnp.where(has_half, jnp.minimum(limits, highest), highest)
+        limits = jnp.minimum(limits, jump * largest)
+        limits = jnp.where(has_half, limits, first_limits)
+        # Once a loss has changed its sign, ratios to its median mean nothing: a scale
+        # for each sign would make an event of every change.
+        lowest = windows.smallest_of(state.window)
+        values = low + share * (high - low)
+        below, middle, above = (values[..., i] for i in range(3))
+        spread = jnp.maximum(above - middle, middle - below)
+        rise = jnp.maximum(2 * exponent * spread, (least - 1) * jnp.abs(middle))
+        linear = jnp.where(num >= window // 8, middle + rise, jnp.inf)
+        limits = jnp.where(lowest > 0, limits, linear)
         learned = PercentileState(windows.push_in_order(state.window, norms))
-        return limits, _keep(norms, learned, state)
+        return limits, _keep(jnp.abs(norms), learned, state)
 
     return Limit(init, update)
 

@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 
 from optaxclip import limits
 from optaxclip.clipping import clip_by_norm
+from optaxclip.explosions import LOSS_LIMIT, NORM_LIMIT, SHARE_LIMIT
 from optaxclip.responses import skip_explosions
 from optaxclip.scopes import Per, Stacked
 
@@ -258,31 +259,39 @@ def stabilize(
     optimizer: optax.GradientTransformation,
     *,
     max_norm: limits.LimitLike | None = None,
+    norm: limits.LimitLike | None = NORM_LIMIT,
+    share: limits.LimitLike | None = SHARE_LIMIT,
+    loss: limits.LimitLike | None = LOSS_LIMIT,
     rollback: bool = True,
     specs: Any = None,
     stacked: Stacked | None = None,
+    label: str = "explosions",
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer in the recommended stack, without a number to choose.
 
     `skip_explosions(optimizer, cool_down=1/64, recovery=1.002, rollback=True)`: skips
-    steps whose norm, share of a leaf or loss is not usual for the run; where they go
-    on, returns to earlier parameters, and from there on makes smaller steps, which
-    recover within some 2000. What is accepted as a change of regime is clipped to the
-    limit on the norm, `limits.log_quantile()`. Give the loss as `value=`: what diverges
-    slowly shows nowhere else.
+    steps whose norm, share of a leaf or loss is an outlier for the run; where that
+    persists and earlier parameters are better, returns to them with smaller steps, much
+    smaller ones if it soon happens again. Give the loss as `value=`, of either sign: it
+    is the best witness against the parameters, and what diverges slowly shows nowhere
+    else.
 
     Args:
       optimizer: The optimizer; it gets all extra arguments.
       max_norm: Clips the gradients before it as well, as `clip_by_norm(max_norm)`: a
         number, schedule or limit.
+      norm: As in `detect_explosions`; None for no such rule.
+      share: Likewise.
+      loss: Likewise.
       rollback: Whether to keep two copies of parameters and optimizer state to return
-        to; without them far fewer runs are saved.
+        to. Without them it only skips, and far fewer runs are saved.
       specs: As in `detect_explosions`.
       stacked: As in `clip_by_norm`.
+      label: Under which name the state and the metrics appear.
 
     Returns:
-      The transformation, with the state `{"explosions": SkipExplosionsState}`. `update`
-      needs `params` for the rollback.
+      The transformation, with the state `{label: SkipExplosionsState}`. `update` needs
+      `params` for the rollback.
 
     Raises:
       ValueError: If an argument is out of range; in `update` if `value` has axes, or
@@ -306,9 +315,17 @@ def stabilize(
         optimizer = optax.chain(clip, optimizer)
     return skip_explosions(
         optimizer,
-        cool_down=1 / 64,
+        norm=norm,
+        share=share,
+        loss=loss,
+        # 1/64, since steps that explode may be a hundred times too large, and a search
+        # in smaller cuts loses a snapshot's age with each. 1.002: what exploded at 1
+        # and is stable at 1/16 explodes again when it recovers within some hundred
+        # steps, often too slowly to be noticed.
+        cool_down=1 / 64 if rollback else None,
         recovery=1.002,
         rollback=rollback,
         specs=specs,
         stacked=stacked,
+        label=label,
     )

@@ -61,14 +61,14 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     | `explosions/exploded` | 1 if the last step exploded, else 0 |
     | `explosions/count` | the number of steps so far that did |
     | `explosions/count/nonfinite`, `norm`, `share`, `loss` | the same for each rule |
-    | `explosions/in_a_row` | how many in a row did, up to the last step |
+    | `explosions/in_a_row` | how many steps in a row, up to the last, were no good |
     | `explosions/began` | the step on which the last explosion began; -1 for none |
     | `explosions/leaf` | the index of the leaf that led then; -1 for none |
     | `explosions/growth` | the growth of the norm per step, in the last eight |
     | `explosions/norm_limit`, `loss_limit` | the limits in the last step |
     | `explosions/skipped` | skip only: the share of all steps so far it skipped |
     | `explosions/num_skipped` | skip only: their number |
-    | `explosions/gave_up` | skip only: 1 if the last 100 steps were not finite |
+    | `explosions/gave_up` | skip only: 1 if the last `give_up_after` were non-finite |
     | `explosions/scale` | skip only: the factor of the updates, below 1 to cool down |
     | `explosions/rollbacks` | skip only: the number of rollbacks |
 
@@ -351,10 +351,12 @@ def _explosion_metrics(label: str, state: Any) -> dict[str, jax.Array]:
             "scale": state.scale,
             "rollbacks": count(noticed, "rollbacks"),
         }
-    last, _ = rows_of(noticed.record, count(noticed, "steps") - 1)
+    last_step = count(noticed, "steps") - 1
+    last, _ = rows_of(noticed.record, last_step)
+    has_exploded = (count(noticed, "last") == last_step) & (last_step >= 0)
     began = read_step(noticed, "began")
     result = {
-        "exploded": (count(noticed, "in_a_row") > 0).astype(jnp.int32),
+        "exploded": has_exploded.astype(jnp.int32),
         "count": count(noticed, "exploded"),
         **{f"count/{rule}": count(noticed, rule) for rule in RULES},
         "in_a_row": count(noticed, "in_a_row"),

@@ -26,7 +26,11 @@ from optaxclip.reading import (
     record_of,
 )
 from optaxclip.recording import RecordState
-from optaxclip.responses import NUM_UNTIL_GIVEN_UP, SkipExplosionsState
+from optaxclip.responses import SkipExplosionsState
+
+NUM_HEALTHY_AFTER = 64
+"""After this many healthy steps `explain` calls the run healthy: half the window of the
+default limits, with which they know the run again after a change."""
 
 
 def explain(opt_state: Any, params: Any = None) -> str:
@@ -61,7 +65,8 @@ def explain(opt_state: Any, params: Any = None) -> str:
       explosions: 1 of 6 steps exploded: 1 by the norm
       The last explosion began on step 5: the norm was 30, above its limit 15
       Leaf 'w' had grown most
-      The norm had grown by 5x per step since step 3, from 1.2 to 30.
+      The norm had grown by 5x per step since step 3, from 1.2 to 30
+      No loss was given as value=, so the rule on it was silent.
     """
     return "\n".join(
         f"{label}: {' '.join(_sentences(label, state, params))}"
@@ -78,9 +83,12 @@ def _sentences(label: str, state: Any, params: Any) -> list[str]:
         if kept.began is not None:
             found += [_first_nonfinite(kept, kept.began), *_growth(kept, kept.began)]
     else:
+        noticed = noticed_of(state)
         found = [_counted(state)]
-        if count(noticed_of(state), "exploded"):
-            found += [_story(noticed_of(state), kept, params)]
+        if count(noticed, "exploded"):
+            found += [_story(noticed, kept, params), *_aftermath(state)]
+        if len(kept.step) and np.isnan(kept.loss).all():
+            found.append("No loss was given as value=, so the rule on it was silent.")
     vanished = [
         repr(name)
         for name, has in zip(kept.names, have_vanished(record_of(state)), strict=True)
@@ -112,6 +120,18 @@ def _counted(state: Any) -> str:
         text += f" {num_skipped} were skipped, and parameters went back {num_rollbacks}"
         text += " time." if num_rollbacks == 1 else " times."
     return text
+
+
+def _aftermath(state: Any) -> list[str]:
+    """Whether the run went on as a healthy one."""
+    noticed = noticed_of(state)
+    num_since = int(count(noticed, "steps") - 1 - count(noticed, "last"))
+    if num_since < NUM_HEALTHY_AFTER or count(noticed, "rollbacks"):
+        return []
+    return [
+        f"The {num_since} steps since have been healthy, and nothing was rolled back: "
+        "it was a false alarm, a bad batch, or a change that the run got over."
+    ]
 
 
 def _first_nonfinite(kept: History, first: int) -> str:
@@ -238,9 +258,10 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
     for label, state in states.items():
         if isinstance(state, SkipExplosionsState):
             if bool(state.gave_up):
+                num = int(count(noticed_of(state), "nonfinite_in_a_row"))
                 what = (
-                    f"gave up after {NUM_UNTIL_GIVEN_UP} non-finite steps in a row, "
-                    "none of which was taken"
+                    f"gave up after {num} non-finite steps in a row, none of which was "
+                    "taken"
                 )
                 kept = history({label: state}, params, label=label)
                 raise ExplosionError(

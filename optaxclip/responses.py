@@ -9,27 +9,23 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from optaxclip.checks import check_label, check_length, check_number
+from optaxclip.deciding import Cooling, Decision, Settings, decide
 from optaxclip.explosions import (
+    COUNTS,
     LOSS_LIMIT,
+    MAX_GAP,
     NORM_LIMIT,
     SHARE_LIMIT,
     DetectExplosionsState,
     Detector,
     count,
-    with_counted,
+    with_values,
 )
 from optaxclip.limits import LimitLike
-from optaxclip.norms import accumulator, once, scaled, widened
+from optaxclip.norms import accumulator, scaled, side_by_side, widened
+from optaxclip.recording import WINDOW
 from optaxclip.scopes import Stacked, is_gradient
 from optaxclip.selecting import update_or_keep
-
-NUM_UNTIL_GIVEN_UP = 100
-"""After so many non-finite steps in a row the run is given up."""
-
-NUM_UNTIL_ROLLBACK = 3
-"""At so many explosions in a row parameters and inner state go back."""
-
-_LEAST_SCALE = 2**-12
 
 
 class Snapshots(NamedTuple):
@@ -39,8 +35,6 @@ class Snapshots(NamedTuple):
     """The copy that a rollback returns to, from a quiet step."""
     newer: Any
     """A copy that takes its place after `snapshot_every` quiet steps."""
-    num_quiet: jax.Array
-    """int32 `[]`: number of quiet steps since the newer."""
 
 
 class SkipExplosionsState(NamedTuple):
@@ -50,15 +44,22 @@ class SkipExplosionsState(NamedTuple):
     """What was noticed."""
     inner_state: Any
     """State of the wrapped transformation."""
-    scale: jax.Array
-    """float32 `[]`: factor of the updates; below 1 while they cool down."""
+    cooling: jax.Array
+    """float32 `[2]`, a `deciding.Cooling`: the factor of the updates, below 1 while
+    they cool down; and the least evidence against the parameters among the last
+    explosions in a row, +inf for none."""
     snapshots: Snapshots | tuple[()]
     """() without rollback."""
 
     @property
+    def scale(self) -> jax.Array:
+        """Factor of the updates: float32 `[]`."""
+        return self.cooling[..., 0]
+
+    @property
     def gave_up(self) -> jax.Array:
-        """Whether the last 100 steps in a row were not finite: bool `[]`."""
-        return count(self.explosions, "nonfinite_in_a_row") >= NUM_UNTIL_GIVEN_UP
+        """Whether too many steps in a row were not finite: bool `[]`."""
+        return count(self.explosions, "gave_up") > 0
 
 
 def skip_explosions(
@@ -72,6 +73,10 @@ def skip_explosions(
     recovery: ArrayLike = 1.005,
     rollback: bool = False,
     snapshot_every: int = 50,
+    rollback_after: int = 3,
+    give_up_after: int = 100,
+    max_gap: int = MAX_GAP,
+    window: int = WINDOW,
     specs: Any = None,
     stacked: Stacked | None = None,
     label: str = "explosions",
@@ -79,25 +84,31 @@ def skip_explosions(
     """Wraps an optimizer: skips the steps that explode.
 
     A step is skipped if `detect_explosions` would notice an explosion: the updates are
-    zeros, the inner state stays, bit for bit, and the rules learn nothing from it. If
-    explosions persist, that is a change of regime: from the `max_consecutive`-th in a
-    row on the finite ones are taken and learned, with gradients clipped to the limit on
-    the norm, if there is one, until the rules find them usual. A non-finite step is
-    never taken; after 100 in a row the run is given up, which `metrics` and
+    zeros, the inner state stays, bit for bit, and the rules learn nothing from it. A
+    loss that is not finite while the gradients are is counted, and its step is taken.
+    If explosions persist, that is a change of regime: from the `max_consecutive`-th in
+    a row on the finite ones are taken and learned, with gradients clipped to the limit
+    on the norm, until the rules find them usual. A non-finite step is never taken;
+    after `give_up_after` in a row the run is given up, as `metrics` and
     `raise_if_exploded` say. Where `inner` itself makes something that is not finite, or
     an update would overflow the dtype of its parameter, those elements become 0.
 
-    Two more responses are off unless asked for. To roll back: the third explosion in a
-    row, unless it is accepted, and the third non-finite one in a row after one was
-    accepted, takes parameters and inner state back to those of a quiet step,
-    `snapshot_every` to `2 * snapshot_every` quiet steps ago. The update is then
-    `snapshot - params`, which `optax.apply_updates` turns into the snapshot to one
-    rounding of the larger of the two. That takes the memory of two copies of both, and
-    on healthy steps one read of one copy of the parameters. To cool down: after three
-    explosions in a row, a factor of the inner updates is multiplied by `cool_down`,
-    down to 1/4096; each quiet step multiplies it by `recovery`, up to 1. With rollback
-    that is only where it ended them: else not the steps were too large, but the data
-    have changed.
+    Two more responses are off unless asked for.
+
+    To roll back: skipped steps leave the parameters as they are, so when the loss (the
+    norm, if no loss is given) exceeds its limit `rollback_after` times in a row, these
+    are no odd batches: the data have changed, or the parameters are bad. To tell which,
+    parameters and inner state go back to those of a quiet step, `snapshot_every` to
+    `2 * snapshot_every` quiet steps ago, for two batches. If the excess is gone, or at
+    least half of it, that is the rollback; if not, they come back as they were, and the
+    explosions are accepted. Ten non-finite steps in a row do the same. The update is
+    `snapshot - params`, twice, so that rounding does not matter. That takes the memory
+    of two copies of both, and on healthy steps one read of one copy of the parameters.
+
+    To cool down: a rollback reduces the updates to 1/4, one that follows another within
+    300 steps to `cool_down`, a further one by 1/8, down to 1/4096. Each quiet step
+    multiplies that factor by `recovery`, up to 1. Without rollback, the
+    `rollback_after`-th explosion in a row multiplies it by `cool_down`.
 
     Args:
       inner: The optimizer; it gets all extra arguments.
@@ -105,10 +116,16 @@ def skip_explosions(
       share: As in `detect_explosions`.
       loss: As in `detect_explosions`.
       max_consecutive: From which explosion in a row on they are taken; at least 1.
-      cool_down: What the updates are multiplied by, within (0, 1]; None for off.
+      cool_down: The factor of the updates, within (0, 1]; None for off.
       recovery: Growth of that factor in a quiet step, >= 1.
       rollback: Whether to roll back; `update` then needs `params`.
       snapshot_every: Number of quiet steps between snapshots, at least 1.
+      rollback_after: How many explosions in a row make a rollback, at least 1. One or
+        two are often the fault of their batches.
+      give_up_after: How many non-finite steps in a row end the run, at least 1. A
+        dynamic loss scale needs up to 24 to fall from 2**24 to 1.
+      max_gap: As in `detect_explosions`.
+      window: As in `detect_explosions`.
       specs: As in `detect_explosions`.
       stacked: As in `clip_by_norm`.
       label: Under which name the state and the metrics appear.
@@ -129,25 +146,25 @@ def skip_explosions(
       >>> print(updates["w"], optaxclip.metrics(state)["explosions/skipped"])
       [0. 0.] 1.0
     """
-    detector = Detector(norm, share, loss, specs, stacked)
-    max_consecutive = check_length("max_consecutive", max_consecutive, 1)
-    snapshot_every = check_length("snapshot_every", snapshot_every, 1)
+    detector = Detector(
+        norm, share, loss, specs, stacked, max_gap=max_gap, window=window
+    )
     check_number("recovery", recovery, lambda x: x >= 1, ">= 1")
     if cool_down is not None:
         check_number("cool_down", cool_down, lambda x: 0 < x <= 1, "within (0, 1]")
     if not isinstance(rollback, bool):
         raise TypeError(f"rollback must be True or False, not {rollback!r}")
+    settings = Settings(
+        max_consecutive=check_length("max_consecutive", max_consecutive, 1),
+        rollback_after=check_length("rollback_after", rollback_after, 1),
+        give_up_after=check_length("give_up_after", give_up_after, 1),
+        snapshot_every=check_length("snapshot_every", snapshot_every, 1),
+        cool_down=cool_down,
+        recovery=recovery,
+        has_snapshots=rollback,
+    )
     check_label(label)
     inner = optax.with_extra_args_support(inner)
-
-    def is_third(explosions):
-        """Of a row, or of non-finite ones after a step was accepted."""
-        num, num_nonfinite = (
-            count(explosions, name) for name in ("in_a_row", "nonfinite_in_a_row")
-        )
-        was_accepted = num - num_nonfinite >= max_consecutive
-        is_third_nonfinite = num_nonfinite == NUM_UNTIL_ROLLBACK
-        return (num == NUM_UNTIL_ROLLBACK) | (was_accepted & is_third_nonfinite)
 
     def init(params):
         inner_state = inner.init(params)
@@ -157,12 +174,12 @@ def skip_explosions(
             older, newer = (
                 jax.tree.map(jnp.copy, (params, inner_state)) for _ in range(2)
             )
-            snapshots = Snapshots(older, newer, jnp.zeros([], jnp.int32))
+            snapshots = Snapshots(older, newer)
         return {
             label: SkipExplosionsState(
                 explosions=detector.init(params),
                 inner_state=inner_state,
-                scale=jnp.ones([], jnp.float32),
+                cooling=jnp.array([1, jnp.inf], jnp.float32),
                 snapshots=snapshots,
             )
         }
@@ -174,56 +191,34 @@ def skip_explosions(
                 "a rollback is an update from the parameters: call "
                 "update(updates, state, params) with params"
             )
-        explosions, norm_and_limit = detector.update(
-            updates, extra_args.get("value"), state.explosions
-        )
-        is_exploded = count(explosions, "in_a_row") > 0
-        is_finite = count(explosions, "nonfinite_in_a_row") == 0
-        is_accepted = is_finite & (count(explosions, "in_a_row") >= max_consecutive)
-        is_skipped = once(is_exploded & ~is_accepted)
+        value = extra_args.get("value")
+        explosions, seen = detector.update(updates, value, state.explosions)
+        now = {name: count(explosions, name) for name in COUNTS}
+        decision = decide(settings, seen, now, Cooling(*state.cooling))
         # What comes of bad parameters would soon look usual.
         explosions = explosions._replace(
             rule_states=jax.tree.map(
-                lambda new, old: jnp.where(is_skipped, old, new),
+                lambda new, old: jnp.where(decision.is_skipped, old, new),
                 explosions.rule_states,
                 state.explosions.rule_states,
             )
         )
-        updates = _limited(updates, is_accepted, *norm_and_limit)
-
-        scale = state.scale
-        if cool_down is not None:
-            is_cut = is_third(explosions)
-            if rollback:
-                # One or two may be the fault of their batches, and what outlasts a
-                # rollback is that of the data; the rest is that of the steps.
-                is_cut = ~is_exploded & is_third(state.explosions)
-            cut = jnp.where(is_cut, cool_down, 1)
-            growth = jnp.where(is_exploded, 1, jnp.clip(recovery, 1, 1 / _LEAST_SCALE))
-            scale = jnp.clip(scale * cut * growth, _LEAST_SCALE, 1)
-            scale = once(scale).astype(jnp.float32)
-
+        updates = _limited(updates, decision.is_accepted, seen.norm, seen.norm_limit)
+        is_skipped = decision.is_skipped
         inner_state, snapshots = state.inner_state, state.snapshots
-        is_rolled_back = jnp.zeros_like(is_skipped)
         if isinstance(snapshots, Snapshots):
-            is_rolled_back = once(is_skipped & is_third(explosions))
-            older, newer, num_quiet = snapshots
-            is_due = ~is_exploded & (num_quiet >= snapshot_every - 1)
-            done, (inner_state, newer) = _replaced(
-                is_rolled_back, (older[1], older), (inner_state, newer)
+            done, inner_state, snapshots = _moved(
+                decision, params, inner_state, snapshots
             )
-            done, older = _replaced(is_due | done, newer, older)
-            done, newer = _replaced(is_due | done, (params, inner_state), newer)
             is_skipped |= done
-            num_quiet = num_quiet + (~is_exploded).astype(jnp.int32)
-            num_quiet = jnp.where(is_due | is_rolled_back, 0, num_quiet)
-            snapshots = Snapshots(older, newer, num_quiet)
 
         updates, inner_state = update_or_keep(
             lambda state: inner.update(updates, state, params, **extra_args),
             inner_state,
             is_skipped,
         )
+
+        scale = decision.cooling.scale
 
         def respond(u, param=None, snapshot=None):
             if not is_gradient(u):
@@ -234,22 +229,38 @@ def skip_explosions(
             u = jnp.where(~is_skipped & jnp.isfinite(after), u, jnp.zeros_like(u))
             if snapshot is None:
                 return u
-            return jnp.where(is_rolled_back, (snapshot - param).astype(u.dtype), u)
+            way_back = (snapshot - param).astype(u.dtype)
+            return jnp.where(decision.is_at_snapshot, way_back, u)
 
         trees = [updates] if params is None else [updates, params]
         if isinstance(snapshots, Snapshots):
             trees.append(snapshots.older[0])
         updates = jax.tree.map(respond, *trees)
-        responses = {"skipped": is_skipped, "rollbacks": is_rolled_back}
         state = SkipExplosionsState(
-            explosions=with_counted(explosions, responses),
+            explosions=with_values(explosions, decision.counts),
             inner_state=inner_state,
-            scale=scale,
+            cooling=side_by_side(decision.cooling),
             snapshots=snapshots,
         )
         return updates, {label: state}
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _moved(
+    decision: Decision, params: Any, inner_state: Any, snapshots: Snapshots
+) -> tuple[jax.Array, Any, Snapshots]:
+    """(False, the inner state, the snapshots) after a decision; free if it moves none.
+
+    Each step depends on the one before, so that XLA copies nothing.
+    """
+    older, newer = snapshots
+    done, older = _replaced(decision.is_replaced, newer, older)
+    is_copied = decision.is_copied | decision.is_started
+    done, newer = _replaced(is_copied | done, (params, inner_state), newer)
+    is_exchanged = decision.is_started | decision.is_returned
+    done, inner_state = _replaced(is_exchanged | done, older[1], inner_state)
+    return done, inner_state, Snapshots(older, newer)
 
 
 def _limited(updates: Any, when: jax.Array, norm: jax.Array, limit: jax.Array) -> Any:

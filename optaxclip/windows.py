@@ -57,6 +57,11 @@ def largest_of(window: jax.Array, num: int) -> jax.Array:
     return jnp.max(jnp.where(values < jnp.inf, values, 0), axis=-1)
 
 
+def smallest_of(window: jax.Array) -> jax.Array:
+    """The smallest value of an ordered window; +inf if there is none."""
+    return window[..., 1, 1]
+
+
 def percentiles_of(
     window: jax.Array, percents: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -44,7 +44,8 @@ def test_explosions_are_caught(found):
     for group in ("A.fast", "A.mid", "A.finite", "A.scale", "D.nonfin", "D.layer"):
         assert found.recall[group] == 100, group
     assert found.lead["A.mid"] >= 4
-    assert found.lead["D.layer"] >= 40
+    # A share counts once its norm has grown twentyfold; at tenfold the lead was 35.
+    assert found.lead["D.layer"] >= 9
     assert found.alive == 100
 
 
@@ -87,7 +88,7 @@ def test_explain_names_the_leaf_and_the_step(detection, traces):
     assert num_told == 5
 
 
-def naive_scalar(signal, power, ratio):
+def naive_scalar(signal, power, ratio, early_jump=5):
     """How far above its limit each value is, on a logarithmic scale.
 
     NaN for those that are not finite, of which the rule need not say anything.
@@ -96,8 +97,10 @@ def naive_scalar(signal, power, ratio):
     known = np.flatnonzero((signal > 0) & (signal < np.inf))
     logs = np.log(signal[known])
     for num in range(1, len(logs)):
-        limit = logs[max(0, num - 32) : num].max() + math.log(5)
+        largest = logs[max(0, num - 32) : num].max()
+        limit = largest + math.log(early_jump)
         if num >= 64:
+            limit = largest + math.log(5)
             past = np.sort(logs[max(0, num - 128) : num])
             places = np.array([0.5, 0.95]) * (len(past) - 1)
             middle, high = np.interp(places, np.arange(len(past)), past)
@@ -107,28 +110,12 @@ def naive_scalar(signal, power, ratio):
     return margins
 
 
-def naive_initial(loss):
-    """The least of how far the last three were above twice the mean of the first four.
+def naive_share(norms, leaf, is_finite):
+    """The least of how far above their limits the last three values were.
 
-    Starts afresh where four in a row were above that; silent after 512.
+    And of how far the leaf's own norm has grown beyond twentyfold, since every eighth
+    of the last 64 steps.
     """
-    margins = np.where(np.isfinite(loss), -np.inf, np.nan)
-    first, excesses, num_seen = [], [], 0
-    for step in np.flatnonzero((loss > 0) & (loss < np.inf)):
-        limit = 2 * np.mean(first) if 0 < num_seen < 512 else math.inf
-        num_seen += 1
-        excesses = [*excesses[-3:], math.log(loss[step]) - math.log(limit)]
-        if len(excesses) >= 3:
-            margins[step] = min(excesses[-3:])
-        if len(first) < 4:
-            first.append(loss[step])
-        if len(excesses) == 4 and min(excesses) > 0:
-            first, excesses, num_seen = [], [], 0
-    return margins
-
-
-def naive_share(norms, leaf):
-    """The least of how far above their limits the last three values were."""
     margins = np.full(len(leaf), -np.inf)
     mean = change = previous = 0.0
     num, last_three = 0, [-math.inf] * 3
@@ -140,24 +127,35 @@ def naive_share(norms, leaf):
         if num:
             excess = share - mean - max(2.5 * change, math.log(5))
             last_three = [*last_three[1:], excess]
-            margins[step] = min(last_three)
+            margins[step] = min(
+                *last_three, growth(leaf, step, is_finite) - math.log(20)
+            )
             change += max(1 / num, 1 / 64) * (abs(share - previous) - change)
         mean += max(1 / (num + 1), 1 / 64) * (share - mean)
         previous, num = share, num + 1
     return margins
 
 
+def growth(leaf, step, is_finite):
+    """The mean logarithm of a leaf's growth; -inf where too little of it is known."""
+    if step < 57:
+        return -math.inf
+    steps = step - np.arange(1, 64, 8)
+    before = leaf[steps[is_finite[steps] & (leaf[steps] > 0)]]
+    if len(before) < 5:
+        return -math.inf
+    return float(np.mean(np.log(leaf[step] / before)))
+
+
 def naive(trace):
     """Margins above the limits of norm, share and loss, each `[num_steps]`."""
     is_finite = np.isfinite(trace.leaves).all(axis=1)
     norms = np.where(is_finite, np.sqrt((trace.leaves**2).sum(axis=1)), np.inf)
-    shares = [naive_share(norms, leaf) for leaf in trace.leaves.T]
+    shares = [naive_share(norms, leaf, is_finite) for leaf in trace.leaves.T]
     return {
         "norm": naive_scalar(norms, 3, 3),
         "share": np.max(shares, axis=0),
-        "loss": np.maximum(
-            naive_scalar(trace.loss, 2.4, 1.7), naive_initial(trace.loss)
-        ),
+        "loss": naive_scalar(trace.loss, 2.4, 1.7, 2.5),
     }
 
 

@@ -683,12 +683,27 @@ def test_window_sigma_takes_a_signal_of_any_sign():
         np.testing.assert_allclose(found[step], np.mean(recent) + 2 * std, rtol=1e-4)
 
 
-def test_log_quantile_is_idle_where_a_loss_is_not_positive():
-    found, state = run(
-        "log_quantile", np.asarray([-1.0, 0.0, -5.0, 2.0, -1.0], np.float32)
-    )
-    np.testing.assert_allclose(found, [np.inf] * 4 + [10.0], rtol=1e-6)
-    assert np.sum(np.isfinite(state.window[1])) == 1
+def test_log_quantile_is_linear_where_a_loss_is_not_positive():
+    rng = np.random.default_rng(0)
+    losses = rng.normal(-1, 2, 300).astype(np.float32)
+    losses[:40] = np.abs(losses[:40]) + 0.1
+    found, _ = run("log_quantile", losses)
+    for step in range(1, 300):
+        past = losses[max(0, step - 128) : step].astype(np.float64)
+        low, middle, high = np.percentile(past, [5, 50, 95])
+        if past.min() > 0:
+            expected = 5 * past[-32:].max()
+        else:
+            spread = max(high - middle, middle - low)
+            expected = middle + max(2 * 3 * spread, (3 - 1) * abs(middle))
+        np.testing.assert_allclose(found[step], expected, rtol=1e-4, err_msg=str(step))
+
+
+def test_log_quantile_needs_an_eighth_of_the_window_for_a_loss_of_either_sign():
+    losses = np.asarray([1.0, -1.0] * 20, np.float32)
+    found, _ = run("log_quantile", losses)
+    assert np.isinf(found[2:16]).all()
+    assert np.isfinite(found[16:]).all()
 
 
 def test_drift_needs_patience():

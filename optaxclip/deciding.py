@@ -1,0 +1,181 @@
+"""What becomes of a step: taken, skipped, or a look at earlier parameters.
+
+Internal; `skip_explosions` says what it is for. A finite explosion may be the fault of
+the batch, of the data from now on, or of the parameters. Steps that are skipped leave
+the parameters as they are, so the batches that follow test the same parameters again;
+and two batches at those of the snapshot tell the last two causes apart.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from optaxclip.explosions import Verdict
+from optaxclip.norms import once
+
+PHASES = ("training", "first look", "second look", "accepting")
+"""Of a rollback: none; the next batch is the first, or the second, at the snapshot; it
+was no better, so that explosions are accepted until a quiet step."""
+TRAINING, FIRST_LOOK, SECOND_LOOK, ACCEPTING = range(len(PHASES))
+
+NUM_NONFINITE = 10
+"""Non-finite gradients in a row before a rollback. They are never applied, so waiting
+costs little; a loss scale that starts 2**9 too high is not the parameters' fault."""
+RECURRENCE = 300
+"""Steps after a rollback within which another one is for the same cause: three times
+the age of the oldest snapshot by default, so that the cause had time to return."""
+FIRST_CUT = 1 / 4
+"""To which the first rollback cuts the scale: it may have been the batches' fault."""
+LATER_CUT = 1 / 8
+"""By which the third and further ones cut it: they are near what is stable."""
+LEAST_SCALE = 2**-12
+
+
+class Settings(NamedTuple):
+    """The arguments of `skip_explosions` that decide."""
+
+    max_consecutive: int
+    rollback_after: int
+    give_up_after: int
+    snapshot_every: int
+    cool_down: ArrayLike | None
+    recovery: ArrayLike
+    has_snapshots: bool
+
+
+class Cooling(NamedTuple):
+    """Numbers that `SkipExplosionsState.cooling` holds, float32 each."""
+
+    scale: jax.Array
+    """Factor of the updates."""
+    least: jax.Array
+    """The least evidence against the parameters among the last in a row."""
+
+
+class Decision(NamedTuple):
+    """What becomes of a step; bool `[]` but for the last two."""
+
+    is_accepted: jax.Array
+    """Taken although it exploded, clipped to the limit on the norm."""
+    is_skipped: jax.Array
+    is_started: jax.Array
+    """The parameters are put aside, and go back to the snapshot."""
+    is_returned: jax.Array
+    """They come back: the snapshot was no better."""
+    is_at_snapshot: jax.Array
+    """They are to be those of the older snapshot after this step."""
+    is_copied: jax.Array
+    """A snapshot is due."""
+    is_replaced: jax.Array
+    """The newer snapshot takes the place of the older."""
+    counts: dict[str, jax.Array]
+    """New values of `COUNTS`."""
+    cooling: Cooling
+
+
+def decide(
+    settings: Settings, seen: Verdict, now: dict[str, Any], cooling: Cooling
+) -> Decision:
+    """Decides on one step.
+
+    Args:
+      settings: The arguments.
+      seen: What is known of the step.
+      now: The `COUNTS`, with this step.
+      cooling: As it was before.
+    """
+    phase, is_finite = now["phase"], ~seen.has_nonfinite_updates
+    is_look = (phase == FIRST_LOOK) | (phase == SECOND_LOOK)
+    is_accepted = seen.is_bad & is_finite & ~is_look
+    is_accepted &= (phase == ACCEPTING) | (now["in_a_row"] >= settings.max_consecutive)
+    is_quiet = ~seen.is_bad & ~is_look
+
+    least = _least_evidence(seen, now, cooling.least, is_look)
+    # Half of the excess must be gone. The rest may be usual for the snapshot: the limit
+    # has followed the run since.
+    middle = seen.evidence_limit + 0.5 * (least - seen.evidence_limit)
+    is_suspect = seen.evidence > seen.evidence_limit
+    is_better = is_finite & (~is_suspect | (seen.evidence <= middle))
+    is_started = is_returned = is_confirmed = jnp.zeros_like(is_look)
+    if settings.has_snapshots:
+        is_due = now["suspect_in_a_row"] >= settings.rollback_after
+        is_due &= (phase == TRAINING) & ~is_accepted
+        is_due |= (now["nonfinite_in_a_row"] >= NUM_NONFINITE) & ~is_look
+        # Before any step is applied, the parameters are those of the snapshot.
+        is_started = is_due & (now["age"] > 0)
+        is_returned = is_look & ~is_better
+        is_confirmed = (phase == SECOND_LOOK) & is_better
+    is_skipped = (seen.is_bad & ~is_accepted) | is_look | is_started
+
+    next_phase = jnp.where(is_look, phase + 1, phase)
+    is_accepting = is_returned | (is_confirmed & is_suspect)
+    is_training = (is_confirmed & ~is_suspect) | ((phase == ACCEPTING) & is_quiet)
+    for flag, value in [
+        (is_started, FIRST_LOOK),
+        (is_accepting, ACCEPTING),
+        (is_training, TRAINING),
+    ]:
+        next_phase = jnp.where(flag, value, next_phase)
+
+    every = settings.snapshot_every
+    age = now["age"] + is_quiet.astype(jnp.int32)
+    age = jnp.where(is_accepted, jnp.maximum(age, 1), age)
+    is_second = is_quiet & (age == 2 * every)
+    is_copied = is_quiet & (is_second | (age == every))
+    age = jnp.where(is_second, every, age)
+    age = jnp.where(is_confirmed | is_returned, 0, age)
+
+    is_recurrent = now["steps"] - now["last_rollback"] < RECURRENCE
+    is_recurrent &= now["strikes"] > 0
+    strikes = jnp.where(is_recurrent, now["strikes"] + 1, 1)
+    is_cut = is_confirmed
+    if not settings.has_snapshots:
+        is_cut = now["in_a_row"] == settings.rollback_after
+    cooled = _cool(settings, cooling, strikes, is_cut, is_quiet)
+    return Decision(
+        is_accepted=is_accepted,
+        is_skipped=once(is_skipped),
+        is_started=once(is_started),
+        is_returned=once(is_returned),
+        is_at_snapshot=once(is_started | (is_look & ~is_confirmed)),
+        is_copied=once(is_copied),
+        is_replaced=once(is_second | is_returned),
+        counts={
+            "phase": next_phase,
+            "age": age,
+            "strikes": jnp.where(is_confirmed, strikes, now["strikes"]),
+            "last_rollback": jnp.where(
+                is_confirmed, now["steps"], now["last_rollback"]
+            ),
+            "skipped": now["skipped"] + is_skipped.astype(jnp.int32),
+            "rollbacks": now["rollbacks"] + is_confirmed.astype(jnp.int32),
+            "gave_up": now["nonfinite_in_a_row"] >= settings.give_up_after,
+        },
+        cooling=cooled._replace(least=least),
+    )
+
+
+def _least_evidence(seen, now, least, is_look):
+    """The least evidence in the present row; +inf if it is of non-finite steps."""
+    is_first = now["suspect_in_a_row"] <= 1
+    found = jnp.where(is_first, seen.evidence, jnp.minimum(least, seen.evidence))
+    is_known = (now["suspect_in_a_row"] > 0) & ~seen.has_nonfinite_updates
+    return jnp.where(is_look, least, jnp.where(is_known, found, jnp.inf))
+
+
+def _cool(settings, cooling, strikes, is_cut, is_quiet) -> Cooling:
+    """The scale after a step; `strikes`: the rollbacks in succession, with this one."""
+    if settings.cool_down is None:
+        return cooling
+    cut = jnp.asarray(settings.cool_down, jnp.float32)
+    lower = cooling.scale * cut
+    if settings.has_snapshots:
+        later = jnp.where(strikes == 2, cut, cooling.scale * LATER_CUT)
+        lower = jnp.where(strikes == 1, jnp.maximum(cut, FIRST_CUT), later)
+        lower = jnp.minimum(lower, cooling.scale)
+    growth = jnp.clip(settings.recovery, 1, 1 / LEAST_SCALE)
+    grown = jnp.minimum(cooling.scale * jnp.where(is_quiet, growth, 1), 1)
+    scale = once(jnp.where(is_cut, jnp.maximum(lower, LEAST_SCALE), grown))
+    return Cooling(scale=scale.astype(jnp.float32), least=cooling.least)
