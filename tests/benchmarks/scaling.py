@@ -23,9 +23,9 @@ import numpy as np
 import optax
 import tyro
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from overhead import Slot, alternating, ratio, swapped
 
 import optaxclip
+from overhead import Slot, alternating, ratio, swapped
 
 # Each clip alone, and what wraps Adam, made for a `stacked=`. Those of the same run
 # that they are compared with are the first of both.

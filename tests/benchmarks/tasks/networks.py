@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +136,8 @@ def residual(
             "head": dense_init(keys[-2], 32, 10, gain=1),
         }
         for i in range(depth):
-            block = {"dense": dense_init(keys[i], 32, 32, 32, gain=1.4 * gain)}
+            kernels = dense_init(keys[i], 32, 32, 32, gain=1.4 * gain)
+            block: dict[str, Any] = {"dense": kernels}
             if zero_out:
                 block["dense"]["w1"] *= 0
             if gate is not None:

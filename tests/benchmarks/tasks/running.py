@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tasks.task import Task
 
 import optaxclip
+from tasks.task import Task
 
 RATE, RAMP, INIT, DATA, HALF = (
     "step size",
@@ -148,9 +148,9 @@ def _train(run: Run, protect: Callable, key: jax.Array, rate: jax.Array) -> Trai
         after = after if run.task.players else after["all"]
         if run.is_dynamic:
             is_finite = jnp.isfinite(norms).all()
-            after = jax.tree.map(
-                lambda new, old: jnp.where(is_finite, new, old), after, params
-            )
+            after = _select(is_finite, after, params)
+            if not find_skips(states):  # else it is to see the step
+                new_states = _select(is_finite, new_states, states)
             scale = jnp.where(is_finite, scale, scale / 2)
         extra = run.task.follow(extra, after, batch)
         judged = jax.lax.cond(
@@ -188,16 +188,23 @@ def _cast(tree: Any, dtype: Any) -> Any:
     )
 
 
+def _select(flag: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(flag, x, y), new, old)
+
+
+def find_skips(states: Any) -> list[optaxclip.SkipExplosionsState]:
+    """The states of `stabilize` or `skip_explosions` in those of optimizers."""
+
+    def is_skip(x):
+        return isinstance(x, optaxclip.SkipExplosionsState)
+
+    return [x for x in jax.tree.leaves(states, is_leaf=is_skip) if is_skip(x)]
+
+
 def scale_of(states: Any) -> jax.Array:
     """The smallest factor of the updates among the players' states."""
-    found = [
-        x.scale
-        for x in jax.tree.leaves(
-            states, is_leaf=lambda x: isinstance(x, optaxclip.SkipExplosionsState)
-        )
-        if isinstance(x, optaxclip.SkipExplosionsState)
-    ]
-    return functools.reduce(jnp.minimum, found, jnp.float32(1))
+    scales = [x.scale for x in find_skips(states)]
+    return functools.reduce(jnp.minimum, scales, jnp.float32(1))
 
 
 def at(first: int, every: int = 10**6, *, length: int = 1, factor: float = 1.0):
@@ -237,9 +244,7 @@ def reference(run: Run, seeds: int = 4) -> tuple[np.ndarray, np.ndarray]:
     """
     cleaned = clean(run)
     parts = (4, 16, 64) if run.kind in (RATE, RAMP) else (1, 4, 16, 64)
-    found = [
-        train(cleaned, unprotected, seeds, rate=run.rate / part) for part in parts
-    ]
+    found = [train(cleaned, unprotected, seeds, rate=run.rate / part) for part in parts]
     return np.min([x.end for x in found], axis=0), found[0].start
 
 

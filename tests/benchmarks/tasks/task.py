@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -75,10 +76,10 @@ def normal(key, num_in: int, num_out: int, gain: float = 1.0) -> jax.Array:
 
 
 def dense_init(key, *widths: int, gain: float = math.sqrt(2)) -> dict[str, jax.Array]:
-    """Parameters of `dense`: kernels `w0`, `w1`, ..., biases `b0`, `b1`, ... of zeros."""
+    """Parameters of `dense`: kernels `w0`, `w1`, ..., and biases of zeros."""
     keys = jax.random.split(key, len(widths) - 1)
     params = {}
-    for i, (num_in, num_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (num_in, num_out) in enumerate(itertools.pairwise(widths)):
         params[f"w{i}"] = normal(keys[i], num_in, num_out, gain)
         params[f"b{i}"] = jnp.zeros(num_out)
     return params
