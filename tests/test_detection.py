@@ -88,7 +88,7 @@ def test_explain_names_the_leaf_and_the_step(detection, traces):
     assert num_told == 5
 
 
-def naive_scalar(signal, power, ratio, early_jump=5):
+def naive_scalar(signal, power, ratio, early_jump=5.0):
     """How far above its limit each value is, on a logarithmic scale.
 
     NaN for those that are not finite, of which the rule need not say anything.
