@@ -102,7 +102,7 @@ def decide(
     if settings.has_snapshots:
         is_due = now["suspect_in_a_row"] >= settings.rollback_after
         is_due &= (phase == TRAINING) & ~is_accepted
-        is_due |= (now["nonfinite_in_a_row"] >= NUM_NONFINITE) & ~is_look
+        is_due |= (now["nonfinite_updates_in_a_row"] >= NUM_NONFINITE) & ~is_look
         # Before any step is applied, the parameters are those of the snapshot.
         is_started = is_due & (now["age"] > 0)
         is_returned = is_look & ~is_better
@@ -151,7 +151,7 @@ def decide(
             ),
             "skipped": now["skipped"] + is_skipped.astype(jnp.int32),
             "rollbacks": now["rollbacks"] + is_confirmed.astype(jnp.int32),
-            "gave_up": now["nonfinite_in_a_row"] >= settings.give_up_after,
+            "gave_up": now["nonfinite_updates_in_a_row"] >= settings.give_up_after,
         },
         cooling=cooled._replace(least=least),
     )

@@ -33,6 +33,7 @@ COUNTS = (
     "rollbacks",
     "in_a_row",
     "nonfinite_in_a_row",
+    "nonfinite_updates_in_a_row",
     "suspect_in_a_row",
     "gave_up",
     "phase",
@@ -89,14 +90,15 @@ class DetectExplosionsState(NamedTuple):
     rule_states: tuple[Any, Any, Any]
     """States of the limits on norm, share and loss."""
     record: RecordState
-    """Of the last 256 steps, per leaf. Its `counts`, int32 `[17]`: the number of steps;
+    """Of the last 256 steps, per leaf. Its `counts`, int32 `[18]`: the number of steps;
     on how many of them the four rules fired (not finite, norm, share, loss) and on how
     many any; how many `skip_explosions` skipped, and its rollbacks; how many in a row,
     up to the last step, were no good (exploded, and not by a loss alone that is not
-    finite), had updates that were not finite, and spoke against the parameters (by the
-    loss, or without one by the norm); whether it gave up; where it stands in a rollback
-    (`deciding.PHASES`), quiet steps since the older snapshot, rollbacks in succession,
-    the step of the last; and the last step that exploded. -1 for none."""
+    finite), were not finite, had updates that were not, and spoke against the
+    parameters (by the loss, or without one by the norm); whether it gave up; where it
+    stands in a rollback (`deciding.PHASES`), quiet steps since the older snapshot,
+    rollbacks in succession, the step of the last; and the last step that exploded. -1
+    for none."""
 
 
 def detect_explosions(
@@ -338,9 +340,7 @@ class Detector:
         numbers = norm, leaf_share, loss, norm_limit, leaf_limit, loss_limit
         step = Step(now, leaf, bits, *map(_as_bits, numbers))
         is_first = is_exploded & ((last < 0) | (now - last > self.max_gap))
-        previous, _ = rows_of(state.record, now - 1)
-        was_nonfinite = flags_of(previous["fired"].astype(jnp.int32))[..., 0]
-        is_nonfinite_first = ~is_finite & ~was_nonfinite
+        is_nonfinite_first = ~is_finite & (count(state, "nonfinite_in_a_row") == 0)
         row = lax.broadcasted_iota(jnp.int32, (2, 1), 0)
         is_told = jnp.where(row == 0, is_first, is_nonfinite_first)
         has_nonfinite_updates = ~(norm < jnp.inf)
@@ -350,7 +350,8 @@ class Detector:
             dict(zip(RULES, fired, strict=True)) | {"exploded": is_exploded},
             {
                 "in_a_row": is_bad,
-                "nonfinite_in_a_row": has_nonfinite_updates,
+                "nonfinite_in_a_row": ~is_finite,
+                "nonfinite_updates_in_a_row": has_nonfinite_updates,
                 "suspect_in_a_row": fired[1] if value is None else fired[3],
             },
         )

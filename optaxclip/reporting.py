@@ -258,7 +258,7 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
     for label, state in states.items():
         if isinstance(state, SkipExplosionsState):
             if bool(state.gave_up):
-                num = int(count(noticed_of(state), "nonfinite_in_a_row"))
+                num = int(count(noticed_of(state), "nonfinite_updates_in_a_row"))
                 what = (
                     f"gave up after {num} non-finite steps in a row, none of which was "
                     "taken"

@@ -175,6 +175,7 @@ def test_counts_and_the_step_at_which_it_began():
         "rollbacks": 0,
         "in_a_row": 0,
         "nonfinite_in_a_row": 0,
+        "nonfinite_updates_in_a_row": 0,
         "suspect_in_a_row": 0,
         "gave_up": 0,
         "phase": 0,
