@@ -343,6 +343,7 @@ class Detector:
         is_nonfinite_first = ~is_finite & (count(state, "nonfinite_in_a_row") == 0)
         row = lax.broadcasted_iota(jnp.int32, (2, 1), 0)
         is_told = jnp.where(row == 0, is_first, is_nonfinite_first)
+        has_loss_rule = value is not None and self.limits[2] is not None
         has_nonfinite_updates = ~(norm < jnp.inf)
         is_bad = functools.reduce(jnp.logical_or, fired[1:], has_nonfinite_updates)
         counts = _counted(
@@ -352,7 +353,7 @@ class Detector:
                 "in_a_row": is_bad,
                 "nonfinite_in_a_row": ~is_finite,
                 "nonfinite_updates_in_a_row": has_nonfinite_updates,
-                "suspect_in_a_row": fired[1] if value is None else fired[3],
+                "suspect_in_a_row": fired[3] if has_loss_rule else fired[1],
             },
         )
         columns = {"loss": loss, "loss_limit": loss_limit, "limit": norm_limit}
@@ -362,7 +363,7 @@ class Detector:
             rule_states=(rule_states[0], rule_states[1], rule_states[2]),
             record=pushed(state.record, columns, norms, norm, counts),
         )
-        signal, limit = (norm, norm_limit) if value is None else (loss, loss_limit)
+        signal, limit = (loss, loss_limit) if has_loss_rule else (norm, norm_limit)
         verdict = Verdict(
             is_bad=is_bad,
             has_nonfinite_updates=has_nonfinite_updates,

@@ -528,6 +528,12 @@ def test_stabilize_cools_down_when_it_happens_again():
     np.testing.assert_allclose(state["explosions"].scale, scale / 8, rtol=1e-5)
 
 
+def test_without_a_rule_on_the_loss_the_norm_speaks_against_the_parameters():
+    tx = optaxclip.stabilize(optax.sgd(1e-6), loss=None)
+    _, state, _ = run(tx, [*healthy(8), *BAD, *FINE])  # with losses of 1
+    assert optaxclip.metrics(state)["explosions/rollbacks"] == 1
+
+
 def test_a_rollback_long_after_another_is_a_first_one():
     _, state, _ = explode(STABILIZE, [*healthy(8), *BAD, *FINE])
     _, state, _ = explode(STABILIZE, [*healthy(300), *BAD, *FINE], state=state)
