@@ -12,14 +12,14 @@ from optaxclip.fixed_limits import rms as rms
 from optaxclip.fixed_limits import schedule as schedule
 from optaxclip.learned_limits import DriftState as DriftState
 from optaxclip.learned_limits import EmaState as EmaState
-from optaxclip.learned_limits import InitialState as InitialState
+from optaxclip.learned_limits import LowestState as LowestState
 from optaxclip.learned_limits import PercentileState as PercentileState
 from optaxclip.learned_limits import QuantileState as QuantileState
 from optaxclip.learned_limits import WindowSigmaState as WindowSigmaState
 from optaxclip.learned_limits import ZScoreState as ZScoreState
+from optaxclip.learned_limits import above_lowest as above_lowest
 from optaxclip.learned_limits import drift as drift
 from optaxclip.learned_limits import ema as ema
-from optaxclip.learned_limits import initial as initial
 from optaxclip.learned_limits import log_quantile as log_quantile
 from optaxclip.learned_limits import percentile as percentile
 from optaxclip.learned_limits import quantile as quantile

@@ -223,6 +223,24 @@ def test_steps_that_are_too_large_from_the_start(rate):
     assert metrics["explosions/rollbacks"] >= 1
 
 
+def test_a_divergence_too_slow_for_any_limit_on_the_recent_past():
+    """The loss grows by a tenth in each step, and never jumps."""
+    tx = optaxclip.stabilize(optax.sgd(1.025))
+
+    def step(carry, _):
+        params, state = carry
+        loss, grads = jax.value_and_grad(lambda x: jnp.sum(x**2))(params)
+        updates, state = tx.update(grads, state, params, value=loss)
+        return (optax.apply_updates(params, updates), state), loss
+
+    params = jnp.ones(3)
+    scan = jax.jit(lambda c: lax.scan(step, c, length=150))
+    (_, state), losses = scan((params, tx.init(params)))
+    assert losses[-1] < 1e-6 * losses[0]
+    assert jnp.max(losses) < 25 * losses[0]
+    assert optaxclip.metrics(state)["explosions/rollbacks"] == 1
+
+
 def test_a_second_cut_does_not_multiply_the_first_for_ever():
     """The scale ends near what is stable, a third of the step size, not at 1/4096."""
     _, metrics = explode(30.0)

@@ -111,7 +111,7 @@ ROWS: dict[str, Callable] = {
     "limits.quantile": clip(limits.quantile(), per=group),
     "limits.log_quantile": clip(limits.log_quantile()),
     "limits.drift": clip(limits.drift(1.5, window=4), per="leaf"),
-    "limits.initial": clip(limits.initial()),
+    "limits.above_lowest": clip(limits.above_lowest()),
     "zclip, limits.zscore": of(optaxclip.zclip, 1.0, warmup=2),
     "autoclip, limits.percentile": of(optaxclip.autoclip, per="leaf", window=4),
     "adagc, limits.ema": of(optaxclip.adagc, warmup=2),

@@ -112,18 +112,15 @@ def naive_drift(norms, totals, max_ratio=5, window=64, patience=3):
     return found
 
 
-def naive_initial(norms, totals, max_ratio=2, window=4, patience=3, horizon=512):
-    first, num_seen, num_above, found = [], 0, 0, []
-    for norm in norms:
-        is_known = 0 < num_seen < horizon
-        limit = max_ratio * np.mean(first) if is_known else math.inf
-        num_above = num_above + 1 if norm > limit else 0
-        found.append(limit if num_above >= patience else math.inf)
-        if len(first) < window:
-            first.append(norm)
-        num_seen += 1
-        if num_above >= window:
-            first, num_seen, num_above = [], 0, 0
+def naive_above_lowest(norms, totals, max_ratio=8, window=8):
+    mean, lowest, num_above, found = 0, math.inf, 0, []
+    for step, norm in enumerate(norms):
+        num_above = num_above + 1 if norm > max_ratio * lowest else 0
+        mean += (norm - mean) / min(step + 1, window)
+        is_lasting = num_above >= window
+        found.append(max_ratio * lowest if is_lasting else math.inf)
+        lowest = mean if is_lasting else min(lowest, mean)
+        num_above = 0 if is_lasting else num_above
     return found
 
 
@@ -144,7 +141,7 @@ CASES = {
     "quantile": case("quantile"),
     "log_quantile": case("log_quantile"),
     "drift": case("drift"),
-    "initial": case("initial"),
+    "above_lowest": case("above_lowest"),
     "minimum": (limits.minimum(limits.zscore(), 3.0), naive_minimum),
     "short zscore": case("zscore", max_zscore=4.0, decay=0.8, warmup=7),
     "short percentile": case("percentile", percent=62.5, window=9),
@@ -154,7 +151,7 @@ CASES = {
         "log_quantile", power=1.5, min_ratio=1.2, max_jump=2.0, window=11
     ),
     "short drift": case("drift", max_ratio=1.3, window=5, patience=2),
-    "short initial": case("initial", max_ratio=1.2, window=3, patience=2, horizon=40),
+    "short above_lowest": case("above_lowest", max_ratio=1.2, window=3),
     "short quantile": case("quantile", target=0.883, initial_norm=9.0, rate=0.5),
 }
 EACH_KIND = ["minimum", *(name for name in CASES if "short" in name)]
@@ -713,15 +710,15 @@ def test_drift_needs_patience():
     assert np.flatnonzero(is_above).tolist() == [105]
 
 
-def test_initial_needs_patience_and_follows_a_lasting_rise():
-    norms = np.asarray([1, 3, 3, 1, 2, 4] + [9] * 20, np.float32)
-    is_above = norms > run("initial", norms)[0]
-    # Twice the mean of the first four is 4: the third and fourth 9 are above it.
-    assert np.flatnonzero(is_above).tolist() == [8, 9]
+def test_above_lowest_notices_a_slow_rise_once():
+    norms = 1.02 ** np.concatenate([-np.arange(100), np.arange(-100, 60)])
+    norms = norms.astype(np.float32)
+    is_above = norms > run("above_lowest", norms)[0]
+    # The average turns at 1.02**-94.4, and 1.02**11 is eight times that, at step 211.
+    # Seven more are needed.
+    assert np.flatnonzero(is_above).tolist() == [218]
 
 
-def test_initial_says_nothing_after_its_horizon():
-    for num_before, is_limited in [(38, True), (39, False)]:
-        norms = np.asarray([1] * num_before + [9, 9], np.float32)
-        found, _ = run("short initial", norms)
-        assert np.isfinite(found[-1]) == is_limited
+def test_above_lowest_says_nothing_of_losses_that_were_negative():
+    losses = np.asarray([1.0, -0.1] + [1.0] * 10 + [100.0] * 20, np.float32)
+    assert np.isinf(run("above_lowest", losses)[0]).all()
