@@ -25,6 +25,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -55,6 +56,17 @@ ARMS: dict[str, Callable[[Any], Any]] = {
 }
 MAX_HARM = 1.1
 KINDS = *CAUSES, HEALTHY
+
+
+class Bare(NamedTuple):
+    """How a run ends without protection; `[seeds]` each."""
+
+    end: np.ndarray
+    start: np.ndarray
+    limit: np.ndarray
+    """The largest measure of a healthy end; +inf for healthy runs."""
+    is_counted: np.ndarray
+    """bool: explodes and ends unhealthy; of a healthy run, ends finite."""
 
 
 class Ends(NamedTuple):
@@ -109,14 +121,33 @@ def story(found: Trained, seed: int) -> str:
     )
 
 
-def judge(bare: Trained, found: Trained, limit: np.ndarray | None) -> Ends:
+def without_protection(name: str, seeds: int, cache: Path | None) -> Bare:
+    """Trains a run and, where it explodes, its references; or reads what they gave."""
+    file = cache and cache / f"{name}, {seeds}.npz"
+    if file and file.exists():
+        return Bare(**np.load(file))
+    run = zoo.run_of(name)
+    found = train(run, unprotected, seeds)
+    limit, is_counted = np.full(seeds, np.inf), np.isfinite(found.end)
+    if run.kind != HEALTHY:
+        best, start = reference(run, seeds)
+        limit = highest(best, start)
+        is_counted = (found.end > limit) & explodes(found) & (best < start)
+    bare = Bare(found.end, found.start, limit, is_counted)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(file, **bare._asdict())
+    return bare
+
+
+def judge(bare: Bare, found: Trained) -> Ends:
     """Compares the ends of a protected run with those of the bare one."""
     ratios = ratio(found.end, bare.end, bare.start)
-    worst = int(np.argmax(np.where(np.isfinite(found.end), found.end, np.inf)))
-    if limit is None:
-        worst = int(np.argmax(ratios))
+    is_healthy = np.isinf(bare.limit).all()
+    ends = np.where(np.isfinite(found.end), found.end, np.inf)
+    worst = int(np.argmax(ratios if is_healthy else ends))
     return Ends(
-        is_good=np.asarray(found.end <= (np.inf if limit is None else limit)),
+        is_good=np.asarray(found.end <= bare.limit),
         ratios=ratios,
         ratio=float(ratio(*(np.mean(x) for x in (found.end, bare.end, bare.start)))),
         slow=float(np.mean(found.scale < 0.5, axis=1).max()),
@@ -182,6 +213,7 @@ def main(
     runs: tuple[str, ...] = (),
     seeds: int = 4,
     optimized: bool = False,
+    cache: Path | None = None,
 ) -> None:
     """Prints how each run ends under each arm; what each arm saves, and what it harms.
 
@@ -190,6 +222,8 @@ def main(
         runs: Kinds, halves, or parts of names; by default all runs.
         seeds: How many of each run.
         optimized: Whether XLA is to optimize, which takes longer than these runs do.
+        cache: Folder to keep in, or read from, how runs end without protection: that
+            depends on the tasks alone, and takes most of the time.
     """
     jax.config.update("jax_disable_most_optimizations", not optimized)
     device, today = jax.devices()[0].platform, datetime.date.today()
@@ -202,21 +236,17 @@ def main(
             x in (run.kind, zoo.half_of(name)) or x in name for x in runs
         ):
             continue
-        bare, limit = train(run, unprotected, seeds), None
-        if run.kind != HEALTHY:
-            best, start = reference(run, seeds)
-            limit = highest(best, start)
-            is_counted = (bare.end > limit) & explodes(bare) & (best < start)
-        else:
-            is_counted = np.isfinite(bare.end)
+        bare = without_protection(name, seeds, cache)
         print(f"{name} ({run.kind}): {_numbers(bare.end)}", end="")
-        print("" if limit is None else f", healthy up to {_numbers(limit)}", flush=True)
-        if is_counted.any():
-            counted[name] = is_counted
+        is_healthy = run.kind == HEALTHY
+        print("" if is_healthy else f", healthy up to {_numbers(bare.limit)}")
+        if bare.is_counted.any():
+            counted[name] = bare.is_counted
         for arm in arms:
             found = train(run, ARMS[arm], seeds)
-            ends[arm][name] = judge(bare, found, limit)
-            print(f"    {arm}: {_numbers(found.end)} {ends[arm][name].story}")
+            ends[arm][name] = judge(bare, found)
+            said = f"    {arm}: {_numbers(found.end)} {ends[arm][name].story}"
+            print(said, flush=True)
     print(f"\nNot counted: {', '.join(set(ends[arms[0]]) - set(counted)) or 'none'}.")
     for arm in arms:
         print("\n".join(["", *summarize(arm, ends[arm], counted)]))
