@@ -26,10 +26,17 @@ costs little; a loss scale that starts 2**9 too high is not the parameters' faul
 RECURRENCE = 300
 """Steps after a rollback within which another one is for the same cause: three times
 the age of the oldest snapshot by default, so that the cause had time to return."""
-FIRST_CUT = 1 / 4
-"""To which the first rollback cuts the scale: it may have been the batches' fault."""
+EARLY = 64
+"""Steps before which a rollback cuts the scale in full: the run was never healthy with
+its steps. 64 is half of the rules' window."""
+FIRST_CUT = 1 / 16
+"""To which a later one cuts it: the steps were right for some time."""
 LATER_CUT = 1 / 8
-"""By which the third and further ones cut it: they are near what is stable."""
+"""By which a rollback cuts the scale that soon follows another: the scale that explodes
+again is near what is stable."""
+NUM_ACCEPTED = 16
+"""Quiet steps after a look at a snapshot that was no better, before the next look: as
+long as `limits.above_lowest` needs to follow a change of the data."""
 LEAST_SCALE = 2**-12
 
 
@@ -111,7 +118,9 @@ def decide(
 
     next_phase = jnp.where(is_look, phase + 1, phase)
     is_accepting = is_returned | (is_confirmed & is_suspect)
-    is_training = (is_confirmed & ~is_suspect) | ((phase == ACCEPTING) & is_quiet)
+    num_quiet = min(NUM_ACCEPTED, settings.snapshot_every)
+    is_settled = (phase == ACCEPTING) & (now["age"] >= num_quiet) & is_quiet
+    is_training = (is_confirmed & ~is_suspect) | is_settled
     for flag, value in [
         (is_started, FIRST_LOOK),
         (is_accepting, ACCEPTING),
@@ -133,7 +142,8 @@ def decide(
     is_cut = is_confirmed
     if not settings.has_snapshots:
         is_cut = now["in_a_row"] == settings.rollback_after
-    cooled = _cool(settings, cooling, strikes, is_cut, is_quiet)
+    is_early = now["steps"] < EARLY
+    cooled = _cool(settings, cooling, strikes, is_early, is_cut, is_quiet)
     return Decision(
         is_accepted=is_accepted,
         is_skipped=once(is_skipped),
@@ -165,15 +175,18 @@ def _least_evidence(seen, now, least, is_look):
     return jnp.where(is_look, least, jnp.where(is_known, found, jnp.inf))
 
 
-def _cool(settings, cooling, strikes, is_cut, is_quiet) -> Cooling:
+def _cool(settings, cooling, strikes, is_early, is_cut, is_quiet) -> Cooling:
     """The scale after a step; `strikes`: the rollbacks in succession, with this one."""
     if settings.cool_down is None:
         return cooling
     cut = jnp.asarray(settings.cool_down, jnp.float32)
     lower = cooling.scale * cut
     if settings.has_snapshots:
-        later = jnp.where(strikes == 2, cut, cooling.scale * LATER_CUT)
-        lower = jnp.where(strikes == 1, jnp.maximum(cut, FIRST_CUT), later)
+        # The snapshot was better, so the steps are too large, by an unknown factor.
+        is_full = is_early | (cooling.scale <= FIRST_CUT)
+        first = jnp.where(is_full, cut, jnp.maximum(cut, FIRST_CUT))
+        later = jnp.minimum(cut, cooling.scale * LATER_CUT)
+        lower = jnp.where(strikes == 1, first, later)
         lower = jnp.minimum(lower, cooling.scale)
     growth = jnp.clip(settings.recovery, 1, 1 / LEAST_SCALE)
     grown = jnp.minimum(cooling.scale * jnp.where(is_quiet, growth, 1), 1)

@@ -50,9 +50,11 @@ NORM_LIMIT = limits.log_quantile()
 SHARE_LIMIT = limits.drift()
 # A loss jumps less than a norm: with an early jump of 5 most runs of the zoo that
 # explode from their first steps are missed, with 2 twice as many early steps of healthy
-# ones are flagged. The second limit is for a loss that rises smoothly.
+# ones are flagged; a penalty that grows from zero jumps by any factor. The second limit
+# is for a loss that rises smoothly.
 LOSS_LIMIT = limits.minimum(
-    limits.log_quantile(2.4, min_ratio=1.7, early_jump=2.5), limits.above_lowest()
+    limits.log_quantile(2.4, min_ratio=1.7, early_jump=2.5, min_level=0.01),
+    limits.above_lowest(),
 )
 
 MIN_GROWTH = 20.0
@@ -132,7 +134,7 @@ def detect_explosions(
       share: Limit on the share of each leaf, within [0, 1], likewise. By default
         `limits.drift()`.
       loss: Limit on the loss, likewise; it may have either sign. By default the smaller
-        of `limits.log_quantile(2.4, min_ratio=1.7, early_jump=2.5)` and
+        of `limits.log_quantile(2.4, min_ratio=1.7, early_jump=2.5, min_level=0.01)` and
         `limits.above_lowest()`.
       max_gap: Explosions at most this many steps apart are told as one, at least 1.
       window: Number of steps that the record keeps, at least 64.

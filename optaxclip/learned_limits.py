@@ -432,6 +432,7 @@ def log_quantile(
     min_ratio: ArrayLike = 3.0,
     max_jump: ArrayLike = 5.0,
     early_jump: ArrayLike | None = None,
+    min_level: ArrayLike = 0.0,
     window: int = 128,
 ) -> Limit:
     """Limits a norm or a loss by the spread of the last ones above their median.
@@ -458,6 +459,8 @@ def log_quantile(
       max_jump: The largest limit in units of the largest recent norm, >= 1.
       early_jump: The limit in these units until half of the window is there, >= 1; by
         default `max_jump`.
+      min_level: A smaller norm counts as this until then, >= 0; for a loss that starts
+        at zero.
       window: Number of norms remembered, at least 4.
 
     Returns:
@@ -483,6 +486,7 @@ def log_quantile(
     check_number("max_jump", max_jump, lambda x: x >= 1, ">= 1")
     early_jump = max_jump if early_jump is None else early_jump
     check_number("early_jump", early_jump, lambda x: x >= 1, ">= 1")
+    check_number("min_level", min_level, lambda x: x >= 0, ">= 0")
     window = check_length("window", window, 4)
 
     def init(sizes):
@@ -491,8 +495,8 @@ def log_quantile(
 
     def update(norms, state, param_norms=None):
         del param_norms
-        exponent, least, jump, early = like(
-            norms, power, min_ratio, max_jump, early_jump
+        exponent, least, jump, early, level = like(
+            norms, power, min_ratio, max_jump, early_jump, min_level
         )
         num = windows.num_known(state.window)
         low, high, share = windows.percentiles_of(
@@ -504,7 +508,8 @@ def log_quantile(
         median, spread = logs[..., 1], logs[..., 2] - logs[..., 1]
         limits = jnp.exp(median + jnp.maximum(exponent * spread, jnp.log(least)))
         largest = windows.largest_of(state.window, window // 4)
-        first_limits = jnp.where(num > 0, early * largest, jnp.inf)
+        first_limits = early * jnp.maximum(largest, level)
+        first_limits = jnp.where(num > 0, first_limits, jnp.inf)
         has_half = num >= window // 2
         limits = jnp.minimum(limits, jump * largest)
         limits = jnp.where(has_half, limits, first_limits)
@@ -591,13 +596,16 @@ def drift(max_ratio: ArrayLike = 5.0, *, window: int = 64, patience: int = 3) ->
     return Limit(init, update)
 
 
-def above_lowest(max_ratio: ArrayLike = 8.0, *, window: int = 8) -> Limit:
+def above_lowest(
+    max_ratio: ArrayLike = 8.0, *, min_level: ArrayLike = 0.01, window: int = 8
+) -> Limit:
     """Limits norms that stay far above the lowest level so far.
 
-    `max_ratio` times the smallest moving average of the norms; +inf unless the last
-    `window - 1` norms were above that too. It is meant for the loss: what rises by a
-    little in each step exceeds no limit on its recent past, however far it rises. Once
-    a norm has been negative, ratios mean nothing, and there is no limit any more.
+    `max_ratio` times the smallest moving average of the norms, or `min_level` if that
+    is larger; +inf unless the last `window - 1` norms were above that too. It is meant
+    for the loss: what rises by a little in each step exceeds no limit on its recent
+    past, however far it rises. Once a norm has been negative, ratios mean nothing, and
+    there is no limit any more.
 
     After a lasting rise of any size, one norm in `window` is above the limit, and the
     level starts afresh.
@@ -606,6 +614,8 @@ def above_lowest(max_ratio: ArrayLike = 8.0, *, window: int = 8) -> Limit:
       max_ratio: The limit in units of the lowest level, > 1. Of 424 healthy runs of the
         zoo in `tests/benchmarks` the loss of 32 stays above 8 times, of 47 above 4
         times; the data change in 24 of these.
+      min_level: The smallest level, >= 0, in units of the loss. A penalty that starts
+        at zero grows by any factor.
       window: Number of norms that must be above in a row, and over which the average
         forgets, at least 2.
 
@@ -626,6 +636,7 @@ def above_lowest(max_ratio: ArrayLike = 8.0, *, window: int = 8) -> Limit:
       12.0
     """
     check_number("max_ratio", max_ratio, lambda x: x > 1, "> 1")
+    check_number("min_level", min_level, lambda x: x >= 0, ">= 0")
     window = check_length("window", window, 2)
 
     def init(sizes):
@@ -636,8 +647,9 @@ def above_lowest(max_ratio: ArrayLike = 8.0, *, window: int = 8) -> Limit:
     def update(norms, state, param_norms=None):
         del param_norms
         mean, lowest, num_seen, num_above = (state.memory[..., i] for i in range(4))
-        (ratio,) = like(norms, max_ratio)
-        limits = jnp.where(lowest > 0, ratio * lowest, jnp.inf)
+        ratio, least = like(norms, max_ratio, min_level)
+        limits = ratio * jnp.maximum(lowest, least)
+        limits = jnp.where(lowest > 0, limits, jnp.inf)
         num_above = jnp.where(norms > limits, num_above + 1, 0)
         is_lasting = num_above >= window
         limits = jnp.where(is_lasting, limits, jnp.inf)

@@ -271,10 +271,9 @@ def stabilize(
 
     `skip_explosions(optimizer, cool_down=1/64, recovery=1.002, rollback=True)`: skips
     steps whose norm, share of a leaf or loss is an outlier for the run; where that
-    persists and earlier parameters are better, returns to them with smaller steps, much
-    smaller ones if it soon happens again. Give the loss as `value=`, of either sign: it
-    is the best witness against the parameters, and what diverges slowly shows nowhere
-    else.
+    persists and earlier parameters are better, returns to them with smaller steps. Give
+    the loss as `value=`, of either sign: it is the best witness against the parameters,
+    and what diverges slowly shows nowhere else.
 
     Args:
       optimizer: The optimizer; it gets all extra arguments.

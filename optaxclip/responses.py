@@ -105,10 +105,11 @@ def skip_explosions(
     `snapshot - params`, twice, so that rounding does not matter. That takes the memory
     of two copies of both, and on healthy steps one read of one copy of the parameters.
 
-    To cool down: a rollback reduces the updates to 1/4, one that follows another within
-    300 steps to `cool_down`, a further one by 1/8, down to 1/4096. Each quiet step
-    multiplies that factor by `recovery`, up to 1. Without rollback, the
-    `rollback_after`-th explosion in a row multiplies it by `cool_down`.
+    To cool down: a rollback within the first 64 steps reduces the updates to
+    `cool_down`, a later one to 1/16 at most, since the steps were right for some time;
+    one that follows another within 300 steps by 1/8, to `cool_down` or less, down to
+    1/4096. Each quiet step multiplies that factor by `recovery`, up to 1. Without
+    rollback, the `rollback_after`-th explosion in a row multiplies it by `cool_down`.
 
     Args:
       inner: The optimizer; it gets all extra arguments.

@@ -130,6 +130,13 @@ def test_a_loss_that_grows_as_values_are_learned(growth):
     assert metrics["explosions/scale"] == 1
 
 
+def test_a_loss_that_starts_at_zero():
+    """As a penalty, or the loss of a policy that has not moved yet."""
+    losses = 0.02 * (1 - np.exp(-((np.arange(600) / 100) ** 2))) + 1e-8
+    _, metrics, _ = watch(STABILIZE, noise(600, seed=1), losses)
+    assert not num_flagged(metrics)
+
+
 def test_a_loss_alone_that_is_not_finite():
     """Float16 overflows in it, while the gradients are finite: the steps are taken."""
     params, metrics, history = watch(STABILIZE, np.ones(200), np.full(200, np.inf))
@@ -236,7 +243,7 @@ def test_a_divergence_too_slow_for_any_limit_on_the_recent_past():
     params = jnp.ones(3)
     scan = jax.jit(lambda c: lax.scan(step, c, length=150))
     (_, state), losses = scan((params, tx.init(params)))
-    assert losses[-1] < 1e-6 * losses[0]
+    assert losses[-1] < 0.01 * losses[0]
     assert jnp.max(losses) < 25 * losses[0]
     assert optaxclip.metrics(state)["explosions/rollbacks"] == 1
 

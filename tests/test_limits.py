@@ -112,13 +112,14 @@ def naive_drift(norms, totals, max_ratio=5, window=64, patience=3):
     return found
 
 
-def naive_above_lowest(norms, totals, max_ratio=8, window=8):
+def naive_above_lowest(norms, totals, max_ratio=8, min_level=0.01, window=8):
     mean, lowest, num_above, found = 0, math.inf, 0, []
     for step, norm in enumerate(norms):
-        num_above = num_above + 1 if norm > max_ratio * lowest else 0
+        limit = max_ratio * max(lowest, min_level)
+        num_above = num_above + 1 if norm > limit else 0
         mean += (norm - mean) / min(step + 1, window)
         is_lasting = num_above >= window
-        found.append(max_ratio * lowest if is_lasting else math.inf)
+        found.append(limit if is_lasting else math.inf)
         lowest = mean if is_lasting else min(lowest, mean)
         num_above = 0 if is_lasting else num_above
     return found
@@ -717,6 +718,13 @@ def test_above_lowest_notices_a_slow_rise_once():
     # The average turns at 1.02**-94.4, and 1.02**11 is eight times that, at step 211.
     # Seven more are needed.
     assert np.flatnonzero(is_above).tolist() == [218]
+
+
+def test_above_lowest_says_nothing_of_a_penalty_that_starts_at_zero():
+    losses = np.float32(1e-6 * 1.1 ** np.arange(116))  # up to 0.06
+    assert np.isinf(run("above_lowest", losses)[0]).all()
+    found = run("above_lowest", 10 * losses)[0]  # up to 0.6, the lowest under 0.01
+    assert found[np.isfinite(found)] == pytest.approx(0.08)
 
 
 def test_above_lowest_says_nothing_of_losses_that_were_negative():
