@@ -149,7 +149,7 @@ def measure(tree: Any, scopes: Scopes, ord: float) -> tuple[Any, Any]:
     largest float, where `norm` saturates.
     """
     leaves = zip(jax.tree.leaves(tree), scopes.leaves, strict=True)
-    gradients = [jnp.asarray(x) for x, leaf in leaves if leaf.is_gradient]
+    gradients = [_as_array(x) for x, leaf in leaves if leaf.is_gradient]
     return _measure(gradients, scopes=scopes, ord=float(ord))
 
 
@@ -163,7 +163,7 @@ def measure_leaves(tree: Any, scopes: Scopes) -> tuple[jax.Array, jax.Array]:
     """
     leaves = zip(jax.tree.leaves(tree), scopes.leaves, strict=True)
     gradients = [
-        lax.stop_gradient(jnp.asarray(x)) for x, leaf in leaves if leaf.is_gradient
+        lax.stop_gradient(_as_array(x)) for x, leaf in leaves if leaf.is_gradient
     ]
     return _measure_leaves(gradients, scopes=scopes)
 
@@ -476,6 +476,12 @@ def _spread(values: Any, scopes: Scopes) -> list:
     """The values of each scope, for each gradient."""
     spread = zip(scopes.spread(values), scopes.leaves, strict=True)
     return [value for value, leaf in spread if leaf.is_gradient]
+
+
+def _as_array(x: Any) -> jax.Array:
+    """The array; zeros for one of which only shape and dtype are given."""
+    is_abstract = isinstance(x, jax.ShapeDtypeStruct)
+    return jnp.zeros_like(x) if is_abstract else jnp.asarray(x)
 
 
 def _power(x: jax.Array, ord: float) -> jax.Array:

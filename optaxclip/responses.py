@@ -173,7 +173,7 @@ def skip_explosions(
         if rollback:
             # Two copies: a buffer that appears twice cannot be donated.
             older, newer = (
-                jax.tree.map(jnp.copy, (params, inner_state)) for _ in range(2)
+                jax.tree.map(_copied, (params, inner_state)) for _ in range(2)
             )
             snapshots = Snapshots(older, newer)
         return {
@@ -246,6 +246,11 @@ def skip_explosions(
         return updates, {label: state}
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _copied(x):
+    """A new array; zeros for one of which only shape and dtype are given."""
+    return jnp.zeros_like(x) if isinstance(x, jax.ShapeDtypeStruct) else jnp.copy(x)
 
 
 def _moved(

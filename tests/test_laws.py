@@ -172,6 +172,19 @@ def test_jit_equals_eager_and_traces_once(transformation):
     assert_close_states(found_state, expected_state)
 
 
+def test_init_takes_shapes_for_parameters():
+    params = updates_at(0)
+    shapes = jax.eval_shape(lambda: params)
+    for name, make in REGISTRY.items():
+        init = make().init
+        expected = jax.eval_shape(init, params)
+        assert_same_type(jax.eval_shape(init, shapes), expected)
+        if name not in SLOW:  # also outside of any tracing, where arrays are made
+            found = init(shapes)
+            assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(found)), name
+            assert_same_type(found, expected)
+
+
 def test_scan_and_cond(transformation):
     params = updates_at(0)
 
