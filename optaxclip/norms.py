@@ -94,9 +94,9 @@ def unit_norms(
       >>> print(unit_norms({"kernel": jnp.array([[3.0, 1.0], [4.0, 0.0]])})["kernel"])
       [5. 1.]
     """
-    return jax.tree.unflatten(
-        jax.tree.structure(tree), _norms(tree, "unit", ord, specs, stacked)
-    )
+    norms = _norms(tree, "unit", ord, specs, stacked)
+    structure = jax.tree.structure(tree)
+    return jax.tree.unflatten(structure, norms if structure.num_leaves else ())
 
 
 def group_norms(

@@ -245,7 +245,9 @@ def find_scopes(
         mesh_axes = _manual_axes([e for i, e in enumerate(entries) if i not in kept])
         leaves.append(Leaf(shape, kept, is_gradient(leaf), mesh_axes, kept_mesh_axes))
     if isinstance(per, str):
-        return Scopes(per, tuple(leaves))
+        # Without leaves one number stands for a tuple of arrays of any length, so that
+        # the state fits every other in `optax.tree_map_params`.
+        return Scopes(per if leaves else "tree", tuple(leaves))
     groups: dict[str, list[int]] = {
         group: [] for group in group_names(tree, per, stacked=stacked)
     }
@@ -261,6 +263,23 @@ class LeafLayout(NamedTuple):
     """One () for each layer of a stacked leaf, none for any other."""
 
 
+class _AnyTree(tuple):
+    """A nested tuple that equals every other.
+
+    In the layout of a tree without leaves, such as the stand-in for all parameters that
+    `optax.tree_map_params` gives to `init`: the state fits every other.
+    """
+
+    def __eq__(self, other):
+        return True
+
+    def __ne__(self, other):
+        return False
+
+    def __hash__(self):
+        return 0
+
+
 class PerTree(NamedTuple):
     """Layout of one norm over all leaves."""
 
@@ -269,6 +288,9 @@ class PerGroup(NamedTuple):
     """Layout of one norm a group."""
 
 
+# To JAX a layout is one static node: with the children of the parameters as its own,
+# the state of other parameters would be of another structure.
+@jax.tree_util.register_static
 class PerLeaf(NamedTuple):
     """Layout of one norm a leaf."""
 
@@ -277,6 +299,7 @@ class PerLeaf(NamedTuple):
     where one hides others; () if no leaf is stacked and none is hidden."""
 
 
+@jax.tree_util.register_static
 class PerUnit(NamedTuple):
     """Layout of one array of norms a leaf."""
 
@@ -315,6 +338,8 @@ def layout_of(tree: Any, per: Per, stacked: Stacked | None) -> Layout:
         return tuple(map(nested, structure.children()))
 
     layout = PerLeaf if per == "leaf" else PerUnit
+    if not leaves:
+        return layout(_AnyTree())
     return layout(() if is_plain else nested(structure))
 
 

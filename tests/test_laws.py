@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 import optaxclip
 from optaxclip import limits
@@ -183,6 +184,40 @@ def test_init_takes_shapes_for_parameters():
             found = init(shapes)
             assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(found)), name
             assert_same_type(found, expected)
+
+
+@pytest.mark.parametrize("wrapper", ["none", "masked", "partition"])
+def test_optax_maps_over_the_parameters_in_the_state(wrapper):
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    specs = {"w": PartitionSpec("x"), "b": PartitionSpec()}
+    labels = {"w": "clipped", "b": "plain"}
+    wrap: Any = {
+        "none": lambda tx: tx,
+        "masked": lambda tx: optax.masked(tx, {"w": True, "b": False}),
+        "partition": lambda tx: optax.partition(
+            {"clipped": tx, "plain": optax.sgd(1.0)}, labels
+        ),
+    }[wrapper]
+    for name, make in REGISTRY.items():
+        tx = wrap(optax.chain(make(), optax.trace(0.9)))
+        state = jax.eval_shape(tx.init, params)
+        found = optax.tree_map_params(tx, lambda x: x.update(dtype=jnp.int8), state)
+        num_changed = jax.tree.map(lambda x, y: x.dtype != y.dtype, found, state)
+        # The trace, and in "stabilize" the snapshots.
+        num_copies = 3 if name == "stabilize" else 1
+        num_leaves = 2 if wrapper == "none" else 1
+        assert sum(jax.tree.leaves(num_changed)) == num_copies * num_leaves, name
+        shardings = optax.tree_map_params(
+            tx,
+            lambda _, spec: spec,
+            state,
+            specs,
+            transform_non_params=lambda _: PartitionSpec(),
+            is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+        )
+        # Of norms per unit the tuple of a field has one spec: a prefix of the state.
+        shardings = jax.tree.leaves(jax.tree.broadcast(shardings, state))
+        assert shardings.count(PartitionSpec("x")) == num_copies, name
 
 
 def test_scan_and_cond(transformation):
