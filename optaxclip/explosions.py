@@ -89,8 +89,8 @@ class DetectExplosionsState(NamedTuple):
     its index (-1 for none); the leaf that led (the first that was not finite, or else
     the one that had grown most since every eighth of the 64 steps before; -1 if none
     had); as bits, which of the four rules fired; and, as the bits of a float32, the
-    norm, the share of the leaf that led, the loss (NaN where not given), and the limits
-    of these (+inf for none)."""
+    norm, the share of the leaf that led, the loss (`NO_LOSS` where not given), and the
+    limits of these (+inf for none)."""
     rule_states: tuple[Any, Any, Any]
     """States of the limits on norm, share and loss."""
     record: RecordState

@@ -35,7 +35,7 @@ class PercentileState(NamedTuple):
     window: jax.Array
     """`[..., 2, 1 + window]`: the last norms as they came, and the same ascending; +inf
     where there is none yet. Before the first stands their number, before the others
-    -inf."""
+    0."""
 
 
 class EmaState(NamedTuple):

@@ -18,7 +18,7 @@ from optaxclip.explosions import (
     read_step,
 )
 from optaxclip.norms import divided, measure_leaves, shares_of, total_of
-from optaxclip.recording import RecordState, rows_of
+from optaxclip.recording import NO_LOSS, RecordState, rows_of
 from optaxclip.responses import SkipExplosionsState
 from optaxclip.scopes import (
     Layout,
@@ -82,7 +82,7 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     | `gradients/share/<scope>` | its share of the sum of the squares |
     | `gradients/vanished/<scope>` | 1 if at most 1e-6 of all in the whole window |
     | `gradients/ratio`, `gradients/ratio/<leaf>` | the norm / that of the parameters |
-    | `gradients/loss` | the loss; NaN if it was not given |
+    | `gradients/loss` | the loss; +inf if it was not given |
     | `gradients/largest` | the largest finite norm of all updates so far |
     | `gradients/nonfinite` | the number of steps so far that were not finite |
 
@@ -222,7 +222,7 @@ def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> 
     columns, norms = rows_of(state, step)
     return History(
         step=step,
-        loss=columns["loss"],
+        loss=np.where(columns["loss"] == NO_LOSS, np.float32(np.nan), columns["loss"]),
         loss_limit=columns["loss_limit"],
         norm=np.asarray(_totals(norms)),
         limit=columns["limit"],
@@ -285,7 +285,7 @@ def _record_metrics(label: str, state: RecordState, params: Any):
     last, norms = rows_of(state, state.counts[0] - 1)
     result = {
         "norm": total_of(norms),
-        "loss": last["loss"],
+        "loss": jnp.where(last["loss"] == NO_LOSS, jnp.inf, last["loss"]),
         "largest": last["largest"],
         "nonfinite": state.counts[1],
     }

@@ -23,10 +23,15 @@ from optaxclip.scopes import (
 WINDOW = 256
 """Number of steps that a recorder keeps."""
 COLUMNS = ("loss", "loss_limit", "limit", "largest", "fired", "leaf")
-"""What a recorder keeps of a step besides the norms: the loss, NaN where not given; the
-limits of the loss and of the norm of all updates, +inf for none; the largest finite
-norm of all updates so far; as the bits of a whole number, which of the rules (not
-finite, norm, share, loss) fired; and the leaf that led, -1 for none and in `record`."""
+"""What a recorder keeps of a step besides the norms: the loss, `NO_LOSS` where not
+given; the limits of the loss and of the norm of all updates, +inf for none; the largest
+finite norm of all updates so far; as the bits of a whole number, which of the rules
+(not finite, norm, share, loss) fired; and the leaf that led, -1 for none and in
+`record`."""
+
+NO_LOSS = -(2.0**96)
+"""Stands for a loss that was not given. Not NaN, which `jax_debug_nans` refuses; and a
+sum of 2**30 of them is still finite."""
 
 
 class RecordState(NamedTuple):
@@ -197,9 +202,9 @@ def rows_of(state: RecordState, steps: Any) -> tuple[dict[str, Any], Any]:
 
 
 def loss_of(value: Any, dtype: Any) -> jax.Array:
-    """The loss that a training loop gives, NaN for none; the error of one with axes."""
+    """The loss that a training loop gives, or `NO_LOSS`; the error of one with axes."""
     if value is None:
-        return jnp.full([], jnp.nan, dtype)
+        return jnp.full([], NO_LOSS, dtype)
     value = jnp.asarray(value)
     if value.ndim:
         raise ValueError(

@@ -333,7 +333,7 @@ def layout_of(tree: Any, per: Per, stacked: Stacked | None) -> Layout:
     remaining = iter(leaves)
 
     def nested(structure):
-        if jax.tree_util.treedef_is_leaf(structure):
+        if jax.tree_util.treedef_is_leaf(structure) and structure.num_leaves:  # no None
             return next(remaining)
         return tuple(map(nested, structure.children()))
 

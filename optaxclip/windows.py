@@ -18,12 +18,12 @@ def push(window: jax.Array, values: jax.Array) -> jax.Array:
 def empty_ordered_window(like: jax.Array, size: int) -> jax.Array:
     """Windows `[..., 2, 1 + size]`: the values as they came, and the same ascending.
 
-    Before the first stands their number, before the others -inf. One array, since every
+    Before the first stands their number, before the others 0. One array, since every
     array of a state costs a small step some microseconds.
     """
     window = jnp.full((*like.shape, 2, 1 + size), jnp.inf, like.dtype)
-    rows, columns = _rows_and_columns(window)
-    return jnp.where(columns > 0, window, jnp.where(rows == 0, 0, -jnp.inf))
+    _, columns = _rows_and_columns(window)
+    return jnp.where(columns > 0, window, 0)
 
 
 def push_in_order(window: jax.Array, values: jax.Array) -> jax.Array:
@@ -36,13 +36,17 @@ def push_in_order(window: jax.Array, values: jax.Array) -> jax.Array:
     """
     size = window.shape[-1] - 1
     oldest, new = window[..., :1, 1:2], values[..., None, None]
-    left, right = _shifted(window, -1, jnp.inf), _shifted(window, 1, -jnp.inf)
+    left, right = _shifted(window, -1, jnp.inf), _shifted(window, 1, 0)
     rows, columns = _rows_and_columns(window)
     recent = jnp.where(columns == size, new, left)
     recent = jnp.where(columns == 0, jnp.minimum(window + 1, size), recent)
     without = jnp.where(window < oldest, window, left)
+    # To the left of the first stands no value: as if it were -inf, which is not kept,
+    # since the sum of an array with +inf and -inf is NaN.
+    right = jnp.where(columns == 1, -jnp.inf, right)
     right_of_without = jnp.where(right < oldest, right, window)
     ordered = jnp.maximum(right_of_without, jnp.minimum(new, without))
+    ordered = jnp.where(columns == 0, 0, ordered)
     return jnp.where(rows == 0, recent, ordered)
 
 

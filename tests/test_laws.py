@@ -1,5 +1,6 @@
 """The laws of every public transformation, over a registry that grows with them."""
 
+import functools
 import inspect
 import pathlib
 import re
@@ -92,6 +93,12 @@ def name(request):
 @pytest.fixture
 def transformation(name):
     return REGISTRY[name]()
+
+
+@functools.cache
+def compiled(name: str) -> Any:
+    """The update under `jit`, compiled once for all laws that use it."""
+    return jax.jit(REGISTRY[name]().update)
 
 
 @pytest.fixture(autouse=True)
@@ -220,7 +227,7 @@ def test_optax_maps_over_the_parameters_in_the_state(wrapper):
         assert shardings.count(PartitionSpec("x")) == num_copies, name
 
 
-def test_scan_and_cond(transformation):
+def test_scan_and_cond(name, transformation):
     params = updates_at(0)
 
     def body(state, step):
@@ -235,26 +242,26 @@ def test_scan_and_cond(transformation):
 
     state = transformation.init(updates_at(0))
     state, found = jax.jit(lambda s: jax.lax.scan(body, s, jnp.arange(7)))(state)
-    outputs, expected_state = run(transformation, update=jax.jit(transformation.update))
+    outputs, expected_state = run(transformation, update=compiled(name))
     assert_close_states(state, expected_state)
     expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
     chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
-def test_state_can_be_donated(transformation):
+def test_state_can_be_donated(name, transformation):
     update = jax.jit(transformation.update, donate_argnums=(1,))
     _, state = run(transformation, update=update)
-    _, expected = run(transformation, update=jax.jit(transformation.update))
+    _, expected = run(transformation, update=compiled(name))
     assert_close_states(state, expected)
 
 
-def test_vmap_equals_a_loop_over_the_runs(transformation):
+def test_vmap_equals_a_loop_over_the_runs(name, transformation):
     runs = [updates_at(step) for step in range(7)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)
     state = transformation.init(updates_at(0))
     update = jax.vmap(transformation.update, in_axes=(0, None, None))
     found, found_state = jax.jit(update)(stacked, state, updates_at(0))
-    single = jax.jit(transformation.update)
+    single = compiled(name)
     for i, updates in enumerate(runs):
         expected, expected_state = single(updates, state, updates_at(0))
         chex.assert_trees_all_close(
@@ -263,6 +270,33 @@ def test_vmap_equals_a_loop_over_the_runs(transformation):
         assert_close_states(
             jax.tree.map(lambda x, i=i: x[i], found_state), expected_state
         )
+
+
+HEALTHY_STEPS = 0, 1, 2, 4, 5  # of `updates_at`, of any size and zero
+
+
+def test_what_comes_of_healthy_steps_has_a_sum(name, transformation):
+    # +inf may stand for no limit; NaN or -inf beside it stand for nothing.
+    params, state = updates_at(0), transformation.init(updates_at(0))
+    updates = params
+    for step in (None, *HEALTHY_STEPS * 2):
+        if step is not None:
+            updates, state = compiled(name)(updates_at(step), state, params)
+        floats = [
+            np.asarray(x, np.float32)
+            for x in jax.tree.leaves((updates, state))
+            if jnp.issubdtype(x.dtype, jnp.floating)
+        ]
+        assert not np.isnan(sum(map(np.sum, floats))), step
+
+
+@pytest.mark.parametrize("name", names(set(REGISTRY) - {"clip_by_norm", "record"}))
+def test_no_operation_of_a_healthy_step_makes_a_nan(transformation):
+    params, state = updates_at(0), transformation.init(updates_at(0))
+    steps = [updates_at(step) for step in HEALTHY_STEPS]
+    with jax.debug_nans(True):
+        for updates in steps:
+            _, state = transformation.update(updates, state, params)
 
 
 def test_lowers_for_cpu_gpu_and_tpu(transformation):

@@ -504,3 +504,10 @@ def test_tensorboard_takes_the_metrics_as_they_are(scope, tmp_path):
         (event,) = events.Scalars(name)
         assert event.step == STEPS
         np.testing.assert_allclose(event.value, found[name], rtol=1e-6)
+
+
+def test_layers_are_named_beside_a_leaf_that_is_none():
+    params = {"a": None, "w": jnp.ones((2, 3)), "x": {"none": None, "b": jnp.ones(3)}}
+    tx = optaxclip.clip_by_norm(1.0, per="leaf", stacked=lambda name: name == "w")
+    names = {f"clip/norm/{name}" for name in ("w[0]", "w[1]", "x/b")}
+    assert names <= set(optaxclip.metrics(tx.init(params), params))
