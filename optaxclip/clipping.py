@@ -116,7 +116,7 @@ def clip_by_value(
 
     def refuse_complex(tree):
         for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
-            if jnp.iscomplexobj(leaf):
+            if is_gradient(leaf) and jnp.iscomplexobj(leaf):
                 raise ValueError(f"clip_by_value cannot order complex values: {name!r}")
 
     def init(params):
@@ -292,10 +292,16 @@ def clip_by_norm(
 
 
 def _fits(norm, excess, limit):
-    """Whether the true norm is finite and at most its limit."""
+    """Whether the true norm is finite and at most its limit.
+
+    But for four roundings, so that what comes out of a clip fits: in the result itself,
+    such room would show.
+    """
     limit = limit.astype(norm.dtype)
     is_beyond = (excess > 1) & (limit < jnp.inf)
-    return jnp.isfinite(norm) & (norm <= limit) & ~is_beyond
+    room = limit * (1 + 4 * jnp.finfo(norm.dtype).eps)
+    is_low = norm <= jnp.maximum(limit, room)  # the product may be flushed to 0
+    return jnp.isfinite(norm) & is_low & ~is_beyond
 
 
 # Both factors end in a division of scalars, which XLA computes once; a `where` at the
@@ -312,8 +318,7 @@ def _power_of_two(norm, limit):
 def _factor(norm, excess, limit, fits, pre):
     """The second factor: limit / norm, 1 if it fits, 0 if one of the two is bad."""
     is_bad = ~jnp.isfinite(norm) | ~(limit > 0)
-    # A few roundings smaller, so that the result never exceeds its limit.
-    limit = limit.astype(norm.dtype) * (1 - 4 * jnp.finfo(norm.dtype).eps) / excess
+    limit = limit.astype(norm.dtype) / excess
     dividend = where(fits, 1, where(is_bad, 0, limit))
     return dividend / where(fits | is_bad, 1, norm * pre)
 

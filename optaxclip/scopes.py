@@ -1,6 +1,7 @@
 """Which elements one norm is taken over, and what that scope is called."""
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -345,7 +346,10 @@ def layout_of(tree: Any, per: Per, stacked: Stacked | None) -> Layout:
 
 def is_gradient(leaf: Any) -> bool:
     """Whether a leaf is measured and clipped; all others pass through untouched."""
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    if isinstance(leaf, numbers.Number):
+        dtype = jnp.result_type(leaf)
+    else:  # a function, or another leaf that is no array, has none
+        dtype = getattr(leaf, "dtype", bool)
     return jnp.issubdtype(dtype, jnp.inexact) and math.prod(np.shape(leaf)) > 0
 
 

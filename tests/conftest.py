@@ -16,8 +16,10 @@ def strict():
 
 @pytest.fixture
 def x64():
-    with jax.enable_x64(True):
-        yield
+    before = jax.config.read("jax_enable_x64")  # as a context its name differs
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
 
 
 @pytest.fixture(scope="module")

@@ -226,6 +226,18 @@ def test_a_thousand_bfloat16_leaves():
     np.testing.assert_allclose(state.norm, math.sqrt(64_000), rtol=1e-6)
 
 
+def test_python_numbers_are_clipped_and_functions_pass():
+    grads = {"w": 3.0, "b": np.float64(4.0), "f": math.sqrt}
+    for clip, expected in (
+        (clip_by_norm(2.5), (1.5, 2.0)),
+        (clip_by_norm(3.5, "leaf"), (3.0, 3.5)),
+        (clip_by_value(3.5), (3.0, 3.5)),
+    ):
+        updates, _ = clip.update(grads, clip.init(grads))
+        np.testing.assert_allclose((updates["w"], updates["b"]), expected, rtol=1e-6)
+        assert updates["f"] is math.sqrt
+
+
 def test_float16_below_its_limit_is_untouched():
     leaves = [jnp.asarray([300, 400], jnp.float16)]
     updates, state = run(clip_by_norm(1000.0), leaves)
@@ -247,7 +259,21 @@ def test_a_second_clip_changes_nothing():
         once, _ = run(clip_by_norm(1.0), leaves)
         twice, state = run(clip_by_norm(1.0), once)
         chex.assert_trees_all_equal(once, twice)
-        assert state.norm <= 1
+        assert state.num_clipped == 0
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.375])
+def test_a_clip_is_within_two_units_in_the_last_place(limit):
+    update = update_with_limit("tree", jit=True)
+    worst = 0.0
+    for seed in range(40):
+        leaves = random_leaves(jnp.float32, 10.0, seed)
+        found, _ = update(leaves, limit)
+        for x, exact in zip(found, reference.clip(leaves, limit), strict=True):
+            unit = np.spacing(abs(exact).astype(np.float32))
+            worst = max(worst, np.max(abs(reference.wide(x) - exact) / unit))
+        assert scope_norms(found, "tree")[0] <= limit * (1 + 1e-6)
+    assert worst <= 2
 
 
 def test_negative_zero_and_tiny_elements_beside_large_ones():

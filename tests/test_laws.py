@@ -272,6 +272,23 @@ def test_vmap_equals_a_loop_over_the_runs(name, transformation):
         )
 
 
+@pytest.mark.parametrize("other", [3, jax.nn.relu, "a name"])
+def test_leaves_may_be_numbers_and_what_is_no_array(other):
+    tree = {"w": np.ones((2, 3)), "b": 4.0, "c": np.float64(-3.0), "other": other}
+    for name in set(REGISTRY) - SKIPS:
+        tx = REGISTRY[name]()
+
+        def step(tx=tx):
+            state = tx.init(tree)
+            updates, new_state = tx.update(tree, state, tree)
+            assert updates["other"] is other
+            return {**updates, "other": None}, state, new_state
+
+        updates, state, new_state = jax.eval_shape(step)
+        assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(updates)), name
+        assert_same_type(new_state, state)
+
+
 HEALTHY_STEPS = 0, 1, 2, 4, 5  # of `updates_at`, of any size and zero
 
 
@@ -297,6 +314,26 @@ def test_no_operation_of_a_healthy_step_makes_a_nan(transformation):
     with jax.debug_nans(True):
         for updates in steps:
             _, state = transformation.update(updates, state, params)
+
+
+@pytest.mark.parametrize("name", names(set(REGISTRY) - {"adagc"}))
+def test_a_step_passes_the_checks_of_jax(transformation):
+    updates = updates_at(0)
+    state = jax.eval_shape(transformation.init, updates)
+    with jax.enable_checks(True):
+        jax.eval_shape(transformation.update, updates, state, updates)
+
+
+@pytest.mark.parametrize("name", names(set(REGISTRY) - {"clip_by_value schedule"}))
+def test_a_step_with_jit_disabled_is_that_under_jit(name, transformation):
+    params, state = updates_at(0), transformation.init(updates_at(0))
+    for step in (1, 3):
+        with jax.disable_jit():
+            found = transformation.update(updates_at(step), state, params)
+        expected = compiled(name)(updates_at(step), state, params)
+        chex.assert_trees_all_close(found[0], expected[0], rtol=1e-6)
+        assert_close_states(found[1], expected[1])
+        assert_same_type(found, expected)
 
 
 def test_lowers_for_cpu_gpu_and_tpu(transformation):
