@@ -232,7 +232,8 @@ def fitted_growth(record: RecordState) -> jax.Array:
     is_known = (norms > 0) & (norms < jnp.inf)  # 0 in rows without a step yet
     logs = jnp.log(jnp.where(is_known, norms, 1))
     times = jnp.arange(norms.size, dtype=norms.dtype)
-    center = jnp.sum(times, where=is_known) / jnp.maximum(jnp.sum(is_known), 1)
+    num_known = jnp.maximum(jnp.sum(is_known), 1).astype(norms.dtype)
+    center = jnp.sum(times, where=is_known) / num_known
     distances = jnp.where(is_known, times - center, 0)
     squares = jnp.sum(jnp.square(distances))
     return jnp.exp(jnp.sum(distances * logs) / jnp.where(squares > 0, squares, 1))

@@ -1,11 +1,15 @@
 """What happened: reads the states of optaxclip's transformations."""
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
+from jax.core import Tracer
 
 from optaxclip.clipping import ClipByNormState
 from optaxclip.explosions import (
@@ -35,6 +39,12 @@ VANISHED = 1e-6
 
 STATES = ClipByNormState, RecordState, DetectExplosionsState, SkipExplosionsState
 """The kinds of states that can be read."""
+EMPTY = {"layout", "limit_state", "snapshots"}
+"""Their fields that may hold no arrays, which some checkpoints leave out."""
+
+NUM_SPLIT = 8
+"""So many numbers at a time are taken out of an array: XLA compiles a kernel for each,
+and a thousand of them for a minute."""
 
 
 def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
@@ -89,18 +99,23 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     `gradients/share` is the largest of them, `gradients/vanished` their number. Ratios
     are known per leaf, where `params` holds the parameters; +inf for one that is zero.
 
+    Outside `jit` it compiles one program for each structure of states and parameters.
+
     Args:
       opt_state: Any tree: the state of a chain, of `optax.masked`, `partition`,
         `MultiSteps` or `inject_hyperparams`; a Flax `TrainState` or `nnx.Optimizer`.
-      params: The parameters, or any tree of their structure: names the leaves; without
-        it they are numbered. Ratios read them once.
+        May hold several runs, as `jax.vmap` stacks them.
+      params: The parameters, a `TrainState`, or any tree of their structure: names the
+        leaves; without it they are numbered. Ratios read them once, and of several runs
+        need those of each, stacked alike.
 
     Returns:
-      `{name: scalar}`, inside or outside `jit`; empty if there is nothing to report.
+      `{name: scalar}`, inside or outside `jit`; of several runs `{name: [runs]}`; empty
+      if there is nothing to report.
 
     Raises:
-      ValueError: If two transformations have the same label, or if `params` does not
-        fit the state.
+      ValueError: If two transformations have the same label, if `params` does not fit
+        the state, or if a checkpoint without a template has made a state a dictionary.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxclip
@@ -110,15 +125,25 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
       >>> print(metrics(opt_state)["clip/norm"], metrics(opt_state)["clip/fraction"])
       5.0 1.0
     """
-    result: dict[str, jax.Array] = {}
-    for label, state in find_states(opt_state).items():
-        if isinstance(state, ClipByNormState):
-            result |= _clip_metrics(label, state, params)
-            continue
-        result |= _record_metrics(label, record_of(state), params)
-        if not isinstance(state, RecordState):
-            result |= _explosion_metrics(label, state)
-    return result
+    states = {
+        label: _without_optimizer(x) for label, x in find_states(opt_state).items()
+    }
+    leaves, structure = jax.tree.flatten(params_of(params))
+    structure = None if params is None else structure
+    if not all(isinstance(x, jax.Array | np.ndarray) for x in leaves):
+        leaves = []
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((states, leaves))):
+        return {
+            name: value
+            for names, values in _columns(states, leaves, structure)
+            for name, value in zip(names, jnp.unstack(values, axis=-1), strict=True)
+        }
+    packed = _pack(states, leaves, structure=structure)
+    values = [
+        [x for i in range(block.shape[-2]) for x in _split(block, i)]
+        for block in packed.blocks
+    ]
+    return {name: values[block][place] for name, block, place in packed.places}
 
 
 class History(NamedTuple):
@@ -149,11 +174,8 @@ class History(NamedTuple):
     @property
     def began(self) -> int | None:
         """The row on which the last explosion began, of those kept; None for none."""
-        exploded = np.flatnonzero(self.fired.any(axis=1))
-        if not len(exploded):
-            return None
-        is_first = np.diff(exploded, prepend=-np.inf) > MAX_GAP
-        return int(exploded[is_first][-1])
+        found = explosions_of(self)
+        return found[-1][0] if found else None
 
     def columns(self) -> dict[str, np.ndarray]:
         """One column for each number of a step, as `pandas.DataFrame` takes them.
@@ -175,6 +197,13 @@ class History(NamedTuple):
             | dict(zip(fired, self.fired.T, strict=True))
             | _by_name({"norm": self.norms.T}, self.names)
         )
+
+
+def explosions_of(history: History) -> list[tuple[int, int]]:
+    """The first and the last row of each explosion that is kept."""
+    exploded = np.flatnonzero(history.fired.any(axis=1))
+    first_of = np.flatnonzero(np.diff(exploded, prepend=-np.inf) > MAX_GAP)
+    return [(int(rows[0]), int(rows[-1])) for rows in np.split(exploded, first_of)[1:]]
 
 
 def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> History:
@@ -211,11 +240,8 @@ def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> 
         (label,) = recorders
     if label not in recorders:
         raise ValueError(f"label={label!r} is no recorder; found {sorted(recorders)}")
+    check_one_run(label, recorders[label])
     state = record_of(recorders[label])
-    if state.counts.ndim > 1:
-        raise ValueError(
-            "history reads one run: give jax.tree.map(lambda x: x[i], opt_state)"
-        )
     state = jax.device_get(state)
     window, num_steps = len(state.rows), int(state.counts[0])
     step = np.arange(max(0, num_steps - window), num_steps)
@@ -229,7 +255,7 @@ def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> 
         fired=flags_of(columns["fired"].astype(int)),
         leaf=columns["leaf"].astype(int),
         norms=norms,
-        names=scope_names(state.layout, norms.shape[1], label, params),
+        names=scope_names(state.layout, norms.shape[1], label, params_of(params)),
     )
 
 
@@ -262,12 +288,21 @@ def find_states(opt_state: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def visit(tree):
-        for path, state in jax.tree.leaves_with_path(
-            tree, is_leaf=lambda x: isinstance(x, STATES)
-        ):
-            if not isinstance(state, STATES):
+        for path, state in jax.tree.leaves_with_path(tree, is_leaf=_is_found):
+            if not isinstance(state, (*STATES, dict)):
                 continue
-            label = path[-1].key
+            if isinstance(state, dict):
+                raise ValueError(
+                    f"{jax.tree_util.keystr(path)} was a state of optaxclip and is a "
+                    "dictionary: restore the checkpoint into the tree of "
+                    "tx.init(params), as its template"
+                )
+            label = getattr(path[-1], "key", None) if path else None
+            if not isinstance(label, str):
+                raise ValueError(
+                    f"a {type(state).__name__} has lost its label: give the whole "
+                    "state of the optimizer"
+                )
             if label in found:
                 raise ValueError(
                     f"two transformations have the label {label!r}: give them "
@@ -281,7 +316,133 @@ def find_states(opt_state: Any) -> dict[str, Any]:
     return found
 
 
-def _record_metrics(label: str, state: RecordState, params: Any):
+def _is_found(x: Any) -> bool:
+    """Whether it is a state, or was one before a checkpoint made it a dictionary."""
+    if isinstance(x, dict) and len(x) > 1:
+        names = set(x)
+        return any(set(s._fields) - EMPTY <= names <= set(s._fields) for s in STATES)
+    return isinstance(x, STATES)
+
+
+def params_of(params: Any) -> Any:
+    """The parameters, also of a training state that holds them."""
+    is_train_state = hasattr(params, "params") and hasattr(params, "opt_state")
+    return params.params if is_train_state else params
+
+
+def runs_of(state: Any) -> tuple[int, ...]:
+    """The axes of a state of several runs, as `jax.vmap` stacks them; () for one."""
+    if isinstance(state, ClipByNormState):
+        return np.shape(state.num_steps)
+    return np.shape(record_of(state).counts)[:-1]
+
+
+def check_one_run(label: str, state: Any) -> None:
+    """Raises the error of a state of several runs."""
+    if runs_of(state):
+        raise ValueError(
+            f"{label!r} holds runs {list(runs_of(state))}, and this reads one run: "
+            "give jax.tree.map(lambda x: x[i], opt_state)"
+        )
+
+
+def _without_optimizer(state: Any) -> Any:
+    """The state without what `metrics` does not read."""
+    if isinstance(state, ClipByNormState):
+        return state._replace(limit_state=())
+    if isinstance(state, SkipExplosionsState):
+        explosions = _without_optimizer(state.explosions)
+        return state._replace(explosions=explosions, inner_state=(), snapshots=())
+    if isinstance(state, DetectExplosionsState):
+        return state._replace(rule_states=((), (), ()))
+    return state
+
+
+def _columns(
+    states: dict[str, Any], leaves: list[jax.Array], structure: Any
+) -> list[tuple[list[str], jax.Array]]:
+    """(names, values `[..., num_names]`) for all that is told; `[...]` are the runs.
+
+    Args:
+      states: By their label.
+      leaves: Of the parameters, of as many runs; none where they are not known.
+      structure: Of the parameters; None where it is not known.
+    """
+    params = None
+    if structure is not None:
+        params = structure.unflatten(leaves or [0] * structure.num_leaves)
+    found = []
+    for label, state in states.items():
+        runs = runs_of(state)
+
+        def read(state, params, label=label):
+            if isinstance(state, ClipByNormState):
+                return _clip_metrics(state)
+            parts = _record_metrics(label, record_of(state), params)
+            if not isinstance(state, RecordState):
+                parts.append(_explosion_metrics(state))
+            return parts
+
+        has_params = leaves and all(x.shape[: len(runs)] == runs for x in leaves)
+        over = params if has_params or not runs else None
+        for _ in runs:
+            read = jax.vmap(read)
+        is_clip = isinstance(state, ClipByNormState)
+        layout = (state if is_clip else record_of(state)).layout
+        for part in read(state, over):
+            for column, values in part.items():
+                names = [f"{label}/{column}"]
+                if values.ndim > len(runs):
+                    scopes = scope_names(layout, values.shape[-1], label, params)
+                    names = [f"{names[0]}/{scope}" for scope in scopes]
+                else:
+                    values = values[..., None]
+                found.append((names, values))
+    return found
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["blocks"],
+    meta_fields=["places"],
+)
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    blocks: list[jax.Array]
+    """`[..., num_rows, NUM_SPLIT]`, one for each dtype."""
+    places: tuple[tuple[str, int, int], ...]
+    """(name, block, place in the block) of each number."""
+
+
+@functools.partial(jax.jit, static_argnames=("structure",))
+def _pack(states: dict[str, Any], leaves: list[jax.Array], *, structure: Any):
+    """All of `_columns` in few arrays, compiled once for each structure."""
+    found: dict[Any, list[jax.Array]] = {}
+    places = []
+    for names, values in _columns(states, leaves, structure):
+        parts = found.setdefault((values.dtype, values.shape[:-1]), [])
+        block = list(found).index((values.dtype, values.shape[:-1]))
+        place = sum(x.shape[-1] for x in parts)
+        places += [(name, block, place + i) for i, name in enumerate(names)]
+        parts.append(values)
+    blocks = []
+    for (_, runs), parts in found.items():
+        block = jnp.concatenate(parts, axis=-1)
+        padding = [(0, 0)] * len(runs) + [(0, -block.shape[-1] % NUM_SPLIT)]
+        blocks.append(jnp.pad(block, padding).reshape(*runs, -1, NUM_SPLIT))
+    return _Packed(blocks, tuple(places))
+
+
+@jax.jit
+def _split(block: jax.Array, row: jax.Array) -> list[jax.Array]:
+    """The numbers of one row, `[...]` each."""
+    values = lax.dynamic_index_in_dim(block, row, axis=-2, keepdims=False)
+    return list(jnp.unstack(values, axis=-1))
+
+
+def _record_metrics(
+    label: str, state: RecordState, params: Any
+) -> list[dict[str, jax.Array]]:
     last, norms = rows_of(state, state.counts[0] - 1)
     result = {
         "norm": total_of(norms),
@@ -289,27 +450,30 @@ def _record_metrics(label: str, state: RecordState, params: Any):
         "largest": last["largest"],
         "nonfinite": state.counts[1],
     }
-    if not isinstance(state.layout, PerTree):
-        shares = jnp.square(shares_of(norms)[0])
-        has_vanished = have_vanished(state).astype(jnp.int32)
-        result |= {
-            "share": jnp.max(shares, initial=0),
-            "vanished": jnp.sum(has_vanished),
-        }
-        columns = {"norm": norms, "share": shares, "vanished": has_vanished}
-        ratios = _ratios(norms, state.layout, label, params)
-        if ratios is not None:
-            result["ratio"], columns["ratio"] = ratios
-        names = scope_names(state.layout, len(norms), label, params)
-        result |= _by_name(columns, names)
-    return {f"{label}/{name}": value for name, value in result.items()}
+    if isinstance(state.layout, PerTree):
+        return [result]
+    shares = jnp.square(shares_of(norms)[0])
+    has_vanished = have_vanished(state).astype(jnp.int32)
+    result |= {
+        "share": jnp.max(shares, initial=0),
+        "vanished": jnp.sum(has_vanished),
+    }
+    columns = {"norm": norms, "share": shares, "vanished": has_vanished}
+    ratios = _ratios(norms, state.layout, label, params)
+    if ratios is not None:
+        result["ratio"], columns["ratio"] = ratios
+    return [result, columns]
 
 
+# Jitted on their own, for `history` and `explain`, which would else start a dozen small
+# programs.
+@jax.jit
 def _totals(norms: Any) -> jax.Array:
     """The norm of all updates on each step, `[num_steps]`."""
     return jax.vmap(total_of)(jnp.asarray(norms))
 
 
+@jax.jit
 def have_vanished(state: RecordState) -> jax.Array:
     """Which scopes had nearly no norm in a whole window."""
     totals = _totals(state.norms)
@@ -339,7 +503,7 @@ def _ratios(norms: jax.Array, layout: Layout, label: str, params: Any):
     return ratio(total_of(norms), unit), ratio(norms, units)
 
 
-def _explosion_metrics(label: str, state: Any) -> dict[str, jax.Array]:
+def _explosion_metrics(state: Any) -> dict[str, jax.Array]:
     result, noticed = {}, noticed_of(state)
     if isinstance(state, SkipExplosionsState):
         num_skipped = count(noticed, "skipped")
@@ -355,7 +519,7 @@ def _explosion_metrics(label: str, state: Any) -> dict[str, jax.Array]:
     last, _ = rows_of(noticed.record, last_step)
     has_exploded = (count(noticed, "last") == last_step) & (last_step >= 0)
     began = read_step(noticed, "began")
-    result = {
+    return {
         "exploded": has_exploded.astype(jnp.int32),
         "count": count(noticed, "exploded"),
         **{f"count/{rule}": count(noticed, rule) for rule in RULES},
@@ -366,31 +530,27 @@ def _explosion_metrics(label: str, state: Any) -> dict[str, jax.Array]:
         "norm_limit": last["limit"],
         "loss_limit": last["loss_limit"],
     } | result
-    return {f"{label}/{name}": value for name, value in result.items()}
 
 
-def _clip_metrics(label: str, state: ClipByNormState, params: Any):
+def _clip_metrics(state: ClipByNormState) -> list[dict[str, jax.Array]]:
     fields = state.norm, state.limit, state.num_clipped, state.num_nonfinite
     norm, limit, num_clipped, num_nonfinite = map(jax.tree.leaves, fields)
     (num_steps,) = jax.tree.leaves(state.num_steps)
+    num_steps = jnp.maximum(num_steps, 1).astype(jnp.float32)
     columns = {
         "norm": norm,
         "norm_after": list(map(_norm_after, norm, limit)),
         "limit": limit,
-        "fraction": [
-            n / jnp.maximum(num_steps, 1).astype(jnp.float32) for n in num_clipped
-        ],
+        "fraction": [n.astype(jnp.float32) / num_steps for n in num_clipped],
         "nonfinite": num_nonfinite,
     }
     if isinstance(state.layout, PerTree):
-        return {f"{label}/{column}": value for column, (value,) in columns.items()}
+        return [{column: value for column, (value,) in columns.items()}]
     columns = {
         column: _per_name(values, state.layout) for column, values in columns.items()
     }
-    names = scope_names(state.layout, len(columns["norm"]), label, params)
     largest = {name: jnp.max(values, initial=0) for name, values in columns.items()}
-    result = largest | _by_name(columns, names)
-    return {f"{label}/{name}": value for name, value in result.items()}
+    return [largest, columns]
 
 
 def _by_name(columns: dict[str, Any], names: list[str]) -> dict[str, Any]:

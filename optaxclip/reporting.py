@@ -18,6 +18,8 @@ from optaxclip.reading import (
     STATES,
     VANISHED,
     History,
+    check_one_run,
+    explosions_of,
     find_recorders,
     find_states,
     have_vanished,
@@ -27,6 +29,7 @@ from optaxclip.reading import (
 )
 from optaxclip.recording import RecordState
 from optaxclip.responses import SkipExplosionsState
+from optaxclip.scopes import is_gradient
 
 NUM_HEALTHY_AFTER = 64
 """After this many healthy steps `explain` calls the run healthy: half the window of the
@@ -47,7 +50,7 @@ def explain(opt_state: Any, params: Any = None) -> str:
       params: The parameters, or any tree of their structure: names the leaves.
 
     Returns:
-      One line for each recorder.
+      One line for each recorder; and one for each explosion that is kept, if several.
 
     Raises:
       ValueError: If there is no recorder in `opt_state`, if two have the same label, or
@@ -69,14 +72,56 @@ def explain(opt_state: Any, params: Any = None) -> str:
       No loss was given as value=, so the rule on it was silent.
     """
     return "\n".join(
-        f"{label}: {' '.join(_sentences(label, state, params))}"
+        line
         for label, state in find_recorders(opt_state).items()
+        for line in _lines(label, state, params)
     )
 
 
-def _sentences(label: str, state: Any, params: Any) -> list[str]:
-    state = jax.device_get(state)
+def _lines(label: str, state: Any, params: Any) -> list[str]:
     kept = history({label: state}, params, label=label)
+    lines = [f"{label}: {' '.join(_sentences(kept, state, params))}"]
+    explosions = explosions_of(kept)
+    if len(explosions) > 1:
+        lines += [_line(kept, first, last, params) for first, last in explosions]
+    return lines
+
+
+def _line(kept: History, first: int, last: int, params: Any) -> str:
+    """One explosion of several, in a line."""
+    reasons = []
+    nonfinite, norm, share, loss = kept.fired[first]
+    scopes = np.flatnonzero(~np.isfinite(kept.norms[first]))
+    if nonfinite:
+        where = _leaf_name(kept, scopes[0], params) if len(scopes) else "the loss"
+        reasons.append(f"{where} was not finite")
+    if norm:
+        reasons.append(
+            f"the norm was {kept.norm[first]:.3g}, above its limit "
+            f"{kept.limit[first]:.3g}"
+        )
+    if share:
+        reasons.append("the share of a leaf exceeded its limit")
+    if loss:
+        reasons.append(
+            f"the loss was {kept.loss[first]:.3g}, above its limit "
+            f"{kept.loss_limit[first]:.3g}"
+        )
+    if (norm or share) and not len(scopes) and kept.leaf[first] >= 0:
+        reasons.append(f"{_leaf_name(kept, kept.leaf[first], params)} had grown most")
+    steps = f"step {kept.step[first]}"
+    if last > first:
+        steps = f"steps {kept.step[first]} to {kept.step[last]}"
+    return f"- {steps}: {'; '.join(reasons)}."
+
+
+def _leaf_name(kept: History, leaf: Any, params: Any) -> str:
+    name = kept.names[int(leaf)]
+    return f"leaf {name if params is None else repr(name)}"
+
+
+def _sentences(kept: History, state: Any, params: Any) -> list[str]:
+    state = jax.device_get(state)
     num_steps, num_nonfinite = map(int, record_of(state).counts[:2])
     if isinstance(state, RecordState):
         found = [f"{num_nonfinite} of {num_steps} steps were not finite."]
@@ -149,8 +194,9 @@ def _growth(kept: History, began: int) -> list[str]:
     """How the norms had grown up to the last explosion."""
     nonfinite = np.flatnonzero(kept.fired[began:, 0])
     end = began + int(nonfinite[0] if len(nonfinite) else 0)
-    whole = _grown(kept.norm, began, end)
-    scopes = [_grown(norms, began, end) for norms in kept.norms.T]
+    whole = _grown(kept.norm, kept.limit, began, end)
+    unknown = np.full_like(kept.limit, np.inf)
+    scopes = [_grown(norms, unknown, began, end) for norms in kept.norms.T]
     found = [("The norm had grown by", whole)]
     if len(scopes) > 1:
         most = int(np.argmax([grown.rise if grown else 0 for grown in scopes]))
@@ -180,10 +226,14 @@ class _Grown(NamedTuple):
         return self.rise ** (1 / (self.end - self.start))
 
 
-def _grown(norms: np.ndarray, began: int, end: int) -> _Grown | None:
+def _grown(
+    norms: np.ndarray, limits: np.ndarray, began: int, end: int
+) -> _Grown | None:
     """From the last norm that was as usual to the last one up to `end`, if it rose.
 
-    As usual is up to the 90th percentile of the quietest 32 steps before it began.
+    As usual is up to the 90th percentile of the quietest 32 steps before it began. To
+    rise is to exceed the limit, or where there is none twice the largest norm before:
+    all else is noise.
     """
     norms = norms.astype(float)
     known = np.flatnonzero((norms > 0) & np.isfinite(norms))
@@ -194,7 +244,10 @@ def _grown(norms: np.ndarray, began: int, end: int) -> _Grown | None:
     blocks = np.array_split(norms[before], -(-len(before) // 32))
     usual = np.percentile(min(blocks, key=np.median), 90)
     start, end = int(known[norms[known] <= usual][-1]), int(known[-1])
-    if start == end:
+    rise = slice(start + 1, end + 1)
+    largest = norms[known[known <= start]].max()
+    limits = np.where(limits < np.inf, limits, 2 * largest)[rise]
+    if not np.any(norms[rise] > limits):
         return None
     return _Grown(start, end, norms[start], norms[end])
 
@@ -242,6 +295,8 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
         raise ValueError(
             "found no state of detect_explosions, skip_explosions or stabilize"
         )
+    for label, state in states.items():
+        check_one_run(label, state)
     counts = jax.device_get({label: record_of(x).counts for label, x in states.items()})
     num_nonfinite = {
         label: int(values[COUNTS.index("nonfinite")])
@@ -292,8 +347,7 @@ def _story(state: DetectExplosionsState, kept: History, params: Any) -> str:
     began, bad = (read_step(state, which) for which in ("began", "nonfinite"))
 
     def leaf_of(step: Step) -> str:
-        name = kept.names[int(step.leaf)]
-        return f"leaf {name if params is None else repr(name)}"
+        return _leaf_name(kept, step.leaf, params)
 
     story = []
     if bad.step >= 0:
@@ -317,7 +371,9 @@ def _story(state: DetectExplosionsState, kept: History, params: Any) -> str:
         ]
         what = "It" if began.step < bad.step else "The last explosion"
         story.append(f"{what} began on step {int(began.step)}: {'; '.join(reasons)}.")
-    if began.step >= 0 and began.leaf >= 0 and np.isfinite(began.norm):
+    # An explosion of the loss alone says nothing of a leaf.
+    is_of_leaf = began.fired[[RULES.index("norm"), RULES.index("share")]].any()
+    if is_of_leaf and began.leaf >= 0 and np.isfinite(began.norm):
         story.append(f"L{leaf_of(began)[1:]} had grown most.")
     if kept.began is not None:
         story += _growth(kept, kept.began)
@@ -331,7 +387,7 @@ def _nonfinite_leaf(inner_state: Any) -> str | None:
         for path, x in jax.tree.leaves_with_path(
             inner_state, is_leaf=lambda x: isinstance(x, STATES)
         )
-        if not isinstance(x, STATES) and jnp.issubdtype(x.dtype, jnp.inexact)
+        if not isinstance(x, STATES) and is_gradient(x)
     }
     flags = jax.device_get(_have_nonfinite(list(found.values())))
     return next((name for name, flag in zip(found, flags, strict=True) if flag), None)
