@@ -1,11 +1,15 @@
 """The errors of arguments, at the earliest moment."""
 
+import inspect
 import numbers
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+State = TypeVar("State")
 
 
 def known_value(name: str, value: Any) -> float | None:
@@ -13,9 +17,12 @@ def known_value(name: str, value: Any) -> float | None:
 
     Raises the error of an argument that is not a single real number.
     """
-    if not isinstance(value, numbers.Real | np.ndarray | jax.Array):
+    is_array = isinstance(value, np.ndarray | jax.Array)
+    if isinstance(value, bool) or not (
+        is_real(value.dtype) if is_array else isinstance(value, numbers.Real)
+    ):
         raise TypeError(f"{name} must be a number, not {value!r}")
-    if isinstance(value, np.ndarray | jax.Array) and value.ndim:
+    if is_array and value.ndim:
         raise ValueError(f"{name} must be a single number, not {value!r}")
     return None if isinstance(value, jax.Array) else float(value)
 
@@ -41,7 +48,88 @@ def check_length(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
+def is_real(dtype: Any) -> bool:
+    """Whether values of a dtype are real numbers, and no flags."""
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
 def check_label(label: Any) -> None:
     """Raises the error of a label that is no name."""
     if not isinstance(label, str) or not label:
         raise TypeError(f"label must be a name, not {label!r}")
+
+
+def check_transformation(name: str, value: Any) -> None:
+    """Raises the error of an optimizer that is none, or was not called."""
+    if isinstance(value, type) or not all(
+        callable(getattr(value, method, None)) for method in ("init", "update")
+    ):
+        call = f"; call it: {value.__name__}(...)" if inspect.isfunction(value) else ""
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation, not {value!r}{call}"
+        )
+
+
+def own_state(state: Any, label: str, kind: type[State]) -> State:
+    """The state under a label; the error of one that `init` did not make."""
+    found = state.get(label) if isinstance(state, Mapping) else None
+    if not isinstance(found, kind):
+        made = list(state) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(
+            f"state must be what init gave, {{{label!r}: {kind.__name__}}}, not {made}"
+        )
+    return found
+
+
+def check_leaves(made_for: list, found: list, updates: Any, params: Any) -> None:
+    """Raises the error of updates with other leaves than `init` was given.
+
+    Args:
+      made_for: Shapes of the norms in the state.
+      found: The same of the updates.
+      updates: Names the leaves in the message.
+      params: Likewise, where they are known.
+    """
+    if made_for == found:
+        return
+
+    def names(tree):
+        paths = [
+            jax.tree_util.keystr(path, simple=True, separator="/") or "array"
+            for path, _ in jax.tree.leaves_with_path(tree)
+        ]
+        return ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "") or "none"
+
+    trees = f"updates: {names(updates)}"
+    if params is not None:
+        trees += f"; params: {names(params)}"
+    raise ValueError(
+        f"the updates do not have the leaves that init was given: norms {found}, "
+        f"in the state {made_for}; {trees}. Give init only what has a gradient, and "
+        "put a wrapper of parameters, such as optax.lookahead, outside"
+    )
+
+
+def check_structure(old: Any, new: Any) -> None:
+    """Raises the error of an optimizer whose state changes its structure."""
+    old, new = map(jax.tree.structure, (old, new))
+    if old != new:
+        raise ValueError(
+            "the optimizer inside changes the structure of its state, as optax.monitor "
+            "does in its first step, so a skipped step cannot keep the old one: put it "
+            f"outside; from {old} to {new}"
+        )
+
+
+def takes_value(update: Callable) -> bool:
+    """Whether an optimizer's `update` can be called with `value=`."""
+    parameters = inspect.signature(update).parameters
+    kinds = [x.kind for x in parameters.values()]
+    return "value" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def value_of(extra_args: dict[str, Any]) -> Any:
+    """The loss that the training loop gives; None for none."""
+    if "loss" in extra_args and "value" not in extra_args:
+        raise TypeError("give the loss as value=, the name that Optax has for it")
+    return extra_args.get("value")

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from optaxclip.checks import check_label, known_value
+from optaxclip.checks import check_label, check_leaves, known_value, own_state
 from optaxclip.limits import LimitLike, as_limit
 from optaxclip.norms import (
     check_ord,
@@ -229,9 +229,13 @@ def clip_by_norm(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        state = state[label]
+        state = own_state(state, label, ClipByNormState)
         scopes = scopes_of(updates)
         norms, excess = measure(updates, scopes, ord)
+        made_for, found = (
+            [x.shape for x in jax.tree.leaves(tree)] for tree in (state.norm, norms)
+        )
+        check_leaves(made_for, found, updates, params)
         seen = jax.tree.map(
             lambda n, like: saturating_cast(n, like.dtype), norms, state.norm
         )

@@ -10,7 +10,13 @@ import optax
 from jax import lax
 
 from optaxclip import limits
-from optaxclip.checks import check_label, check_length
+from optaxclip.checks import (
+    check_label,
+    check_leaves,
+    check_length,
+    own_state,
+    value_of,
+)
 from optaxclip.clipping import counted
 from optaxclip.limits import LimitLike, as_limit
 from optaxclip.norms import (
@@ -172,9 +178,8 @@ def detect_explosions(
         return {label: detector.init(params)}
 
     def update(updates, state, params=None, **extra_args):
-        del params
-        value = extra_args.get("value")
-        state, _ = detector.update(updates, value, state[label])
+        state = own_state(state, label, DetectExplosionsState)
+        state, _ = detector.update(updates, value_of(extra_args), state, params)
         return updates, {label: state}
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -297,9 +302,12 @@ class Detector:
         )
         return norm, share, loss
 
-    def update(self, updates, value, state) -> tuple[DetectExplosionsState, Verdict]:
+    def update(
+        self, updates, value, state, params=None
+    ) -> tuple[DetectExplosionsState, Verdict]:
         """The state after a step that is taken, and what is known of the step."""
         norms, norm = measure_leaves(updates, self._scopes(updates))
+        check_leaves([(state.record.num_scopes,)], [norms.shape], updates, params)
         # What the rules have kept stays of its type, also if the updates are wider.
         kept = [x.dtype for x in jax.tree.leaves(state.rule_states)]
         floats = [dtype for dtype in kept if jnp.issubdtype(dtype, jnp.floating)]

@@ -115,6 +115,8 @@ def schedule(max_norm: Callable[[jax.Array], ArrayLike]) -> Limit:
     def update(norms, state, param_norms=None):
         del param_norms
         limit = max_norm(state.num_steps)
+        if isinstance(limit, Limit):
+            raise TypeError("max_norm gave a Limit, and not a number: call it first")
         limits = jax.tree.map(lambda n: jnp.full_like(n, limit), norms)
         return limits, ScheduleState(
             num_steps=jnp.asarray(optax.safe_increment(state.num_steps))

@@ -6,6 +6,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import limits
+from optaxclip.checks import check_transformation
 from optaxclip.clipping import clip_by_norm
 from optaxclip.explosions import LOSS_LIMIT, NORM_LIMIT, SHARE_LIMIT
 from optaxclip.responses import skip_explosions
@@ -309,6 +310,7 @@ def stabilize(
       >>> print(params["w"] < 1, optaxclip.metrics(state)["explosions/exploded"])
       [ True  True] 1
     """
+    check_transformation("optimizer", optimizer)
     if max_norm is not None:
         clip = clip_by_norm(max_norm, specs=specs, stacked=stacked)
         optimizer = optax.chain(clip, optimizer)

@@ -133,7 +133,7 @@ def group_norms(
 
 def check_ord(ord: Any) -> None:
     """Raises the error of an `ord` that is no number >= 1."""
-    if not isinstance(ord, numbers.Real):
+    if isinstance(ord, bool) or not isinstance(ord, numbers.Real):
         raise TypeError(
             f"ord must be a Python number, not {ord!r}; with optax.inject_hyperparams "
             'name it in static_args=("ord",)'

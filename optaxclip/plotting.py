@@ -47,6 +47,7 @@ def plot(
 
     Raises:
       ValueError: If the history is empty, or `after` holds other steps.
+      TypeError: If an argument is of the wrong type.
       ImportError: If matplotlib is missing.
 
     Example:
@@ -65,6 +66,14 @@ def plot(
         raise ImportError(
             'optaxclip.plot needs matplotlib: pip install "optaxclip[report]"'
         ) from error
+    for drawn in (history, after):
+        if drawn is not None and not isinstance(drawn, History):
+            raise TypeError(
+                "plot draws a History: plot(optaxclip.history(opt_state, params)), not "
+                f"of a {type(drawn).__name__}"
+            )
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be the name of a file, not {path!r}")
     if not len(history.step):
         raise ValueError("history holds no steps")
     if after is not None and not np.array_equal(after.step, history.step):

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optaxclip.checks import check_label, check_length
+from optaxclip.checks import (
+    check_label,
+    check_leaves,
+    check_length,
+    is_real,
+    own_state,
+    value_of,
+)
 from optaxclip.clipping import counted
 from optaxclip.norms import measure, measure_leaves, saturating_cast, total_of
 from optaxclip.scopes import (
@@ -53,6 +60,11 @@ class RecordState(NamedTuple):
     def norms(self) -> jax.Array:
         """`[window, num_scopes]`."""
         return self.rows[..., len(COLUMNS) :]
+
+    @property
+    def num_scopes(self) -> int:
+        """Of how many scopes it keeps a norm."""
+        return self.rows.shape[-1] - len(COLUMNS)
 
 
 def record(
@@ -123,18 +135,17 @@ def record(
         return {label: empty(norms.size, window, counts, layout)}
 
     def update(updates, state, params=None, **extra_args):
-        del params
+        before, value = own_state(state, label, RecordState), value_of(extra_args)
         norms, norm = _measure(updates, scopes_of(updates))
-        loss = loss_of(extra_args.get("value"), norm.dtype)
+        check_leaves([(before.num_scopes,)], [norms.shape], updates, params)
+        loss = loss_of(value, norm.dtype)
         is_finite = norm < jnp.inf
-        if extra_args.get("value") is not None:
+        if value is not None:
             is_finite &= jnp.isfinite(loss)
-        counts = counted(
-            state[label].counts, jnp.stack([jnp.ones([], bool), ~is_finite])
-        )
+        counts = counted(before.counts, jnp.stack([jnp.ones([], bool), ~is_finite]))
         none = jnp.full_like(norm, jnp.inf)
         new = pushed(
-            state[label],
+            before,
             {"loss": loss, "loss_limit": none, "limit": none, "fired": ~is_finite},
             norms,
             norm,
@@ -206,6 +217,11 @@ def loss_of(value: Any, dtype: Any) -> jax.Array:
     if value is None:
         return jnp.full([], NO_LOSS, dtype)
     value = jnp.asarray(value)
+    if not is_real(value.dtype):
+        raise TypeError(
+            f"value= must be a real number, the loss, not of {value.dtype}: of a "
+            "complex one give value=loss.real"
+        )
     if value.ndim:
         raise ValueError(
             f"value= must be a single number, the loss, not of shape {value.shape}"

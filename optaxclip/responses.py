@@ -8,7 +8,16 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from optaxclip.checks import check_label, check_length, check_number
+from optaxclip.checks import (
+    check_label,
+    check_length,
+    check_number,
+    check_structure,
+    check_transformation,
+    own_state,
+    takes_value,
+    value_of,
+)
 from optaxclip.deciding import Cooling, Decision, Settings, decide
 from optaxclip.explosions import (
     COUNTS,
@@ -165,7 +174,9 @@ def skip_explosions(
         has_snapshots=rollback,
     )
     check_label(label)
+    check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
+    is_given_value = takes_value(inner.update)
 
     def init(params):
         inner_state = inner.init(params)
@@ -186,14 +197,14 @@ def skip_explosions(
         }
 
     def update(updates, state, params=None, **extra_args):
-        state = state[label]
+        state = own_state(state, label, SkipExplosionsState)
         if rollback and params is None:
             raise ValueError(
                 "a rollback is an update from the parameters: call "
-                "update(updates, state, params) with params"
+                "update(updates, state, params) with params, or give rollback=False"
             )
-        value = extra_args.get("value")
-        explosions, seen = detector.update(updates, value, state.explosions)
+        value = value_of(extra_args)
+        explosions, seen = detector.update(updates, value, state.explosions, params)
         now = {name: count(explosions, name) for name in COUNTS}
         decision = decide(settings, seen, now, Cooling(*state.cooling))
         # What comes of bad parameters would soon look usual.
@@ -213,17 +224,24 @@ def skip_explosions(
             )
             is_skipped |= done
 
-        updates, inner_state = update_or_keep(
-            lambda state: inner.update(updates, state, params, **extra_args),
-            inner_state,
-            is_skipped,
-        )
+        if not is_given_value:
+            extra_args.pop("value", None)
+
+        def update_inner(state):
+            found, new = inner.update(updates, state, params, **extra_args)
+            check_structure(state, new)
+            return found, new
+
+        updates, inner_state = update_or_keep(update_inner, inner_state, is_skipped)
 
         scale = decision.cooling.scale
 
         def respond(u, param=None, snapshot=None):
             if not is_gradient(u):
                 return u
+            # They may be Python numbers, or NumPy's float64.
+            u = jnp.asarray(u)
+            param = None if param is None else jnp.asarray(param)
             if cool_down is not None:
                 u = scaled(u, scale.astype(u.real.dtype))
             after = u if param is None else (param + u).astype(param.dtype)

@@ -121,13 +121,213 @@ def test_every_reader_under_strict_promotion(strict, name):
     READERS[name](jax.device_get(state), params_of())
 
 
-# --- What is told, and of what.
+# --- Mistakes of use: an error in words about the argument.
 
+package: Any = optaxclip  # without its types: they forbid these mistakes
+SGD = optax.sgd(0.1)
+PLOTTED = "plot draws a History: plot(optaxclip.history(opt_state, params))"
+MISTAKES: dict[str, Any] = {
+    "an optimizer that was not called": (
+        lambda: package.stabilize(optax.adam),
+        "must be an optax.GradientTransformation, not <function adam",
+    ),
+    "how to call it": (
+        lambda: package.skip_explosions(optax.adam),
+        "call it: adam(...)",
+    ),
+    "a learning rate for an optimizer": (
+        lambda: package.stabilize(1e-3, max_norm=1.0),
+        "optimizer must be an optax.GradientTransformation, not 0.001",
+    ),
+    "a class for an optimizer": (
+        lambda: package.stabilize(optax.MultiSteps),
+        "must be an optax.GradientTransformation, not <class",
+    ),
+    "True for a limit": (
+        lambda: package.clip_by_norm(True),
+        "max_norm must be a number, not True",
+    ),
+    "an array of bools for a limit": (
+        lambda: package.clip_by_norm(np.array(True)),
+        "max_norm must be a number, not array(True)",
+    ),
+    "a text for a limit": (
+        lambda: package.clip_by_norm("1.0"),
+        "max_norm must be a number, not '1.0'",
+    ),
+    "an array of text for a limit": (
+        lambda: package.clip_by_norm(np.array("1.0")),
+        "max_norm must be a number, not array('1.0'",
+    ),
+    "True for a bound": (
+        lambda: package.clip_by_value(True),
+        "max_value must be a number, not True",
+    ),
+    "a complex limit": (
+        lambda: package.clip_by_norm(jnp.array(1j)),
+        "max_norm must be a number, not Array(0.+1.j",
+    ),
+    "True for the order of a norm": (
+        lambda: package.clip_by_norm(1.0, ord=True),
+        "ord must be a Python number, not True",
+    ),
+    "a limit that was not called": (
+        lambda: one_step(package.clip_by_norm(package.limits.drift)),
+        "max_norm gave a Limit, and not a number: call it first",
+    ),
+    "a transformation for a limit": (
+        lambda: package.clip_by_norm(package.clip_by_norm(1.0)),
+        "max_norm must be a number, not GradientTransformationExtraArgs",
+    ),
+    "a state without its label": (
+        lambda: package.metrics(package.clip_by_norm(1.0).init(SMALL)["clip"]),
+        "a ClipByNormState has lost its label: give the whole state of the optimizer",
+    ),
+    "states in a list": (
+        lambda: package.history([package.record().init(SMALL)["gradients"]]),
+        "a RecordState has lost its label",
+    ),
+    "a state for a history": (
+        lambda: package.plot(package.record().init(SMALL)),
+        PLOTTED,
+    ),
+    "a state for the history after": (
+        lambda: package.plot(a_history(), after=({},)),
+        PLOTTED,
+    ),
+    "parameters for a path": (
+        lambda: package.plot(a_history(), SMALL),
+        "path must be the name of a file, not {'w'",
+    ),
+    "the state of another optimizer, in explain": (
+        lambda: package.explain(SGD.init(SMALL)),
+        "found no state of record, detect_explosions or skip_explosions",
+    ),
+    "the state of another optimizer, in history": (
+        lambda: package.history(SGD.init(SMALL)),
+        "found no state of record, detect_explosions or skip_explosions",
+    ),
+    "the state of another optimizer, in raise_if_exploded": (
+        lambda: package.raise_if_exploded(SGD.init(SMALL)),
+        "found no state of detect_explosions, skip_explosions or stabilize",
+    ),
+    "the state of another optimizer, in an update": (
+        lambda: one_step(package.clip_by_norm(1.0), SGD.init(SMALL)),
+        "state must be what init gave, {'clip': ClipByNormState}, not tuple",
+    ),
+    "parameters and state in the wrong order": (
+        lambda: one_step(package.record(), SMALL),
+        "state must be what init gave, {'gradients': RecordState}, not ['w']",
+    ),
+    "a label of another": (
+        lambda: one_step(
+            package.detect_explosions(label="a"), package.record("b").init(SMALL)
+        ),
+        "state must be what init gave, {'a': DetectExplosionsState}, not ['b']",
+    ),
+    "no parameters for a rollback": (
+        lambda: package.stabilize(SGD).update(
+            SMALL, package.stabilize(SGD).init(SMALL)
+        ),
+        "with params, or give rollback=False",
+    ),
+    "loss= for value=": (
+        lambda: one_step(package.record(), loss=1.0),
+        "give the loss as value=",
+    ),
+    "loss= for value= of a detector": (
+        lambda: one_step(package.stabilize(SGD), loss=1.0),
+        "give the loss as value=",
+    ),
+    "a complex loss": (
+        lambda: one_step(package.record(), value=1.0 + 0j),
+        "give value=loss.real",
+    ),
+    "a state that changes its structure": (
+        lambda: one_step(
+            package.skip_explosions(
+                optax.chain(optax.monitor({"norm": optax.tree.norm}), SGD)
+            )
+        ),
+        "changes the structure of its state, as optax.monitor does",
+    ),
+}
+SMALL = {"w": jnp.ones(2)}
+
+
+def one_step(tx: Any, state: Any = None, **extra_args: Any) -> Any:
+    """The shapes of a step: nothing is compiled."""
+    state = tx.init(SMALL) if state is None else state
+    return jax.eval_shape(lambda: tx.update(SMALL, state, SMALL, **extra_args))
+
+
+def a_history() -> Any:
+    zeros = np.zeros(1)
+    return package.History(
+        *[zeros] * 5, np.zeros((1, 4), bool), zeros, zeros[None], ["w"]
+    )
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_in_words(mistake):
+    make, message = MISTAKES[mistake]
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        make()
+
+
+def test_an_optimizer_that_takes_no_loss_is_given_none():
+    """`optax.contrib.sam` would raise, and the loss is for the rules."""
+    inner = optax.contrib.sam(SGD, SGD, sync_period=2)
+    one_step(package.stabilize(inner), value=1.0)
+
+
+# --- Leaves that are not those of `init`, or no arrays.
 
 PER_LEAF: dict[str, Any] = {
     "record": optaxclip.record(),
+    "record per group": optaxclip.record(per=lambda name: name),
     "detect_explosions": optaxclip.detect_explosions(),
+    "stabilize": optaxclip.stabilize(SGD),
+    "clip per leaf": optaxclip.clip_by_norm(1.0, per="leaf"),
+    "clip per unit": optaxclip.clip_by_norm(1.0, per="unit"),
+    "adagc": optaxclip.adagc(),
 }
+
+
+@pytest.mark.parametrize("name", PER_LEAF)
+def test_updates_with_other_leaves_than_init_was_given_are_refused(name):
+    tx = PER_LEAF[name]
+    params = {x: jnp.ones((2, 3)) for x in "abcd"}
+    state, grads = tx.init(params), params | {"b": None, "d": None}
+    message = r"leaves that init was given: .*updates: a, c; params: a, b, c, d\. Give"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: tx.update(grads, state, params))
+    jax.eval_shape(lambda: tx.update(params, state, params))
+    with pytest.raises(ValueError, match="updates: array; params: a, b"):
+        jax.eval_shape(lambda: tx.update(jnp.ones(3), state, params))
+
+
+def test_lookahead_inside_is_refused_and_outside_it_works():
+    params = optax.LookaheadParams.init_synced(SMALL)
+    tx = optaxclip.stabilize(optax.lookahead(SGD, 5, 0.5))
+    with pytest.raises(ValueError, match=r"updates: w; params: fast/w, slow/w\. Give"):
+        jax.eval_shape(lambda: tx.update(SMALL, tx.init(params), params))
+    tx = optax.lookahead(optaxclip.stabilize(SGD), 5, 0.5)
+    jax.eval_shape(lambda: tx.update(SMALL, tx.init(params), params))
+
+
+def test_buffers_of_integers_without_gradients_are_refused():
+    """As `eqx.filter(model, eqx.is_array)` and `eqx.filter_grad` give them."""
+    params, grads = SMALL | {"steps": jnp.arange(2)}, SMALL | {"steps": None}
+    tx: Any = optaxclip.stabilize(SGD)
+    with pytest.raises(ValueError, match="Give init only what has a gradient"):
+        jax.eval_shape(lambda: tx.update(grads, tx.init(params), params))
+    # One norm of all leaves does not ask which they are.
+    tx = optaxclip.clip_by_norm(1.0)
+    jax.eval_shape(lambda: tx.update(grads, tx.init(params), params))
+
+
+# --- What is told, and of what.
 
 
 @functools.cache
