@@ -1,7 +1,6 @@
 """Which elements one norm is taken over, and what that scope is called."""
 
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -346,10 +345,12 @@ def layout_of(tree: Any, per: Per, stacked: Stacked | None) -> Layout:
 
 def is_gradient(leaf: Any) -> bool:
     """Whether a leaf is measured and clipped; all others pass through untouched."""
-    if isinstance(leaf, numbers.Number):
+    if hasattr(leaf, "dtype"):
+        dtype = leaf.dtype
+    elif isinstance(leaf, int | float | complex):
         dtype = jnp.result_type(leaf)
-    else:  # a function, or another leaf that is no array, has none
-        dtype = getattr(leaf, "dtype", bool)
+    else:  # a function, as Equinox has among its leaves
+        return False
     return jnp.issubdtype(dtype, jnp.inexact) and math.prod(np.shape(leaf)) > 0
 
 

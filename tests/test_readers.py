@@ -327,6 +327,51 @@ def test_buffers_of_integers_without_gradients_are_refused():
     jax.eval_shape(lambda: tx.update(grads, tx.init(params), params))
 
 
+@pytest.mark.parametrize("name", [*PER_LEAF, "clip", "clip_by_value"])
+def test_python_and_numpy_numbers_are_leaves(name):
+    others = {"clip": optaxclip.clip_by_norm(1.0)}
+    tx = (PER_LEAF | others).get(name, optaxclip.clip_by_value(1.0))
+    tree = {"a": 0.5, "b": np.float64(0.5), "c": np.full(3, 0.5)}
+    state = tx.init(tree)
+    found, new = jax.eval_shape(lambda: tx.update(tree, state, tree, value=0.5))
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+
+
+@pytest.mark.slow
+def test_python_numbers_train_as_with_sgd():
+    tx = optaxclip.skip_explosions(SGD, norm=None, share=None, loss=None)
+    params: Any = {"w": 0.5, "b": np.float64(2.0)}
+    updates, state = tx.update(params, tx.init(params), params)
+    expected, _ = SGD.update(params, SGD.init(params), params)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+    optaxclip.raise_if_exploded(state, params)
+    assert optaxclip.history(state, params).norms.shape == (1, 2)
+
+
+def test_a_learning_rate_set_to_a_python_number_is_read():
+    tx = optaxclip.skip_explosions(optax.inject_hyperparams(optax.sgd)(0.5))
+    state: Any = tx.init(SMALL)
+    state["explosions"].inner_state.hyperparams["learning_rate"] = 0.1
+    optaxclip.raise_if_exploded(state, SMALL)
+    state["explosions"].inner_state.hyperparams["learning_rate"] = float("nan")
+    with pytest.raises(optaxclip.ExplosionError, match="learning_rate"):
+        optaxclip.raise_if_exploded(state, SMALL)
+
+
+def test_a_function_among_the_leaves_passes():
+    """As Equinox has among the leaves of a model that is not filtered."""
+    tree: Any = SMALL | {"activation": jnp.tanh}
+    transformations: list[Any] = [optaxclip.clip_by_norm(0.1), optaxclip.record()]
+    grads = SMALL | {"activation": None}
+    for tx in transformations:
+        jax.eval_shape(lambda tx=tx: tx.update(tree, tx.init(tree))[1])
+        jax.eval_shape(lambda tx=tx: tx.update(grads, tx.init(grads), tree))
+    clip = optaxclip.clip_by_value(0.1)
+    updates, _ = clip.update(tree, clip.init(tree))
+    assert updates["activation"] is jnp.tanh
+
+
 # --- What is told, and of what.
 
 
