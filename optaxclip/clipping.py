@@ -1,5 +1,7 @@
 """How to respond to an update that is too large: scale it down, or cut its elements."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,5 +1,7 @@
 """How to notice an explosion, and to say where and when it began."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any, NamedTuple
 

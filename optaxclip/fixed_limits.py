@@ -1,5 +1,7 @@
 """Limits that are fixed, scheduled, or given by the parameters or sizes."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +30,10 @@ class Limit(NamedTuple):
     """
     needs_params: bool = False
     """Whether `update` reads `param_norms`; only then are they measured."""
+
+    def __repr__(self) -> str:  # as signatures and messages show it
+        name = getattr(self.init, "__qualname__", "of a user").split(".")[0]
+        return f"<Limit {name}>"
 
 
 class ScheduleState(NamedTuple):

@@ -4,6 +4,8 @@ Only norms that are finite and not zero enter: a zero gradient says nothing of h
 a healthy one is, and would hold a limit at zero.
 """
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

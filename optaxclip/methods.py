@@ -1,5 +1,7 @@
 """Methods by their names: published clips, and the recommended stack."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import optax

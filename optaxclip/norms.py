@@ -1,5 +1,7 @@
 """How large an update is: norms per tree, leaf, unit or group, exact for any input."""
 
+from __future__ import annotations
+
 import functools
 import math
 import numbers

@@ -1,5 +1,7 @@
 """The flight recorder: the last steps of a run, kept on the device."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

@@ -1,5 +1,7 @@
 """How to respond to an explosion: skip the step, cool down, go back."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

@@ -1,5 +1,7 @@
 """Which elements one norm is taken over, and what that scope is called."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple

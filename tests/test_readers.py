@@ -1,7 +1,11 @@
 """What the readers make of any state that somebody gives them, and of mistakes."""
 
 import functools
+import inspect
+import pathlib
+import pydoc
 import re
+import tomllib
 from typing import Any
 
 import chex
@@ -367,7 +371,7 @@ def test_a_function_among_the_leaves_passes():
     for tx in transformations:
         jax.eval_shape(lambda tx=tx: tx.update(tree, tx.init(tree))[1])
         jax.eval_shape(lambda tx=tx: tx.update(grads, tx.init(grads), tree))
-    clip = optaxclip.clip_by_value(0.1)
+    clip: Any = optaxclip.clip_by_value(0.1)
     updates, _ = clip.update(tree, clip.init(tree))
     assert updates["activation"] is jnp.tanh
 
@@ -461,3 +465,19 @@ def test_a_train_state_stands_for_its_parameters():
     assert READERS["history"](state, state).names == ["b", "w[0]", "w[1]"]
     assert optaxclip.explain(state, state) == optaxclip.explain(state, params)
     optaxclip.raise_if_exploded(state, state)
+
+
+def test_help_names_what_an_argument_may_be():
+    for function in (optaxclip.stabilize, optaxclip.clip_by_norm, optaxclip.agc):
+        for parameter in inspect.signature(function).parameters.values():
+            assert len(str(parameter.annotation)) < 40, parameter
+    text = pydoc.render_doc(optaxclip.stabilize)
+    assert "norm: 'limits.LimitLike | None' = <Limit log_quantile>," in text
+
+
+def test_the_source_distribution_holds_the_readme_of_the_project_alone():
+    """A pattern without a slash matches in every directory."""
+    path = pathlib.Path(__file__).parents[1] / "pyproject.toml"
+    included = tomllib.loads(path.read_text())["tool"]["hatch"]["build"]["targets"]
+    assert "/README.md" in included["sdist"]["include"]
+    assert all(pattern.startswith("/") for pattern in included["sdist"]["include"])
