@@ -50,7 +50,7 @@ def compare(
     batches = shuffled(len(digits.train_labels), shape, seed=seed)
     images, labels, batches, corrupted = corrupt(digits, batches, seed=seed)
     digits = digits._replace(train_images=images, train_labels=labels)
-    bare = dataclasses.replace(config, clip="none")
+    bare = dataclasses.replace(config, clip="nothing")
     runs = {
         "plain": build(config, seed=seed, measured=False, wrap=watched),
         "stabilized": build(bare, seed=seed, measured=False, wrap=optaxclip.stabilize),

@@ -23,7 +23,7 @@ from flax import nnx
 import optaxclip
 
 Preset = Literal["default", "tensorflow", "keras", "pytorch"]
-Clip = Literal["value", "norm", "zclip", "autoclip", "adagc", "agc", "none"]
+Clip = Literal["value", "norm", "zclip", "autoclip", "adagc", "agc", "nothing"]
 AROUND = "before", "after"  # the clip: what the two recorders are called
 
 
@@ -115,7 +115,7 @@ def build(config: Config, *, seed: int = 0, measured: bool = True, wrap: Any = N
         "autoclip": lambda: optaxclip.autoclip(per=config.per),
         "adagc": optaxclip.adagc,
         "agc": optaxclip.agc,
-        "none": optax.identity,
+        "nothing": optax.identity,
     }[config.clip]()
     cosine = optax.cosine_decay_schedule(config.learning_rate, config.steps)
     rate = cosine if config.cosine_decay else config.learning_rate
@@ -236,7 +236,7 @@ def main(
     }
     effect = {
         "value": f"norm after/before the clip {result['norm_ratio']:.3f}",
-        "none": "no clip",
+        "nothing": "no clip",
     }.get(config.clip, f"{result['clipped']:.1%} of steps clipped")
     print(f"test accuracy {result['accuracy']:.4f}, {effect}, {speed:.1f} steps/s")
     return result

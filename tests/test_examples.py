@@ -300,7 +300,7 @@ def test_the_picture_shows_the_curves(learned):
     "flags",
     [
         {"clip": "value", "max": 0.01},
-        pytest.param({"clip": "none"}, marks=pytest.mark.slow),
+        pytest.param({"clip": "nothing"}, marks=pytest.mark.slow),
         pytest.param(
             {"preset": "tensorflow", "clip": "norm", "max": 0.1}, marks=pytest.mark.slow
         ),
@@ -309,7 +309,7 @@ def test_the_picture_shows_the_curves(learned):
             for name in ("agc", "zclip", "autoclip", "adagc")
         ),
     ],
-    ids=["value", "none", "norm of each leaf", "agc", "zclip", "autoclip", "adagc"],
+    ids=["value", "nothing", "norm of each leaf", "agc", "zclip", "autoclip", "adagc"],
 )
 def test_every_clip_does_what_it_says(lstm, digits, tmp_path, capsys, flags):
     result = lstm.main(data=digits, logdir=tmp_path, **{**FLAGS, **flags, "steps": 8})
@@ -319,7 +319,7 @@ def test_every_clip_does_what_it_says(lstm, digits, tmp_path, capsys, flags):
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith(f"test accuracy {result['accuracy']:.4f}, ")
     assert line.endswith(f"{result['steps_per_second']:.1f} steps/s")
-    if flags["clip"] == "none":
+    if flags["clip"] == "nothing":
         np.testing.assert_array_equal(after, before)
         assert ", no clip, " in line
     elif flags["clip"] == "value":
@@ -600,6 +600,7 @@ def test_the_command_line_names_every_knob_and_every_error(
     for knob in f"{knobs} logdir preset".split():
         assert f"--{knob} " in shown
     assert "--explode, " in shown
+    assert "none}" not in shown, "None is what is not given"
     message = str(run("--data", str(tmp_path)).code)
     assert message.startswith("error: ")
     assert message.endswith("no such file, nor with .gz")

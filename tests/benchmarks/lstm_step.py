@@ -36,7 +36,7 @@ def jax_trainers(configs: dict[str, Any], num_steps: int) -> dict[str, Callable]
     buffers of their own, equal steps may differ in speed.
     """
     batches = np.random.default_rng(2).integers(
-        0, len(IMAGES), (num_steps, configs["none"].batch_size), np.int32
+        0, len(IMAGES), (num_steps, configs["nothing"].batch_size), np.int32
     )
     data = jax.device_put((batches, IMAGES, LABELS))
     shared: Any = None
@@ -136,9 +136,9 @@ def main(
     for preset in presets:
         configs = {
             clip: lstm_mnist.resolve(preset, len(IMAGES), clip=clip)
-            for clip in ("none", "value", "norm")
+            for clip in ("nothing", "value", "norm")
         }
-        arms = jax_trainers(configs | {"none again": configs["none"]}, steps)
+        arms = jax_trainers(configs | {"nothing again": configs["nothing"]}, steps)
         if torch:
             arms |= {f"torch {c}": torch_trainer(configs[c], steps) for c in configs}
         times = measure(arms, repetitions)
@@ -150,13 +150,14 @@ def main(
             return steps / statistics.median(times[name])
 
         print(
-            f"Preset {preset} trains {rate('none'):.4g} steps/s without a clip, which "
-            f"takes x{ratio('none again', 'none'):.3f} the time of itself (A/A)."
+            f"Preset {preset} trains {rate('nothing'):.4g} steps/s without a clip, "
+            f"which takes x{ratio('nothing again', 'nothing'):.3f} the time of "
+            "itself (A/A)."
         )
         for clip, framework in itertools.product(("value", "norm"), ("", "torch ")):
             if framework and not torch:
                 continue
-            arm, base = framework + clip, framework + "none"
+            arm, base = framework + clip, framework + "nothing"
             sentence = (
                 f"With clip_by_{clip} a step takes x{ratio(arm, base):.3f} the time of "
                 f"that without, {rate(arm):.4g} steps/s."
