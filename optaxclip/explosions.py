@@ -58,8 +58,9 @@ NORM_LIMIT = limits.log_quantile()
 SHARE_LIMIT = limits.drift()
 # A loss jumps less than a norm: with an early jump of 5 most runs of the zoo that
 # explode from their first steps are missed, with 2 twice as many early steps of healthy
-# ones are flagged; a penalty that grows from zero jumps by any factor. The second limit
-# is for a loss that rises smoothly.
+# ones are flagged. Near zero, as at the minimum of a function without noise or where a
+# penalty begins, a healthy loss jumps by any factor. The second limit is for a loss that
+# rises smoothly.
 LOSS_LIMIT = limits.minimum(
     limits.log_quantile(2.4, min_ratio=1.7, early_jump=2.5, min_level=0.01),
     limits.above_lowest(),
