@@ -247,9 +247,11 @@ def find_scopes(
         mesh_axes = _manual_axes([e for i, e in enumerate(entries) if i not in kept])
         leaves.append(Leaf(shape, kept, is_gradient(leaf), mesh_axes, kept_mesh_axes))
     if isinstance(per, str):
-        # Without leaves one number stands for a tuple of arrays of any length, so that
-        # the state fits every other in `optax.tree_map_params`.
-        return Scopes(per if leaves else "tree", tuple(leaves))
+        if per == "unit" and not leaves:
+            # One number stands for a tuple of arrays of any length, so that the state
+            # fits every other in `optax.tree_map_params`.
+            per = "tree"
+        return Scopes(per, tuple(leaves))
     groups: dict[str, list[int]] = {
         group: [] for group in group_names(tree, per, stacked=stacked)
     }
@@ -347,13 +349,9 @@ def layout_of(tree: Any, per: Per, stacked: Stacked | None) -> Layout:
 
 def is_gradient(leaf: Any) -> bool:
     """Whether a leaf is measured and clipped; all others pass through untouched."""
-    if hasattr(leaf, "dtype"):
-        dtype = leaf.dtype
-    elif isinstance(leaf, int | float | complex):
-        dtype = jnp.result_type(leaf)
-    else:  # a function, as Equinox has among its leaves
-        return False
-    return jnp.issubdtype(dtype, jnp.inexact) and math.prod(np.shape(leaf)) > 0
+    if not hasattr(leaf, "dtype"):  # a Python number, a function, a name
+        return isinstance(leaf, float | complex)
+    return jnp.issubdtype(leaf.dtype, jnp.inexact) and math.prod(np.shape(leaf)) > 0
 
 
 def check_per(per: Any) -> None:

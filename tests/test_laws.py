@@ -272,7 +272,7 @@ def test_vmap_equals_a_loop_over_the_runs(name, transformation):
         )
 
 
-@pytest.mark.parametrize("other", [3, jax.nn.relu, "a name"])
+@pytest.mark.parametrize("other", [3, jax.nn.relu])
 def test_leaves_may_be_numbers_and_what_is_no_array(other):
     tree = {"w": np.ones((2, 3)), "b": 4.0, "c": np.float64(-3.0), "other": other}
     for name in set(REGISTRY) - SKIPS:
@@ -324,7 +324,7 @@ def test_a_step_passes_the_checks_of_jax(transformation):
         jax.eval_shape(transformation.update, updates, state, updates)
 
 
-@pytest.mark.parametrize("name", names(set(REGISTRY) - {"clip_by_value schedule"}))
+@pytest.mark.parametrize("name", names(set(REGISTRY)))
 def test_a_step_with_jit_disabled_is_that_under_jit(name, transformation):
     params, state = updates_at(0), transformation.init(updates_at(0))
     for step in (1, 3):
