@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.typing import ArrayLike
@@ -20,6 +21,7 @@ from optaxclip.checks import (
     takes_value,
     value_of,
 )
+from optaxclip.clipping import ClipByNormState, ClipByValueState
 from optaxclip.deciding import Cooling, Decision, Settings, decide
 from optaxclip.explosions import (
     COUNTS,
@@ -32,20 +34,39 @@ from optaxclip.explosions import (
     count,
     with_values,
 )
+from optaxclip.fixed_limits import ScheduleState
 from optaxclip.limits import LimitLike
 from optaxclip.norms import accumulator, scaled, side_by_side, widened
-from optaxclip.recording import WINDOW
+from optaxclip.recording import WINDOW, RecordState
 from optaxclip.scopes import Stacked, is_gradient
 from optaxclip.selecting import update_or_keep
 
 
 class Snapshots(NamedTuple):
-    """Two copies of the parameters and the inner state, each a pair."""
+    """Two copies of the parameters and the inner state, each a pair.
+
+    Zeros before the first step, which copies what it is given. In the copy of the inner
+    state plain tuples stand for all nodes but those like the parameters, so that
+    nothing is found in it by a name: `optax.tree.get(state, "count")` is the present
+    one.
+    """
 
     older: Any
     """The copy that a rollback returns to, from a quiet step."""
     newer: Any
     """A copy that takes its place after `snapshot_every` quiet steps."""
+
+
+CLOCKS = (
+    optax.ScaleByScheduleState,
+    ScheduleState,
+    ClipByValueState,
+    RecordState,
+    DetectExplosionsState,
+)
+"""States that a rollback leaves as they are: they count the steps of the run, or tell
+of them."""
+_LEAF = jax.tree.structure(0)
 
 
 class SkipExplosionsState(NamedTuple):
@@ -115,6 +136,11 @@ def skip_explosions(
     explosions are accepted. Ten non-finite steps in a row do the same. The update is
     `snapshot - params`, twice, so that rounding does not matter. That takes the memory
     of two copies of both, and on healthy steps one read of one copy of the parameters.
+    What the optimizer has learned goes back; what the user or the clock decides stays:
+    the counts of schedules, the `hyperparams` of `optax.inject_hyperparams`, random
+    keys, and records. The first snapshot is of what the first step is given, so that
+    the moments of a run without `skip_explosions` may be put in before it:
+    `state[label] = state[label]._replace(inner_state=saved)`.
 
     To cool down: a rollback within the first 64 steps reduces the updates to
     `cool_down`, a later one to 1/16 at most, since the steps were right for some time;
@@ -184,10 +210,9 @@ def skip_explosions(
         inner_state = inner.init(params)
         snapshots = ()
         if rollback:
-            # Two copies: a buffer that appears twice cannot be donated.
-            older, newer = (
-                jax.tree.map(_copied, (params, inner_state)) for _ in range(2)
-            )
+            # Two: a buffer that appears twice cannot be donated.
+            present = params, _unnamed(inner_state, params)
+            older, newer = (jax.tree.map(jnp.zeros_like, present) for _ in range(2))
             snapshots = Snapshots(older, newer)
         return {
             label: SkipExplosionsState(
@@ -221,8 +246,9 @@ def skip_explosions(
         is_skipped = decision.is_skipped
         inner_state, snapshots = state.inner_state, state.snapshots
         if isinstance(snapshots, Snapshots):
+            num_steps = count(state.explosions, "steps")
             done, inner_state, snapshots = _moved(
-                decision, params, inner_state, snapshots
+                decision, num_steps, params, inner_state, snapshots
             )
             is_skipped |= done
 
@@ -255,6 +281,8 @@ def skip_explosions(
 
         trees = [updates] if params is None else [updates, params]
         if isinstance(snapshots, Snapshots):
+            present = params, _unnamed(inner_state, params)
+            snapshots = _widened(snapshots, present)
             trees.append(snapshots.older[0])
         updates = jax.tree.map(respond, *trees)
         state = SkipExplosionsState(
@@ -268,25 +296,109 @@ def skip_explosions(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _copied(x):
-    """A new array; zeros for one of which only shape and dtype are given."""
-    return jnp.zeros_like(x) if isinstance(x, jax.ShapeDtypeStruct) else jnp.copy(x)
-
-
 def _moved(
-    decision: Decision, params: Any, inner_state: Any, snapshots: Snapshots
+    decision: Decision,
+    num_steps: jax.Array,
+    params: Any,
+    inner_state: Any,
+    snapshots: Snapshots,
 ) -> tuple[jax.Array, Any, Snapshots]:
     """(False, the inner state, the snapshots) after a decision; free if it moves none.
 
-    Each step depends on the one before, so that XLA copies nothing.
+    Each step depends on the one before, so that XLA copies nothing. The first snapshot
+    is of what the first step is given, and not of what `init` was: parameters and
+    moments may have been read from a checkpoint in between.
     """
-    older, newer = snapshots
-    done, older = _replaced(decision.is_replaced, newer, older)
-    is_copied = decision.is_copied | decision.is_started
-    done, newer = _replaced(is_copied | done, (params, inner_state), newer)
+    present = params, _unnamed(inner_state, params)
+    older, newer = _widened(snapshots, present)
+    done, older = _replaced(decision.is_replaced | (num_steps == 1), newer, older)
+    is_copied = decision.is_copied | decision.is_started | (num_steps == 0)
+    done, newer = _replaced(is_copied | done, present, newer)
     is_exchanged = decision.is_started | decision.is_returned
-    done, inner_state = _replaced(is_exchanged | done, older[1], inner_state)
-    return done, inner_state, Snapshots(older, newer)
+    leaves, structure = jax.tree.flatten(inner_state)
+    olds, is_kept = jax.tree.leaves(older[1]), _kept(inner_state)
+    olds = [x if keep else y for x, y, keep in zip(leaves, olds, is_kept, strict=True)]
+    done, leaves = _replaced(is_exchanged | done, olds, leaves)
+    return done, jax.tree.unflatten(structure, leaves), Snapshots(older, newer)
+
+
+def _split(tree: Any) -> tuple[list, Any]:
+    """The children of a node, and its structure alone."""
+    return jax.tree.flatten(tree, is_leaf=lambda x: x is not tree)
+
+
+def _unnamed(tree: Any, params: Any) -> Any:
+    """The tree with plain tuples for all its nodes but those like the parameters.
+
+    These keep theirs, so that what is said of parameters (`optax.tree_map_params`,
+    shardings by name or in boxes) holds for their copies.
+    """
+    children, structure = _split(tree)
+    if not children or structure == _LEAF or _is_like(tree, params):
+        return tree
+    return tuple(_unnamed(x, params) for x in children)
+
+
+def _is_like(tree: Any, params: Any) -> bool:
+    """Whether a tree has the structure of the parameters, with some perhaps masked."""
+    if tree is None or isinstance(tree, optax.MaskedNode):
+        return True
+    (children, structure), (others, other) = map(_split, (tree, params))
+    return structure == other and (
+        structure == _LEAF or all(map(_is_like, children, others))
+    )
+
+
+def _kept(state: Any) -> list[bool]:
+    """For each leaf of an inner state, whether a rollback leaves it as it is.
+
+    That is what the user or the clock decides, and what tells of the run; what the
+    optimizer has learned goes back.
+    """
+    children, structure = _split(state)
+    if structure == _LEAF:
+        return [_is_key(state)]
+    fields = getattr(state, "_fields", ())
+    if isinstance(state, CLOCKS):
+        learned = set()
+    elif isinstance(state, ClipByNormState):
+        learned = {"limit_state"}
+    elif "hyperparams" in fields:  # of optax.inject_hyperparams
+        learned = {"inner_state"}
+    else:
+        return [flag for child in children for flag in _kept(child)]
+    return [
+        flag
+        for name, child in zip(fields, children, strict=True)
+        for flag in (_kept(child) if name in learned else [True] * _num_leaves(child))
+    ]
+
+
+def _num_leaves(tree: Any) -> int:
+    return len(jax.tree.leaves(tree))
+
+
+def _is_key(x: Any) -> bool:
+    """Whether an array holds keys, of the new kind or the old one."""
+    dtype = jnp.result_type(x)
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32
+
+
+def _widened(snapshots: Snapshots, present: Any) -> Snapshots:
+    """Snapshots that can hold the present parameters and inner state.
+
+    The first gradients may be wider than the parameters that `init` was given, and
+    widen the moments: then these take the snapshots with them, once. One that is wide
+    enough keeps its type, so that a state whose type `lax.scan` can carry keeps that.
+    """
+
+    def widened(x, y):
+        if x.dtype == y.dtype:
+            return x
+        return x.astype(jnp.promote_types(x.dtype, y.dtype))
+
+    older, newer = (jax.tree.map(widened, copy, present) for copy in snapshots)
+    return Snapshots(older, newer)
 
 
 def _limited(updates: Any, when: jax.Array, norm: jax.Array, limit: jax.Array) -> Any:
@@ -313,12 +425,32 @@ def _replaced(when, new, old):
 
     A loop of at most one turn, since a select would read and write all. What reads
     `new`, or takes its place, must depend on the False: XLA then runs it after the
-    loop, and need not copy it.
+    loop, and need not copy it. Derivatives are those of the select.
     """
 
-    def body(carry):
-        flag, old = carry
-        old = jax.tree.map(lambda x, y: jnp.where(flag, x, y), new, old)
-        return jnp.zeros_like(flag), old
+    @jax.custom_jvp
+    def choose(when, new, old):
+        def body(carry):
+            flag, old = carry
+            old = jax.tree.map(
+                lambda x, y: jnp.where(flag, x.astype(y.dtype), y), new, old
+            )
+            return jnp.zeros_like(flag), old
 
-    return lax.while_loop(lambda carry: carry[0], body, (when, old))
+        return lax.while_loop(lambda carry: carry[0], body, (when, old))
+
+    @choose.defjvp
+    def _(primals, tangents):
+        when, *_ = primals
+        done, chosen = choose(*primals)
+
+        def select(x, y):
+            if y.dtype == jax.dtypes.float0:
+                return y
+            return jnp.where(when, x.astype(y.dtype), y)
+
+        _, new, old = tangents
+        no_tangent: Any = np.zeros(np.shape(done), jax.dtypes.float0)
+        return (done, chosen), (no_tangent, jax.tree.map(select, new, old))
+
+    return choose(when, new, old)

@@ -1,0 +1,244 @@
+"""In anybody's training code: what stands around, inside and behind `stabilize`."""
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from jax import lax
+
+import optaxclip
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
+PARAMS = {"w": jnp.ones((2, 3)), "b": jnp.full(3, 2.0, jnp.float32)}
+
+
+def like(size, params: Any = PARAMS, dtype=None) -> Any:
+    return jax.tree.map(lambda x: jnp.full_like(x, size, dtype), params)
+
+
+@functools.cache
+def update_of(tx) -> Any:
+    def update(grads, state, params, value):
+        updates, state = tx.update(grads, state, params, value=value)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(update)
+
+
+def train(tx, sizes, params: Any = PARAMS, state: Any = None, dtype=None) -> Any:
+    """(parameters, state) after gradients of these elements, which are the losses."""
+    state = tx.init(params) if state is None else state
+    for size in sizes:
+        grads = like(size, params, dtype)
+        params, state = update_of(tx)(grads, state, params, jnp.float32(size))
+    return params, state
+
+
+def stabilize(inner, **arguments) -> Any:
+    """With a fixed limit on the loss, so that three explosions are a rollback."""
+    rules: dict = {"norm": None, "share": None, "loss": 10.0}
+    return optaxclip.skip_explosions(inner, rollback=True, **rules | arguments)
+
+
+FINE, BAD = [1.0], [1e3] * 3
+"""A healthy step; what makes a rollback, which two healthy ones then confirm."""
+
+
+def rollbacks(state, label="explosions") -> int:
+    return int(optaxclip.metrics(state)[f"{label}/rollbacks"])
+
+
+# The types of parameters, gradients and state.
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        ("bfloat16", "float32"),
+        pytest.param(("float32", "bfloat16"), marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_of_another_type_than_the_parameters(dtypes):
+    """The moments widen in the first step, as those of `adam` alone; then no more."""
+    dtype, gradients = map(jnp.dtype, dtypes)
+    params = like(1.0, dtype=dtype)
+    bare = optax.with_extra_args_support(optax.adam(0.1))
+    tx = stabilize(bare)
+    found, state = train(tx, FINE * 4, params, dtype=gradients)
+    expected, inner = train(bare, FINE * 4, params, dtype=gradients)
+    chex.assert_trees_all_equal(found, expected)
+    chex.assert_trees_all_equal(state["explosions"].inner_state, inner)
+    again, later = train(tx, [*BAD, *FINE * 2], found, state, gradients)
+    assert rollbacks(later) == 1
+    chex.assert_trees_all_equal_shapes_and_dtypes(later, state)
+    chex.assert_trees_all_equal(again, params)
+    learned = optax.tree.get(later, "mu")
+    chex.assert_trees_all_equal(learned, jax.tree.map(jnp.zeros_like, learned))
+    num_compiled = update_of(tx)._cache_size()
+    assert num_compiled == update_of(bare)._cache_size()
+
+
+@pytest.mark.slow
+def test_parameters_widened_after_init():
+    params = like(1 / 3)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    tx = stabilize(optax.adam(0.1))
+    before, state = train(tx, FINE * 4, params, tx.init(narrow))
+    after, state = train(tx, [*BAD, *FINE * 2], before, state)
+    assert rollbacks(state) == 1
+    chex.assert_trees_all_close(after, params, rtol=2e-7)
+
+
+@pytest.mark.slow
+def test_a_scan_that_carries_wider_parameters_than_it_needs():
+    """The type of a state that is wide enough does not change."""
+    params = like(1.0, dtype=jnp.bfloat16)
+    tx = stabilize(optax.adam(0.1))
+
+    def step(carry, size):
+        params, state = carry
+        grads = like(1.0, params, jnp.float32)
+        updates, state = tx.update(grads, state, params, value=size)
+        return (optax.apply_updates(params, updates), state), ()
+
+    carry = params, tx.init(like(0.0))
+    sizes = jnp.array([*FINE * 3, *BAD, *FINE * 2])
+    (_, state), _ = jax.jit(lambda c: lax.scan(step, c, sizes))(carry)
+    assert rollbacks(state) == 1
+
+
+# What is found in the state by its name.
+
+
+def test_names_find_the_present_and_no_snapshot():
+    inner = optax.inject_hyperparams(optax.adam)(0.1)
+    tx = optax.chain(stabilize(inner), optax.contrib.reduce_on_plateau())
+    bare = optax.chain(inner, optax.contrib.reduce_on_plateau())
+    state, expected = (x.init(PARAMS) for x in (tx, bare))
+    for name in ("mu", "nu", "learning_rate", "b1", "scale", "best_value"):
+        chex.assert_trees_all_equal(
+            optax.tree.get(state, name), optax.tree.get(expected, name)
+        )
+    state: Any = stabilize(optax.lbfgs()).init(PARAMS)
+    for name in ("value", "grad", "count"):
+        optax.tree.get(state, name)
+    state = stabilize(optax.adam(0.1)).init(PARAMS)
+    assert optax.tree.get(state, "count") == 0
+    assert isinstance(optax.tree.get(state, "ScaleByAdamState").mu, dict)
+
+
+@pytest.mark.slow
+def test_lbfgs_reads_its_value_and_gradient_from_the_state():
+    tx = stabilize(optax.lbfgs())
+
+    def loss_of(params):
+        return sum(jnp.sum((x - 0.5) ** 2) for x in jax.tree.leaves(params))
+
+    @jax.jit
+    def step(params, state):
+        value, grad = optax.value_and_grad_from_state(loss_of)(params, state=state)
+        updates, state = tx.update(
+            grad, state, params, value=value, grad=grad, value_fn=loss_of
+        )
+        return optax.apply_updates(params, updates), state
+
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(3):
+        params, state = step(params, state)
+    assert loss_of(params) < 1e-6
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_specs_of_the_parameters_are_those_of_the_snapshots(masks):
+    inner = optax.adam(0.1)
+    if masks:
+        inner = optax.masked(inner, {"w": True, "b": False})
+    tx = stabilize(inner)
+    state: Any = optax.tree_map_params(
+        tx,
+        lambda _, spec: spec,
+        tx.init(PARAMS),
+        {"w": "spec of w", "b": "spec of b"},
+        transform_non_params=lambda _: "none",
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+    found = jax.tree.leaves(state["explosions"].snapshots.older)
+    masked = [] if masks else ["spec of b"]
+    moments = [*(masked or ["spec of b"]), "spec of w"]
+    assert found == ["spec of b", "spec of w", "none", *moments * 2]
+
+
+# What a rollback takes back.
+
+
+def test_a_rollback_leaves_what_the_user_and_the_clock_decided():
+    schedule = optax.linear_schedule(1.0, 0.5, 100)
+    inner = optax.chain(
+        optax.add_noise(0.0, 0.0, jax.random.key(0)),
+        optax.inject_hyperparams(optax.adam)(0.1, b1=schedule),
+        optax.scale_by_schedule(schedule),
+        optaxclip.clip_by_norm(schedule),
+        optaxclip.record(window=4),
+    )
+    tx = stabilize(inner)
+    params, state = train(tx, FINE * 4)
+    hyperparams = state["explosions"].inner_state[1].hyperparams
+    hyperparams["learning_rate"] = jnp.float32(0.01)
+    params, state = train(tx, FINE, params, state)
+    before = state["explosions"].inner_state
+    _, state = train(tx, [*BAD, *FINE * 2], params, state)
+    assert rollbacks(state) == 1
+    noise, injected, scheduled, clip, record = state["explosions"].inner_state
+    assert injected.hyperparams["learning_rate"] == jnp.float32(0.01)
+    assert injected.count == injected.hyperparams_states["b1"].count == 5
+    assert scheduled.count == clip["clip"].limit_state.num_steps == 5
+    assert clip["clip"].num_steps == record["gradients"].counts[0] == 5
+    assert noise.rng_key == before[0].rng_key
+    # What the optimizer had learned.
+    adam = injected.inner_state[0]
+    assert adam.count == 0
+    assert not np.any(adam.mu["w"])
+
+
+def test_a_run_that_was_saved_without_it_goes_on_from_its_moments():
+    """Put into `inner_state` before the first step, they are the first snapshot."""
+    bare = optax.adam(0.1)
+    params, saved = train(optax.with_extra_args_support(bare), FINE * 5)
+    tx = stabilize(bare)
+    state = tx.init(PARAMS)
+    state["explosions"] = state["explosions"]._replace(inner_state=saved)
+    later, state = train(tx, FINE * 3, params, state)
+    after, state = train(tx, [*BAD, *FINE * 2], later, state)
+    assert rollbacks(state) == 1
+    chex.assert_trees_all_equal(state["explosions"].inner_state, saved)
+    chex.assert_trees_all_close(after, params, rtol=2e-7)
+
+
+# Derivatives.
+
+
+def test_derivatives_through_a_rollback():
+    """With respect to the initial parameters."""
+    tx = stabilize(optax.sgd(0.25, 0.5))
+
+    def end(size):
+        def step(carry, loss):
+            params, state = carry
+            grads = params - 0.5
+            updates, state = tx.update(grads, state, params, value=loss)
+            return (optax.apply_updates(params, updates), state), ()
+
+        params: Any = size * jnp.ones(3)
+        losses = jnp.array([1.0, 1.0, *BAD, *FINE * 3])
+        (params, _), _ = lax.scan(step, (params, tx.init(params)), losses)
+        return params[0]
+
+    # One step from the snapshot, which is where it began.
+    np.testing.assert_allclose(jax.jit(jax.grad(end))(1.0), 0.75, rtol=1e-6)
