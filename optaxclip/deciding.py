@@ -83,7 +83,11 @@ class Decision(NamedTuple):
 
 
 def decide(
-    settings: Settings, seen: Verdict, now: dict[str, Any], cooling: Cooling
+    settings: Settings,
+    seen: Verdict,
+    now: dict[str, Any],
+    cooling: Cooling,
+    is_away: jax.Array,
 ) -> Decision:
     """Decides on one step.
 
@@ -92,9 +96,10 @@ def decide(
       seen: What is known of the step.
       now: The `COUNTS`, with this step.
       cooling: As it was before.
+      is_away: Whether a look is not at the parameters of the snapshot.
     """
     phase, is_finite = now["phase"], ~seen.has_nonfinite_updates
-    is_look = (phase == FIRST_LOOK) | (phase == SECOND_LOOK)
+    is_look = is_look_in(phase)
     is_accepted = seen.is_bad & is_finite & ~is_look
     is_accepted &= (phase == ACCEPTING) | (now["in_a_row"] >= settings.max_consecutive)
     is_quiet = ~seen.is_bad & ~is_look
@@ -105,15 +110,20 @@ def decide(
     middle = seen.evidence_limit + 0.5 * (least - seen.evidence_limit)
     is_suspect = seen.evidence > seen.evidence_limit
     is_better = is_finite & (~is_suspect | (seen.evidence <= middle))
-    is_started = is_returned = is_confirmed = jnp.zeros_like(is_look)
+    is_started = is_returned = is_confirmed = is_blocked = jnp.zeros_like(is_look)
     if settings.has_snapshots:
         is_due = now["suspect_in_a_row"] >= settings.rollback_after
         is_due &= (phase == TRAINING) & ~is_accepted
         is_due |= (now["nonfinite_updates_in_a_row"] >= NUM_NONFINITE) & ~is_look
         # Before any step is applied, the parameters are those of the snapshot.
         is_started = is_due & (now["age"] > 0)
-        is_returned = is_look & ~is_better
-        is_confirmed = (phase == SECOND_LOOK) & is_better
+        # From parameters that have grown far the first update may miss the snapshot by
+        # a rounding of theirs: then the second look decides. Whoever misses it twice
+        # does not apply the updates as they are.
+        is_second = phase == SECOND_LOOK
+        is_blocked = is_second & is_away
+        is_returned = is_blocked | (is_look & ~is_away & ~is_better)
+        is_confirmed = is_second & ~is_away & is_better
     is_skipped = (seen.is_bad & ~is_accepted) | is_look | is_started
 
     next_phase = jnp.where(is_look, phase + 1, phase)
@@ -161,10 +171,17 @@ def decide(
             ),
             "skipped": now["skipped"] + is_skipped.astype(jnp.int32),
             "rollbacks": now["rollbacks"] + is_confirmed.astype(jnp.int32),
+            "blocked_rollbacks": now["blocked_rollbacks"]
+            + is_blocked.astype(jnp.int32),
             "gave_up": now["nonfinite_updates_in_a_row"] >= settings.give_up_after,
         },
         cooling=cooled._replace(least=least),
     )
+
+
+def is_look_in(phase: jax.Array) -> jax.Array:
+    """Whether a step is a look at the snapshot."""
+    return (phase == FIRST_LOOK) | (phase == SECOND_LOOK)
 
 
 def _least_evidence(seen, now, least, is_look):

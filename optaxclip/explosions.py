@@ -30,7 +30,7 @@ from optaxclip.norms import (
     total_of,
 )
 from optaxclip.recording import WINDOW, RecordState, empty, loss_of, pushed, rows_of
-from optaxclip.scopes import Stacked, find_scopes, layout_of
+from optaxclip.scopes import Scopes, Stacked, find_scopes, layout_of
 
 RULES = ("nonfinite", "norm", "share", "loss")
 COUNTS = (
@@ -39,6 +39,7 @@ COUNTS = (
     "exploded",
     "skipped",
     "rollbacks",
+    "blocked_rollbacks",
     "in_a_row",
     "nonfinite_in_a_row",
     "nonfinite_updates_in_a_row",
@@ -59,7 +60,7 @@ SHARE_LIMIT = limits.drift()
 # A loss jumps less than a norm: with an early jump of 5 most runs of the zoo that
 # explode from their first steps are missed, with 2 twice as many early steps of healthy
 # ones are flagged. Near zero, as at the minimum of a function without noise or where a
-# penalty begins, a healthy loss jumps by any factor. The second limit is for a loss that
+# penalty begins, a healthy loss jumps by any factor. The second limit is for one that
 # rises smoothly.
 LOSS_LIMIT = limits.minimum(
     limits.log_quantile(2.4, min_ratio=1.7, early_jump=2.5, min_level=0.01),
@@ -103,15 +104,15 @@ class DetectExplosionsState(NamedTuple):
     rule_states: tuple[Any, Any, Any]
     """States of the limits on norm, share and loss."""
     record: RecordState
-    """Of the last 256 steps, per leaf. Its `counts`, int32 `[18]`: the number of steps;
+    """Of the last 256 steps, per leaf. Its `counts`, int32 `[19]`: the number of steps;
     on how many of them the four rules fired (not finite, norm, share, loss) and on how
-    many any; how many `skip_explosions` skipped, and its rollbacks; how many in a row,
-    up to the last step, were no good (exploded, and not by a loss alone that is not
-    finite), were not finite, had updates that were not, and spoke against the
-    parameters (by the loss, or without one by the norm); whether it gave up; where it
-    stands in a rollback (`deciding.PHASES`), quiet steps since the older snapshot,
-    rollbacks in succession, the step of the last; and the last step that exploded. -1
-    for none."""
+    many any; how many `skip_explosions` skipped, its rollbacks, and those that did not
+    reach the parameters; how many in a row, up to the last step, were no good
+    (exploded, and not by a loss alone that is not finite), were not finite, had updates
+    that were not, and spoke against the parameters (by the loss, or without one by the
+    norm); whether it gave up, 2 for NaN in the parameters; where it stands in a
+    rollback (`deciding.PHASES`), quiet steps since the older snapshot, rollbacks in
+    succession, the step of the last; and the last step that exploded. -1 for none."""
 
 
 def detect_explosions(
@@ -277,12 +278,13 @@ class Detector:
                 "limits.params is no limit for it"
             )
 
-    def _scopes(self, tree):
+    def scopes_of(self, tree) -> Scopes:
+        """Of the leaves of a tree."""
         return find_scopes(tree, "leaf", specs=self.specs, stacked=self.stacked)
 
     def init(self, params) -> DetectExplosionsState:
         """The state before the first step."""
-        scopes = self._scopes(params)
+        scopes = self.scopes_of(params)
         norms, _ = jax.eval_shape(lambda: measure_leaves(params, scopes))
         dtype = norms.dtype
         sizes = scopes.sizes().astype(dtype)
@@ -309,7 +311,7 @@ class Detector:
         self, updates, value, state, params=None
     ) -> tuple[DetectExplosionsState, Verdict]:
         """The state after a step that is taken, and what is known of the step."""
-        norms, norm = measure_leaves(updates, self._scopes(updates))
+        norms, norm = measure_leaves(updates, self.scopes_of(updates))
         check_leaves([(state.record.num_scopes,)], [norms.shape], updates, params)
         # What the rules have kept stays of its type, also if the updates are wider.
         kept = [x.dtype for x in jax.tree.leaves(state.rule_states)]

@@ -78,9 +78,10 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     | `explosions/norm_limit`, `loss_limit` | the limits in the last step |
     | `explosions/skipped` | skip only: the share of all steps so far it skipped |
     | `explosions/num_skipped` | skip only: their number |
-    | `explosions/gave_up` | skip only: 1 if the last `give_up_after` were non-finite |
+    | `explosions/gave_up` | skip only: 1 if it gave up after non-finite steps |
     | `explosions/scale` | skip only: the factor of the updates, below 1 to cool down |
     | `explosions/rollbacks` | skip only: the number of rollbacks |
+    | `explosions/blocked_rollbacks` | skip only: of those that something undid |
 
     Each `record` gives, under its label, and `detect_explosions` and `skip_explosions`
     besides the above:
@@ -514,6 +515,7 @@ def _explosion_metrics(state: Any) -> dict[str, jax.Array]:
             "gave_up": state.gave_up.astype(jnp.int32),
             "scale": state.scale,
             "rollbacks": count(noticed, "rollbacks"),
+            "blocked_rollbacks": count(noticed, "blocked_rollbacks"),
         }
     last_step = count(noticed, "steps") - 1
     last, _ = rows_of(noticed.record, last_step)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from optaxclip.explosions import (
     COUNTS,
@@ -28,8 +29,10 @@ from optaxclip.reading import (
     record_of,
 )
 from optaxclip.recording import RecordState
-from optaxclip.responses import SkipExplosionsState
+from optaxclip.responses import BROKEN, SkipExplosionsState
 from optaxclip.scopes import is_gradient
+
+_OURS = "stabilize or skip_explosions"
 
 NUM_HEALTHY_AFTER = 64
 """After this many healthy steps `explain` calls the run healthy: half the window of the
@@ -164,6 +167,12 @@ def _counted(state: Any) -> str:
         num_rollbacks = int(count(noticed, "rollbacks"))
         text += f" {num_skipped} were skipped, and parameters went back {num_rollbacks}"
         text += " time." if num_rollbacks == 1 else " times."
+        if num_blocked := int(count(noticed, "blocked_rollbacks")):
+            text += (
+                f" {num_blocked} times they did not go back where they should have: "
+                f"something changes the updates after {_OURS}, which has to stand "
+                "around it."
+            )
     return text
 
 
@@ -260,6 +269,7 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
     """Raises if training has exploded and nothing has saved it; for the training loop.
 
     That is: if a `skip_explosions` has given up, after 100 non-finite steps in a row;
+    if its parameters are NaN, or what `optax.MultiSteps` around it has accumulated;
     if a `detect_explosions` has seen a non-finite step that no `skip_explosions`
     skipped; or if the state of an optimizer inside `skip_explosions` holds NaN, or an
     array with inf. Never on an explosion that was survived.
@@ -297,6 +307,13 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
         )
     for label, state in states.items():
         check_one_run(label, state)
+    for accumulator in _accumulators(opt_state):
+        if name := _nonfinite_leaf(accumulator):
+            raise ExplosionError(
+                f"what optax.MultiSteps accumulates holds inf or NaN, in {name!r}, and "
+                f"will for ever: put {_OURS} around optax.MultiSteps, or give that "
+                "should_skip_update_fn=optax.skip_not_finite."
+            )
     counts = jax.device_get({label: record_of(x).counts for label, x in states.items()})
     num_nonfinite = {
         label: int(values[COUNTS.index("nonfinite")])
@@ -312,6 +329,12 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
     )
     for label, state in states.items():
         if isinstance(state, SkipExplosionsState):
+            is_broken = int(count(noticed_of(state), "gave_up")) == BROKEN
+            if is_broken or _is_stuck(state, params):
+                raise ExplosionError(
+                    f"{label}: the parameters hold NaN, which no update can mend. No "
+                    "step that was taken has made it: go back to a checkpoint."
+                )
             if bool(state.gave_up):
                 num = int(count(noticed_of(state), "nonfinite_updates_in_a_row"))
                 what = (
@@ -339,6 +362,22 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
                 "optaxclip.stabilize(optimizer), a smaller learning rate, or a clip, "
                 "and look at the data and the precision of that step."
             )
+
+
+def _accumulators(opt_state: Any) -> list[Any]:
+    """What each `optax.MultiSteps` has accumulated, but for those inside of ours."""
+    kinds = (*STATES, optax.MultiStepsState)
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
+    return [x.acc_grads for x in leaves if isinstance(x, optax.MultiStepsState)]
+
+
+def _is_stuck(state: SkipExplosionsState, params: Any) -> bool:
+    """Whether the last step was not finite since parameters are NaN."""
+    leaves = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
+    arrays = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+    if not int(count(noticed_of(state), "nonfinite_updates_in_a_row")):
+        return False
+    return any(bool(jnp.any(jnp.isnan(x))) for x in arrays)
 
 
 def _story(state: DetectExplosionsState, kept: History, params: Any) -> str:

@@ -22,7 +22,7 @@ from optaxclip.checks import (
     value_of,
 )
 from optaxclip.clipping import ClipByNormState, ClipByValueState
-from optaxclip.deciding import Cooling, Decision, Settings, decide
+from optaxclip.deciding import Cooling, Decision, Settings, decide, is_look_in
 from optaxclip.explosions import (
     COUNTS,
     LOSS_LIMIT,
@@ -38,7 +38,7 @@ from optaxclip.fixed_limits import ScheduleState
 from optaxclip.limits import LimitLike
 from optaxclip.norms import accumulator, scaled, side_by_side, widened
 from optaxclip.recording import WINDOW, RecordState
-from optaxclip.scopes import Stacked, is_gradient
+from optaxclip.scopes import Scopes, Stacked, is_gradient
 from optaxclip.selecting import update_or_keep
 
 
@@ -66,6 +66,8 @@ CLOCKS = (
 )
 """States that a rollback leaves as they are: they count the steps of the run, or tell
 of them."""
+BROKEN = 2
+"""The count "gave_up" where it is because the parameters are NaN."""
 _LEAF = jax.tree.structure(0)
 
 
@@ -90,7 +92,7 @@ class SkipExplosionsState(NamedTuple):
 
     @property
     def gave_up(self) -> jax.Array:
-        """Whether too many steps in a row were not finite: bool `[]`."""
+        """Whether too many steps in a row were not finite, or parameters: bool `[]`."""
         return count(self.explosions, "gave_up") > 0
 
 
@@ -122,8 +124,13 @@ def skip_explosions(
     a row on the finite ones are taken and learned, with gradients clipped to the limit
     on the norm, until the rules find them usual. A non-finite step is never taken;
     after `give_up_after` in a row the run is given up, as `metrics` and
-    `raise_if_exploded` say. Where `inner` itself makes something that is not finite, or
-    an update would overflow the dtype of its parameter, those elements become 0.
+    `raise_if_exploded` say; with `rollback` at once where the parameters are NaN. Where
+    `inner` itself makes something that is not finite, or an update would overflow the
+    dtype of its parameter, those elements become 0.
+
+    Put it around `optax.MultiSteps`, so that a bad micro-batch alone is lost. Within
+    it, NaN would stay in what is accumulated, which `raise_if_exploded` tells; that
+    needs `should_skip_update_fn=optax.skip_not_finite`.
 
     Two more responses are off unless asked for.
 
@@ -134,7 +141,11 @@ def skip_explosions(
     `2 * snapshot_every` quiet steps ago, for two batches. If the excess is gone, or at
     least half of it, that is the rollback; if not, they come back as they were, and the
     explosions are accepted. Ten non-finite steps in a row do the same. The update is
-    `snapshot - params`, twice, so that rounding does not matter. That takes the memory
+    `snapshot - params`, twice, so that rounding does not matter: it has to be applied
+    as it is. So put `skip_explosions` around everything that changes updates, also
+    `optax.contrib.schedule_free`; behind a learning rate of its own, as in
+    `chain(skip_explosions(scale_by_adam()), scale(-1e-3))`, it undoes nothing, which
+    `explosions/blocked_rollbacks` counts and `explain` tells. That takes the memory
     of two copies of both, and on healthy steps one read of one copy of the parameters.
     What the optimizer has learned goes back; what the user or the clock decides stays:
     the counts of schedules, the `hyperparams` of `optax.inject_hyperparams`, random
@@ -233,7 +244,17 @@ def skip_explosions(
         value = value_of(extra_args)
         explosions, seen = detector.update(updates, value, state.explosions, params)
         now = {name: count(explosions, name) for name in COUNTS}
-        decision = decide(settings, seen, now, Cooling(*state.cooling))
+        is_away = is_broken = jnp.zeros([], bool)
+        if isinstance(state.snapshots, Snapshots):
+            is_look = is_look_in(now["phase"])
+            is_away, is_broken = _compared(
+                is_look | seen.has_nonfinite_updates,
+                params,
+                state.snapshots.older[0],
+                updates,
+                detector.scopes_of(params),
+            )
+        decision = decide(settings, seen, now, Cooling(*state.cooling), is_away)
         # What comes of bad parameters would soon look usual.
         explosions = explosions._replace(
             rule_states=jax.tree.map(
@@ -285,8 +306,9 @@ def skip_explosions(
             snapshots = _widened(snapshots, present)
             trees.append(snapshots.older[0])
         updates = jax.tree.map(respond, *trees)
+        gave_up = jnp.where(is_broken, BROKEN, decision.counts["gave_up"])
         state = SkipExplosionsState(
-            explosions=with_values(explosions, decision.counts),
+            explosions=with_values(explosions, decision.counts | {"gave_up": gave_up}),
             inner_state=inner_state,
             cooling=side_by_side(decision.cooling),
             snapshots=snapshots,
@@ -320,6 +342,42 @@ def _moved(
     olds = [x if keep else y for x, y, keep in zip(leaves, olds, is_kept, strict=True)]
     done, leaves = _replaced(is_exchanged | done, olds, leaves)
     return done, jax.tree.unflatten(structure, leaves), Snapshots(older, newer)
+
+
+def _compared(
+    when: jax.Array, params: Any, snapshot: Any, updates: Any, scopes: Scopes
+) -> tuple[jax.Array, jax.Array]:
+    """Whether parameters are not those of a snapshot, and whether they hold NaN.
+
+    The norm of a leaf's difference may be four roundings of the leaf: what an update
+    leaves from eight times as far. Both False, at no cost, unless `when`.
+    """
+
+    def level_of(leaf, x, y, u):
+        """`[layers]` or `[]`: 2 where there is NaN, 1 where they differ, else 0."""
+        if not leaf.is_gradient:
+            return jnp.zeros(leaf.part_shape)
+        eps = max(float(jnp.finfo(z.dtype).eps) for z in (x, u) if is_gradient(z))
+        axes = tuple(i for i in range(x.ndim) if i not in leaf.kept)
+        x, y = (widened(z, accumulator([x, y])) for z in (x, y))
+        # Sums, since for them alone XLA stores nothing for every element.
+        distance, size = (jnp.sum((z * z.conj()).real, axes) for z in (x - y, y))
+        is_away = ~(distance <= (4 * eps) ** 2 * size)
+        has_nan = jnp.isnan(jnp.sum(x, axes))
+        return jnp.where(has_nan, 2, is_away).astype(jnp.float32)
+
+    def body(carry):
+        # Tied to the loop's state, or XLA would compute all before the loop.
+        flag, *trees = lax.optimization_barrier((carry[0], params, snapshot))
+        leaves = map(jax.tree.leaves, (*trees, updates))
+        levels = list(map(level_of, scopes.leaves, *leaves))
+        level: Any = scopes.collapse(levels, "max")
+        return jnp.zeros_like(flag), jnp.max(level, initial=0)
+
+    params, snapshot = lax.stop_gradient((params, snapshot))
+    none = jnp.zeros([], jnp.float32)
+    _, level = lax.while_loop(lambda carry: carry[0], body, (when, none))
+    return level > 0, level > 1
 
 
 def _split(tree: Any) -> tuple[list, Any]:

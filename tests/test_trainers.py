@@ -221,6 +221,82 @@ def test_a_run_that_was_saved_without_it_goes_on_from_its_moments():
     chex.assert_trees_all_close(after, params, rtol=2e-7)
 
 
+# What stands behind a rollback, and from where it returns.
+
+
+def test_a_rollback_that_something_undoes_is_told():
+    tx = optax.chain(stabilize(optax.identity()), optax.scale(-0.01))
+    _, state = train(tx, [*FINE * 3, *BAD, *FINE * 2])
+    assert rollbacks(state) == 0
+    assert optaxclip.metrics(state)["explosions/blocked_rollbacks"] == 1
+    assert "1 times they did not go back where they should" in optaxclip.explain(state)
+
+
+@pytest.mark.slow
+def test_a_rollback_inside_of_schedule_free_is_told():
+    tx = optax.contrib.schedule_free(stabilize(optax.sgd(0.1)), 0.1)
+    _, state = train(tx, [*FINE * 3, *BAD, *FINE * 2])
+    assert rollbacks(state) == 0
+    assert optaxclip.metrics(state)["explosions/blocked_rollbacks"] == 1
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [("bfloat16", 100), ("float32", 1e8)])
+def test_a_rollback_from_parameters_that_have_grown_far(dtype, factor):
+    """The first update misses by a rounding of theirs, so the second look decides."""
+    start = {"w": jnp.linspace(-1, 1, 6, dtype=dtype), "b": jnp.ones(3, dtype)}
+    tx = stabilize(optax.sgd(0.0))
+    _, state = train(tx, FINE * 2, start)
+    params = jax.tree.map(lambda x: (factor * x).astype(dtype), start)
+    for _ in range(5):
+        is_near = np.allclose(params["w"], start["w"], rtol=0.1)
+        params, state = train(tx, FINE if is_near else BAD[:1], params, state)
+    assert rollbacks(state) == 1
+    chex.assert_trees_all_close(params, start, rtol=float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("rollback", [True, False])
+def test_parameters_that_are_nan_from_outside_are_told_at_once(rollback):
+    tx = optaxclip.skip_explosions(optax.sgd(0.1), rollback=rollback, loss=10.0)
+    params, state = train(tx, FINE * 2)
+    params["w"] = params["w"].at[0, 0].set(jnp.nan)
+    params, state = train(tx, [jnp.nan], params, state)
+    with pytest.raises(optaxclip.ExplosionError, match="parameters hold NaN"):
+        optaxclip.raise_if_exploded(state, params)
+    assert optaxclip.metrics(state)["explosions/gave_up"] == rollback
+
+
+# Accumulation.
+
+
+def test_accumulation_around_it_is_told_at_once():
+    tx = optax.MultiSteps(stabilize(optax.sgd(0.1)), 4).gradient_transformation()
+    tx = optax.with_extra_args_support(tx)
+    _, state = train(tx, FINE)
+    optaxclip.raise_if_exploded(state, PARAMS)
+    _, state = train(tx, [jnp.nan], PARAMS, state)
+    with pytest.raises(optaxclip.ExplosionError) as error:
+        optaxclip.raise_if_exploded(state, PARAMS)
+    assert "around optax.MultiSteps" in str(error.value)
+    assert "should_skip_update_fn=optax.skip_not_finite" in str(error.value)
+
+
+@pytest.mark.parametrize("order", ["stabilize around", "skip_not_finite"])
+def test_of_accumulation_one_micro_batch_is_lost(order):
+    sgd = optax.sgd(0.1)
+    if order == "stabilize around":
+        tx = stabilize(optax.MultiSteps(sgd, 4).gradient_transformation())
+    else:
+        skip = optax.skip_not_finite
+        many = optax.MultiSteps(stabilize(sgd), 4, should_skip_update_fn=skip)
+        tx = optax.with_extra_args_support(many.gradient_transformation())
+    params, state = train(tx, [1.0, jnp.nan, 2.0, 3.0])
+    chex.assert_trees_all_equal(params, PARAMS)
+    params, state = train(tx, [4.0], params, state)
+    expected = jax.tree.map(lambda x: x - 0.25, PARAMS)
+    chex.assert_trees_all_close(params, expected, rtol=1e-6)
+    optaxclip.raise_if_exploded(state, params)
+
+
 # Derivatives.
 
 
