@@ -306,7 +306,8 @@ def skip_explosions(
             snapshots = _widened(snapshots, present)
             trees.append(snapshots.older[0])
         updates = jax.tree.map(respond, *trees)
-        gave_up = jnp.where(is_broken, BROKEN, decision.counts["gave_up"])
+        gave_up = decision.counts["gave_up"].astype(jnp.int32)
+        gave_up = jnp.where(is_broken, BROKEN, gave_up)
         state = SkipExplosionsState(
             explosions=with_values(explosions, decision.counts | {"gave_up": gave_up}),
             inner_state=inner_state,
@@ -356,7 +357,7 @@ def _compared(
     def level_of(leaf, x, y, u):
         """`[layers]` or `[]`: 2 where there is NaN, 1 where they differ, else 0."""
         if not leaf.is_gradient:
-            return jnp.zeros(leaf.part_shape)
+            return jnp.zeros(leaf.part_shape, jnp.float32)
         eps = max(float(jnp.finfo(z.dtype).eps) for z in (x, u) if is_gradient(z))
         axes = tuple(i for i in range(x.ndim) if i not in leaf.kept)
         x, y = (widened(z, accumulator([x, y])) for z in (x, y))
@@ -364,7 +365,7 @@ def _compared(
         distance, size = (jnp.sum((z * z.conj()).real, axes) for z in (x - y, y))
         is_away = ~(distance <= (4 * eps) ** 2 * size)
         has_nan = jnp.isnan(jnp.sum(x, axes))
-        return jnp.where(has_nan, 2, is_away).astype(jnp.float32)
+        return jnp.where(has_nan, 2, is_away.astype(jnp.float32))
 
     def body(carry):
         # Tied to the loop's state, or XLA would compute all before the loop.
