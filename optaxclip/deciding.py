@@ -35,8 +35,8 @@ LATER_CUT = 1 / 8
 """By which a rollback cuts the scale that soon follows another: the scale that explodes
 again is near what is stable."""
 NUM_ACCEPTED = 16
-"""Quiet steps after a look at a snapshot that was no better, before the next look: as
-long as `limits.above_lowest` needs to follow a change of the data."""
+"""For so many quiet steps after a snapshot was no better, what is not far above what
+was found then is accepted: `limits.above_lowest` needs 8 to follow."""
 LEAST_SCALE = 2**-12
 
 
@@ -101,10 +101,13 @@ def decide(
     phase, is_finite = now["phase"], ~seen.has_nonfinite_updates
     is_look = is_look_in(phase)
     is_accepted = seen.is_bad & is_finite & ~is_look
-    is_accepted &= (phase == ACCEPTING) | (now["in_a_row"] >= settings.max_consecutive)
+    # Once there was a quiet step, up to twice what was found then: more is news.
+    least = cooling.least
+    is_usual = (seen.evidence <= least + jnp.abs(least)) & (least < jnp.inf)
+    is_usual = (phase == ACCEPTING) & (is_usual | (now["age"] <= 1))
+    is_accepted &= is_usual | (now["in_a_row"] >= settings.max_consecutive)
     is_quiet = ~seen.is_bad & ~is_look
 
-    least = _least_evidence(seen, now, cooling.least, is_look)
     # Half of the excess must be gone. The rest may be usual for the snapshot: the limit
     # has followed the run since.
     middle = seen.evidence_limit + 0.5 * (least - seen.evidence_limit)
@@ -113,7 +116,7 @@ def decide(
     is_started = is_returned = is_confirmed = is_blocked = jnp.zeros_like(is_look)
     if settings.has_snapshots:
         is_due = now["suspect_in_a_row"] >= settings.rollback_after
-        is_due &= (phase == TRAINING) & ~is_accepted
+        is_due &= ~is_look & ~is_accepted
         is_due |= (now["nonfinite_updates_in_a_row"] >= NUM_NONFINITE) & ~is_look
         # Before any step is applied, the parameters are those of the snapshot.
         is_started = is_due & (now["age"] > 0)
@@ -154,6 +157,8 @@ def decide(
         is_cut = now["in_a_row"] == settings.rollback_after
     is_early = now["steps"] < EARLY
     cooled = _cool(settings, cooling, strikes, is_early, is_cut, is_quiet)
+    is_kept = is_look | ((phase == ACCEPTING) & ~is_started)
+    least = jnp.where(is_kept, least, _least_evidence(seen, now, least, phase))
     return Decision(
         is_accepted=is_accepted,
         is_skipped=once(is_skipped),
@@ -184,12 +189,12 @@ def is_look_in(phase: jax.Array) -> jax.Array:
     return (phase == FIRST_LOOK) | (phase == SECOND_LOOK)
 
 
-def _least_evidence(seen, now, least, is_look):
+def _least_evidence(seen, now, least, phase):
     """The least evidence in the present row; +inf if it is of non-finite steps."""
-    is_first = now["suspect_in_a_row"] <= 1
+    is_first = (now["suspect_in_a_row"] <= 1) | (phase == ACCEPTING)
     found = jnp.where(is_first, seen.evidence, jnp.minimum(least, seen.evidence))
     is_known = (now["suspect_in_a_row"] > 0) & ~seen.has_nonfinite_updates
-    return jnp.where(is_look, least, jnp.where(is_known, found, jnp.inf))
+    return jnp.where(is_known, found, jnp.inf)
 
 
 def _cool(settings, cooling, strikes, is_early, is_cut, is_quiet) -> Cooling:

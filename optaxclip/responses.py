@@ -222,7 +222,7 @@ def skip_explosions(
         snapshots = ()
         if rollback:
             # Two: a buffer that appears twice cannot be donated.
-            present = params, _unnamed(inner_state, params)
+            present = _present(params, inner_state)
             older, newer = (jax.tree.map(jnp.zeros_like, present) for _ in range(2))
             snapshots = Snapshots(older, newer)
         return {
@@ -302,7 +302,7 @@ def skip_explosions(
 
         trees = [updates] if params is None else [updates, params]
         if isinstance(snapshots, Snapshots):
-            present = params, _unnamed(inner_state, params)
+            present = _present(params, inner_state)
             snapshots = _widened(snapshots, present)
             trees.append(snapshots.older[0])
         updates = jax.tree.map(respond, *trees)
@@ -332,7 +332,7 @@ def _moved(
     is of what the first step is given, and not of what `init` was: parameters and
     moments may have been read from a checkpoint in between.
     """
-    present = params, _unnamed(inner_state, params)
+    present = _present(params, inner_state)
     older, newer = _widened(snapshots, present)
     done, older = _replaced(decision.is_replaced | (num_steps == 1), newer, older)
     is_copied = decision.is_copied | decision.is_started | (num_steps == 0)
@@ -358,6 +358,7 @@ def _compared(
         """`[layers]` or `[]`: 2 where there is NaN, 1 where they differ, else 0."""
         if not leaf.is_gradient:
             return jnp.zeros(leaf.part_shape, jnp.float32)
+        x, y, u = map(jnp.asarray, (x, y, u))  # they may be Python numbers
         eps = max(float(jnp.finfo(z.dtype).eps) for z in (x, u) if is_gradient(z))
         axes = tuple(i for i in range(x.ndim) if i not in leaf.kept)
         x, y = (widened(z, accumulator([x, y])) for z in (x, y))
@@ -384,6 +385,16 @@ def _compared(
 def _split(tree: Any) -> tuple[list, Any]:
     """The children of a node, and its structure alone."""
     return jax.tree.flatten(tree, is_leaf=lambda x: x is not tree)
+
+
+def _present(params: Any, inner_state: Any) -> tuple[Any, Any]:
+    """What a snapshot is of: numbers and NumPy's arrays are those of JAX in it."""
+
+    def as_array(x):
+        numbers = int | float | complex | np.ndarray | np.generic
+        return jnp.asarray(x) if isinstance(x, numbers) else x
+
+    return jax.tree.map(as_array, params), _unnamed(inner_state, params)
 
 
 def _unnamed(tree: Any, params: Any) -> Any:

@@ -1,5 +1,19 @@
 """Eight virtual devices for the whole suite; strict promotion where a test asks."""
 
+import atexit
+import os
+import shutil
+import tempfile
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Workers of the same run inherit it, so what one has compiled is not compiled
+    # again: a quarter of the time. JAX reads these when it is imported.
+    cache = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 import chex
 import jax
 import pytest

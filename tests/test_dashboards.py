@@ -168,6 +168,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_what_was_flushed_outlives_a_killed_process(tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", KILLED, str(tmp_path)]

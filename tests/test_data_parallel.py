@@ -214,6 +214,7 @@ def killed_and_started_again(directory: Path, data: str, between=None) -> Proces
     return processes
 
 
+@pytest.mark.slow
 def test_two_of_which_one_was_killed_do_what_one_does(
     example, one_process, data, tmp_path
 ):

@@ -88,14 +88,14 @@ def test_explain_names_the_leaf_and_the_step(detection, traces):
     assert num_told == 5
 
 
-def naive_scalar(signal, power, ratio, early_jump=5.0):
+def naive_scalar(signal, power, ratio, early_jump=5.0, min_level=0.0):
     """How far above its limit each value is, on a logarithmic scale.
 
     NaN for those that are not finite, of which the rule need not say anything.
     """
     margins = np.where(np.isfinite(signal), -np.inf, np.nan)
     known = np.flatnonzero((signal > 0) & (signal < np.inf))
-    logs = np.log(signal[known])
+    found, logs = np.log(signal[known]), np.log(np.maximum(signal[known], min_level))
     for num in range(1, len(logs)):
         largest = logs[max(0, num - 32) : num].max()
         limit = largest + math.log(early_jump)
@@ -106,7 +106,22 @@ def naive_scalar(signal, power, ratio, early_jump=5.0):
             middle, high = np.interp(places, np.arange(len(past)), past)
             spread = max(power * (high - middle), math.log(ratio))
             limit = min(limit, middle + spread)
-        margins[known[num]] = logs[num] - limit
+        margins[known[num]] = found[num] - limit
+    return margins
+
+
+def naive_rise(signal):
+    """Likewise, above eight times the lowest level, for eight in a row."""
+    margins = np.where(np.isfinite(signal), -np.inf, np.nan)
+    mean, lowest, num_above = 0.0, math.inf, 0
+    for num, step in enumerate(np.flatnonzero((signal > 0) & (signal < np.inf))):
+        limit = 8 * max(lowest, 0.01)
+        num_above = num_above + 1 if signal[step] > limit else 0
+        mean += (signal[step] - mean) / min(num + 1, 8)
+        if num_above == 8:
+            margins[step] = math.log(signal[step] / limit)
+            lowest, num_above = mean, 0
+        lowest = min(lowest, mean)
     return margins
 
 
@@ -155,7 +170,9 @@ def naive(trace):
     return {
         "norm": naive_scalar(norms, 3, 3),
         "share": np.max(shares, axis=0),
-        "loss": naive_scalar(trace.loss, 2.4, 1.7, 2.5),
+        "loss": np.maximum(
+            naive_scalar(trace.loss, 2.4, 1.7, 2.5, 0.01), naive_rise(trace.loss)
+        ),
     }
 
 

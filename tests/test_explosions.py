@@ -178,6 +178,7 @@ def test_counts_and_the_step_at_which_it_began():
         "nonfinite_updates_in_a_row": 0,
         "suspect_in_a_row": 0,
         "gave_up": 0,
+        "blocked_rollbacks": 0,
         "phase": 0,
         "age": 0,
         "strikes": 0,
@@ -237,6 +238,7 @@ def test_trees_without_leaves_and_losses_of_other_types(tx):
         jax.eval_shape(tx.update, PARAMS, state, PARAMS, value=jnp.ones(2))
 
 
+@pytest.mark.slow
 def test_100_000_heavy_tailed_steps():
     rng = np.random.default_rng(0)
     norms = np.exp(0.5 * rng.standard_normal(100_000)).astype(np.float32)
@@ -260,6 +262,7 @@ def test_100_000_heavy_tailed_steps():
 # What others do, and what this library must not do.
 
 
+@pytest.mark.slow
 def test_apply_if_finite_applies_the_nan_in_the_end():
     theirs = optax.with_extra_args_support(optax.apply_if_finite(optax.adam(0.1), 3))
     ours = optaxclip.skip_explosions(optax.adam(0.1))
@@ -273,6 +276,7 @@ def test_apply_if_finite_applies_the_nan_in_the_end():
     chex.assert_trees_all_equal(params, expected)
 
 
+@pytest.mark.slow
 def test_apply_if_finite_tests_only_the_incoming_gradients():
     inner = optax.stateless(lambda u, p: jax.tree.map(lambda x: x / (x - 1), u))
     grads = jax.tree.map(jnp.ones_like, PARAMS)
@@ -304,6 +308,7 @@ def skip_by_product(tx, sigmas=6.0, window=128) -> Any:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@pytest.mark.slow
 def test_levanter_lets_the_nan_through_and_is_blind_afterwards():
     theirs = skip_by_product(optax.sgd(0.01))
     params, _, _ = run(theirs, [*healthy(70), math.nan])
@@ -342,6 +347,7 @@ def skip_above_ema(tx, multiple=20.0, decay=0.99) -> Any:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@pytest.mark.slow
 def test_axlearn_rejects_a_new_regime_for_ever():
     sizes = [*healthy(100), *(100 * healthy(500, seed=1))]
     _, _, found = run(skip_above_ema(optax.sgd(1e-6)), sizes)
@@ -419,6 +425,7 @@ def test_a_number_is_a_limit_for_norms_beyond_float32(x64, bad):
         assert count(state["explosions"], "norm") == expected
 
 
+@pytest.mark.slow
 def test_a_limit_with_a_narrow_state_narrows_no_norm():
     def update(norms, state, param_norms):
         del param_norms
@@ -494,6 +501,7 @@ def test_cool_down_after_explosions_in_a_row_and_recovery():
     assert state["explosions"].scale == 1
 
 
+@pytest.mark.slow
 def test_recovery_may_be_at_once():
     tx = optaxclip.skip_explosions(optax.sgd(1.0), cool_down=0.01, recovery=math.inf)
     _, state, found = run(tx, [1.0, *[math.nan] * 3, 1.0])

@@ -314,18 +314,10 @@ SAVED = [
     "RealNVP, too large steps",
     "rows of digits, GRU, rising step",
 ]
-QUICK = "zero head, Adam with warm-up 200", "TD(0), too large steps"
 
 
-def rows(names):
-    """Most of them slow: each compiles two trainings."""
-    return [
-        pytest.param(name, id=name, marks=[] if name in QUICK else pytest.mark.slow)
-        for name in names
-    ]
-
-
-@pytest.mark.parametrize("name", rows(HARMLESS))
+@pytest.mark.slow  # each compiles two trainings
+@pytest.mark.parametrize("name", HARMLESS)
 def test_a_healthy_run_is_not_harmed(zoo, running, saved, name):
     bare = saved.without_protection(name, 2, None)
     found = running.train(zoo.run_of(name), optaxclip.stabilize, 2)
@@ -334,7 +326,8 @@ def test_a_healthy_run_is_not_harmed(zoo, running, saved, name):
     assert ends.slow <= 0.02, ends.story
 
 
-@pytest.mark.parametrize("name", rows(SAVED))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAVED)
 def test_an_exploding_run_is_saved(zoo, running, saved, name):
     bare = saved.without_protection(name, 2, None)
     assert bare.is_counted.all()
