@@ -114,12 +114,14 @@ def naive_rise(signal):
     """Likewise, above eight times the lowest level, for eight in a row."""
     margins = np.where(np.isfinite(signal), -np.inf, np.nan)
     mean, lowest, num_above = 0.0, math.inf, 0
-    for num, step in enumerate(np.flatnonzero((signal > 0) & (signal < np.inf))):
+    known = np.flatnonzero((signal > 0) & (signal < np.inf)).tolist()
+    pairs = zip(known, signal[known].tolist(), strict=True)
+    for num, (step, value) in enumerate(pairs):
         limit = 8 * max(lowest, 0.01)
-        num_above = num_above + 1 if signal[step] > limit else 0
-        mean += (signal[step] - mean) / min(num + 1, 8)
+        num_above = num_above + 1 if value > limit else 0
+        mean += (value - mean) / min(num + 1, 8)
         if num_above == 8:
-            margins[step] = math.log(signal[step] / limit)
+            margins[step] = math.log(value / limit)
             lowest, num_above = mean, 0
         lowest = min(lowest, mean)
     return margins

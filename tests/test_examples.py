@@ -517,6 +517,7 @@ def scan() -> Any:
     return importlib.import_module("scan_training")
 
 
+@pytest.mark.slow
 def test_what_exploded_inside_a_scan_comes_out(scan, tmp_path, capsys):
     from matplotlib.image import imread
 

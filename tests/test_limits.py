@@ -346,6 +346,7 @@ def long_run(name) -> tuple[Any, Any, Any]:
     return norms, np.asarray(found), state
 
 
+@pytest.mark.slow
 @every_limit
 def test_100_000_steps(name):
     norms, found, state = long_run(name)
