@@ -240,6 +240,8 @@ def saturating_cast(norm: jax.Array, dtype: Any) -> jax.Array:
     """Casts to another dtype; a finite norm stays finite."""
     if norm.dtype == dtype:
         return norm
+    if jnp.promote_types(norm.dtype, dtype) == dtype:  # nothing is too large for it
+        return norm.astype(dtype)
     largest = jnp.finfo(dtype).max.astype(norm.dtype)
     saturated = where(jnp.isfinite(norm), jnp.minimum(norm, largest), norm)
     return saturated.astype(dtype)

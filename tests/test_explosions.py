@@ -783,3 +783,11 @@ def test_count_reads_by_name():
     _, state, _ = run(DETECT, [1.0, math.nan])
     assert count(state["explosions"], "steps") == 2
     assert count(state["explosions"], "nonfinite_in_a_row") == 1
+
+
+def test_a_loss_narrower_than_the_norm(x64):
+    """It is widened, and nothing overflows on the way."""
+    params = {"a": jnp.ones(2, jnp.float64)}
+    state = DETECT.init(params)
+    _, state = DETECT.update(params, state, value=jnp.float32(0.5))
+    assert optaxclip.metrics(state)["explosions/loss"] == 0.5
