@@ -461,8 +461,8 @@ def log_quantile(
       max_jump: The largest limit in units of the largest recent norm, >= 1.
       early_jump: The limit in these units until half of the window is there, >= 1; by
         default `max_jump`.
-      min_level: What is between 0 and this counts as this, >= 0; for a loss near 0,
-        which jumps by any factor.
+      min_level: A smaller median or largest norm counts as this, >= 0; for a loss
+        near 0, which jumps by any factor.
       window: Number of norms remembered, at least 4.
 
     Returns:
@@ -510,9 +510,11 @@ def log_quantile(
         median, spread = logs[..., 1], logs[..., 2] - logs[..., 1]
         limits = jnp.exp(median + jnp.maximum(exponent * spread, jnp.log(least)))
         largest = windows.largest_of(state.window, window // 4)
-        first_limits = jnp.where(num > 0, early * largest, jnp.inf)
+        first_limits = early * jnp.maximum(largest, level)
+        first_limits = jnp.where(num > 0, first_limits, jnp.inf)
         has_half = num >= window // 2
         limits = jnp.minimum(limits, jump * largest)
+        limits = jnp.maximum(limits, least * level)
         limits = jnp.where(has_half, limits, first_limits)
         # Once a loss has changed its sign, ratios to its median mean nothing: a scale
         # for each sign would make an event of every change.
@@ -523,8 +525,7 @@ def log_quantile(
         rise = jnp.maximum(2 * exponent * spread, (least - 1) * jnp.abs(middle))
         linear = jnp.where(num >= window // 8, middle + rise, jnp.inf)
         limits = jnp.where(lowest > 0, limits, linear)
-        counted = jnp.where(norms < 0, norms, jnp.maximum(norms, level))
-        learned = PercentileState(windows.push_in_order(state.window, counted))
+        learned = PercentileState(windows.push_in_order(state.window, norms))
         return limits, _keep(jnp.abs(norms), learned, state)
 
     return Limit(init, update)

@@ -95,18 +95,19 @@ def naive_scalar(signal, power, ratio, early_jump=5.0, min_level=0.0):
     """
     margins = np.where(np.isfinite(signal), -np.inf, np.nan)
     known = np.flatnonzero((signal > 0) & (signal < np.inf))
-    found, logs = np.log(signal[known]), np.log(np.maximum(signal[known], min_level))
+    logs = np.log(signal[known])
+    least = math.log(min_level) if min_level else -math.inf
     for num in range(1, len(logs)):
         largest = logs[max(0, num - 32) : num].max()
-        limit = largest + math.log(early_jump)
+        limit = max(largest, least) + math.log(early_jump)
         if num >= 64:
             limit = largest + math.log(5)
             past = np.sort(logs[max(0, num - 128) : num])
             places = np.array([0.5, 0.95]) * (len(past) - 1)
             middle, high = np.interp(places, np.arange(len(past)), past)
             spread = max(power * (high - middle), math.log(ratio))
-            limit = min(limit, middle + spread)
-        margins[known[num]] = found[num] - limit
+            limit = max(min(limit, middle + spread), least + math.log(ratio))
+        margins[known[num]] = logs[num] - limit
     return margins
 
 
