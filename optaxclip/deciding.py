@@ -17,7 +17,7 @@ from optaxclip.norms import once
 
 PHASES = ("training", "first look", "second look", "accepting")
 """Of a rollback: none; the next batch is the first, or the second, at the snapshot; it
-was no better, so that explosions are accepted until a quiet step."""
+was no better, so that what was found is accepted for `NUM_ACCEPTED` quiet steps."""
 TRAINING, FIRST_LOOK, SECOND_LOOK, ACCEPTING = range(len(PHASES))
 
 NUM_NONFINITE = 10
