@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from optaxclip.norms import (
     divided,
     measure_leaves,
     once,
+    promoted,
     saturating_cast,
     side_by_side,
     total_of,
@@ -228,7 +230,7 @@ def read_step(state: DetectExplosionsState, which: str) -> Step:
 
 def flags_of(fired: Any) -> Any:
     """Bool `[..., 4]`: which of the `RULES` fired, of the bits of whole numbers."""
-    return (fired[..., None] >> np.arange(len(RULES))) % 2 == 1
+    return (fired[..., None] >> np.arange(len(RULES), dtype=np.int32)) % 2 == 1
 
 
 def fitted_growth(record: RecordState) -> jax.Array:
@@ -236,7 +238,7 @@ def fitted_growth(record: RecordState) -> jax.Array:
 
     `exp` of the slope of a line fitted to the logarithms.
     """
-    steps = record.counts[0] - NUM_FITTED + jnp.arange(NUM_FITTED)
+    steps = record.counts[0] - NUM_FITTED + jnp.arange(NUM_FITTED, dtype=jnp.int32)
     norms = jax.vmap(total_of)(rows_of(record, steps)[1])
     is_known = (norms > 0) & (norms < jnp.inf)  # 0 in rows without a step yet
     logs = jnp.log(jnp.where(is_known, norms, 1))
@@ -316,7 +318,7 @@ class Detector:
         # What the rules have kept stays of its type, also if the updates are wider.
         kept = [x.dtype for x in jax.tree.leaves(state.rule_states)]
         floats = [dtype for dtype in kept if jnp.issubdtype(dtype, jnp.floating)]
-        dtype = jnp.result_type(jnp.float32, *floats) if floats else norm.dtype
+        dtype = promoted(jnp.float32, *floats) if floats else norm.dtype
         norms, norm = (saturating_cast(x, dtype) for x in (norms, norm))
         is_positive = (norm > 0) & (norm < jnp.inf)
         shares = divided(norms, jnp.where(is_positive, norm, 1))
@@ -416,7 +418,7 @@ def _have_grown(norms, before):
     num = jnp.sum(before > 0, axis=0)
     divisor = jnp.maximum(num, 1).astype(norms.dtype)
     mean = jnp.sum(_log_growth(norms, before), axis=0) / divisor
-    return (mean > np.log(MIN_GROWTH)) & (num >= MIN_KNOWN)
+    return (mean > math.log(MIN_GROWTH)) & (num >= MIN_KNOWN)
 
 
 def _log_growth(norms, before):

@@ -177,6 +177,12 @@ def accumulator(leaves: list) -> np.dtype:
     return np.dtype(np.float64 if is_wide else np.float32)
 
 
+def promoted(*dtypes: Any) -> np.dtype:
+    """The dtype that holds them all, also where a user forbids implicit promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
 def widened(x: jax.Array, dtype: Any) -> jax.Array:
     """Casts to a real dtype, or to the complex dtype made of it."""
     if _is_complex(x):
@@ -240,7 +246,7 @@ def saturating_cast(norm: jax.Array, dtype: Any) -> jax.Array:
     """Casts to another dtype; a finite norm stays finite."""
     if norm.dtype == dtype:
         return norm
-    if jnp.promote_types(norm.dtype, dtype) == dtype:  # nothing is too large for it
+    if jnp.finfo(dtype).max >= jnp.finfo(norm.dtype).max:  # nothing is too large
         return norm.astype(dtype)
     largest = jnp.finfo(dtype).max.astype(norm.dtype)
     saturated = where(jnp.isfinite(norm), jnp.minimum(norm, largest), norm)

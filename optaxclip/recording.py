@@ -18,7 +18,13 @@ from optaxclip.checks import (
     value_of,
 )
 from optaxclip.clipping import counted
-from optaxclip.norms import measure, measure_leaves, saturating_cast, total_of
+from optaxclip.norms import (
+    measure,
+    measure_leaves,
+    promoted,
+    saturating_cast,
+    total_of,
+)
 from optaxclip.scopes import (
     Layout,
     Per,
@@ -228,7 +234,7 @@ def loss_of(value: Any, dtype: Any) -> jax.Array:
         raise ValueError(
             f"value= must be a single number, the loss, not of shape {value.shape}"
         )
-    wide = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    wide = value.astype(promoted(value.dtype, jnp.float32))
     return saturating_cast(wide, dtype)
 
 

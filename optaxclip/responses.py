@@ -36,7 +36,7 @@ from optaxclip.explosions import (
 )
 from optaxclip.fixed_limits import ScheduleState
 from optaxclip.limits import LimitLike
-from optaxclip.norms import accumulator, scaled, side_by_side, widened
+from optaxclip.norms import accumulator, promoted, scaled, side_by_side, widened
 from optaxclip.recording import WINDOW, RecordState
 from optaxclip.scopes import Scopes, Stacked, is_gradient
 from optaxclip.selecting import update_or_keep
@@ -293,11 +293,11 @@ def skip_explosions(
             param = None if param is None else jnp.asarray(param)
             if cool_down is not None:
                 u = scaled(u, scale.astype(u.real.dtype))
-            after = u if param is None else (param + u).astype(param.dtype)
+            after = u if param is None else _sum(param, u).astype(param.dtype)
             u = jnp.where(~is_skipped & jnp.isfinite(after), u, jnp.zeros_like(u))
             if snapshot is None:
                 return u
-            way_back = (snapshot - param).astype(u.dtype)
+            way_back = _sum(snapshot, -param).astype(u.dtype)
             return jnp.where(decision.is_at_snapshot, way_back, u)
 
         trees = [updates] if params is None else [updates, params]
@@ -444,6 +444,12 @@ def _kept(state: Any) -> list[bool]:
     ]
 
 
+def _sum(x: jax.Array, y: jax.Array) -> jax.Array:
+    """X + y, also of two dtypes where a user forbids implicit promotion."""
+    dtype = promoted(x.dtype, y.dtype)
+    return x.astype(dtype) + y.astype(dtype)
+
+
 def _num_leaves(tree: Any) -> int:
     return len(jax.tree.leaves(tree))
 
@@ -465,7 +471,7 @@ def _widened(snapshots: Snapshots, present: Any) -> Snapshots:
     def widened(x, y):
         if x.dtype == y.dtype:
             return x
-        return x.astype(jnp.promote_types(x.dtype, y.dtype))
+        return x.astype(promoted(x.dtype, y.dtype))
 
     older, newer = (jax.tree.map(widened, copy, present) for copy in snapshots)
     return Snapshots(older, newer)

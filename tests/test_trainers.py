@@ -85,6 +85,47 @@ def test_gradients_of_another_type_than_the_parameters(dtypes):
     assert num_compiled == update_of(bare)._cache_size()
 
 
+@pytest.mark.parametrize(
+    ("name", "wide"),
+    [
+        ("clip", "gradients"),
+        ("record", "loss"),
+        ("stabilize", "parameters"),
+        ("stabilize", "gradients"),
+        ("stabilize", "all"),
+    ],
+)
+def test_wide_beside_narrow_under_strict_promotion(strict, x64, name, wide):
+    """Also through a rollback; the dtypes are those that a user chose."""
+
+    def dtype(what):
+        return jnp.float64 if wide in (what, "all") else jnp.bfloat16
+
+    params = {"w": jnp.ones(3, dtype("parameters"))}
+    tx = {
+        "clip": lambda: optaxclip.clip_by_norm(optaxclip.limits.zscore(2.0)),
+        "record": optaxclip.record,
+        "stabilize": lambda: stabilize(optax.identity()),
+    }[name]()
+    tx = optax.with_extra_args_support(tx)
+    state = tx.init(params)
+    for size in FINE + BAD + FINE + FINE:
+        grads = {"w": jnp.full(3, size, dtype("gradients"))}
+        loss = jnp.asarray(size, dtype("loss"))
+        updates, state = tx.update(grads, state, params, value=loss)
+        # As `optax.apply_updates`, which adds narrow to wide and so is not strict.
+        update = updates["w"].astype(dtype("parameters"))
+        params = {"w": params["w"] + update}
+    chex.assert_trees_all_equal_dtypes(updates, grads)
+    chex.assert_tree_all_finite(params)
+    if name == "stabilize":
+        assert rollbacks(state) == 1
+    if name != "clip":
+        optaxclip.history(state, params)
+        optaxclip.explain(state, params)
+    optaxclip.metrics(state, params)
+
+
 @pytest.mark.slow
 def test_parameters_widened_after_init():
     params = like(1 / 3)
