@@ -42,6 +42,7 @@ COUNTS = (
     "skipped",
     "rollbacks",
     "blocked_rollbacks",
+    "mended",
     "in_a_row",
     "nonfinite_in_a_row",
     "nonfinite_updates_in_a_row",
@@ -106,15 +107,16 @@ class DetectExplosionsState(NamedTuple):
     rule_states: tuple[Any, Any, Any]
     """States of the limits on norm, share and loss."""
     record: RecordState
-    """Of the last 256 steps, per leaf. Its `counts`, int32 `[19]`: the number of steps;
+    """Of the last 256 steps, per leaf. Its `counts`, int32 `[20]`: the number of steps;
     on how many of them the four rules fired (not finite, norm, share, loss) and on how
-    many any; how many `skip_explosions` skipped, its rollbacks, and those that did not
-    reach the parameters; how many in a row, up to the last step, were no good
-    (exploded, and not by a loss alone that is not finite), were not finite, had updates
-    that were not, and spoke against the parameters (by the loss, or without one by the
-    norm); whether it gave up, 2 for NaN in the parameters; where it stands in a
-    rollback (`deciding.PHASES`), quiet steps since the older snapshot, rollbacks in
-    succession, the step of the last; and the last step that exploded. -1 for none."""
+    many any; how many `skip_explosions` skipped, its rollbacks, those that did not
+    reach the parameters, and how often it mended the inner state; how many in a row, up
+    to the last step, were no good (exploded, and not by a loss alone that is not
+    finite), were not finite, had updates that were not, and spoke against the
+    parameters (by the loss, or without one by the norm); whether it gave up, 2 for NaN
+    in the parameters; where it stands in a rollback (`deciding.PHASES`), quiet steps
+    since the older snapshot, rollbacks in succession, the step of the last; and the
+    last step that exploded. -1 for none."""
 
 
 def detect_explosions(

@@ -81,6 +81,7 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     | `explosions/gave_up` | skip only: 1 if it gave up after non-finite steps |
     | `explosions/scale` | skip only: the factor of the updates, below 1 to cool down |
     | `explosions/rollbacks` | skip only: the number of rollbacks |
+    | `explosions/mended` | skip only: how often the optimizer's state went back alone |
     | `explosions/blocked_rollbacks` | skip only: of those that something undid |
 
     Each `record` gives, under its label, and `detect_explosions` and `skip_explosions`
@@ -515,6 +516,7 @@ def _explosion_metrics(state: Any) -> dict[str, jax.Array]:
             "gave_up": state.gave_up.astype(jnp.int32),
             "scale": state.scale,
             "rollbacks": count(noticed, "rollbacks"),
+            "mended": count(noticed, "mended"),
             "blocked_rollbacks": count(noticed, "blocked_rollbacks"),
         }
     last_step = count(noticed, "steps") - 1

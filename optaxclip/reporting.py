@@ -162,18 +162,27 @@ def _counted(state: Any) -> str:
     ]
     text = f"{count(noticed, 'exploded')} of {count(noticed, 'steps')} steps exploded"
     text += f": {', '.join(reasons)}." if reasons else "."
-    if isinstance(state, SkipExplosionsState) and reasons:
+    if isinstance(state, SkipExplosionsState) and count(noticed, "exploded"):
         num_skipped = int(count(noticed, "skipped"))
         num_rollbacks = int(count(noticed, "rollbacks"))
-        text += f" {num_skipped} were skipped, and parameters went back {num_rollbacks}"
-        text += " time." if num_rollbacks == 1 else " times."
+        text += f" {num_skipped} were skipped, and parameters went back "
+        text += f"{_times(num_rollbacks)}."
+        if num_mended := int(count(noticed, "mended")):
+            text += (
+                f" {_times(num_mended)} the optimizer had made inf or NaN out of "
+                "finite gradients, and its state went back alone."
+            )
         if num_blocked := int(count(noticed, "blocked_rollbacks")):
             text += (
-                f" {num_blocked} times they did not go back where they should have: "
+                f" {_times(num_blocked)} they did not go back where they should have: "
                 f"something changes the updates after {_OURS}, which has to stand "
                 "around it."
             )
     return text
+
+
+def _times(num: int) -> str:
+    return "1 time" if num == 1 else f"{num} times"
 
 
 def _aftermath(state: Any) -> list[str]:

@@ -36,7 +36,14 @@ from optaxclip.explosions import (
 )
 from optaxclip.fixed_limits import ScheduleState
 from optaxclip.limits import LimitLike
-from optaxclip.norms import accumulator, promoted, scaled, side_by_side, widened
+from optaxclip.norms import (
+    accumulator,
+    once,
+    promoted,
+    scaled,
+    side_by_side,
+    widened,
+)
 from optaxclip.recording import WINDOW, RecordState
 from optaxclip.scopes import Scopes, Stacked, is_gradient
 from optaxclip.selecting import update_or_keep
@@ -66,6 +73,9 @@ CLOCKS = (
 )
 """States that a rollback leaves as they are: they count the steps of the run, or tell
 of them."""
+CHECK_EVERY = 3
+"""Steps between two looks at the moments of the inner state. Each look reads them once
+more, and until the next one an element that is not finite stands still."""
 BROKEN = 2
 """The count "gave_up" where it is because the parameters are NaN."""
 _LEAF = jax.tree.structure(0)
@@ -126,7 +136,9 @@ def skip_explosions(
     after `give_up_after` in a row the run is given up, as `metrics` and
     `raise_if_exploded` say; with `rollback` at once where the parameters are NaN. Where
     `inner` itself makes something that is not finite, or an update would overflow the
-    dtype of its parameter, those elements become 0.
+    dtype of its parameter, those elements become 0. Where what it made stands in its
+    moments, and so would stay, those start again from 0 within 3 steps; that is an
+    explosion too, and its step is skipped (`explosions/mended`).
 
     Put it around `optax.MultiSteps`, so that a bad micro-batch alone is lost. Within
     it, NaN would stay in what is accumulated, which `raise_if_exploded` tells; that
@@ -264,14 +276,21 @@ def skip_explosions(
             )
         )
         updates = _limited(updates, decision.is_accepted, seen.norm, seen.norm_limit)
-        is_skipped = decision.is_skipped
-        inner_state, snapshots = state.inner_state, state.snapshots
+        num_steps = count(state.explosions, "steps")
+        is_due = decision.is_copied | (num_steps % CHECK_EVERY == CHECK_EVERY - 1)
+        is_spoiled, inner_state = _mended(
+            is_due & (num_steps > 0),
+            state.inner_state,
+            updates,
+            detector.scopes_of(updates),
+        )
+        is_skipped, snapshots = decision.is_skipped | is_spoiled, state.snapshots
         if isinstance(snapshots, Snapshots):
-            num_steps = count(state.explosions, "steps")
             done, inner_state, snapshots = _moved(
                 decision, num_steps, params, inner_state, snapshots
             )
             is_skipped |= done
+        is_skipped = once(is_skipped)
 
         if not is_given_value:
             extra_args.pop("value", None)
@@ -306,10 +325,16 @@ def skip_explosions(
             snapshots = _widened(snapshots, present)
             trees.append(snapshots.older[0])
         updates = jax.tree.map(respond, *trees)
-        gave_up = decision.counts["gave_up"].astype(jnp.int32)
-        gave_up = jnp.where(is_broken, BROKEN, gave_up)
+        counts = now | decision.counts
+        gave_up = counts["gave_up"].astype(jnp.int32)
+        counts["gave_up"] = jnp.where(is_broken, BROKEN, gave_up)
+        is_new = is_spoiled & (counts["last"] < counts["steps"] - 1)
+        counts["exploded"] += is_new.astype(jnp.int32)
+        counts["skipped"] += (is_spoiled & ~decision.is_skipped).astype(jnp.int32)
+        counts["mended"] += is_spoiled.astype(jnp.int32)
+        counts["last"] = jnp.where(is_new, counts["steps"] - 1, counts["last"])
         state = SkipExplosionsState(
-            explosions=with_values(explosions, decision.counts | {"gave_up": gave_up}),
+            explosions=with_values(explosions, counts),
             inner_state=inner_state,
             cooling=side_by_side(decision.cooling),
             snapshots=snapshots,
@@ -376,10 +401,92 @@ def _compared(
         level: Any = scopes.collapse(levels, "max")
         return jnp.zeros_like(flag), jnp.max(level, initial=0)
 
+    params, _ = _present(params, ())
     params, snapshot = lax.stop_gradient((params, snapshot))
     none = jnp.zeros([], jnp.float32)
     _, level = lax.while_loop(lambda carry: carry[0], body, (when, none))
     return level > 0, level > 1
+
+
+def _mended(
+    when: jax.Array, inner_state: Any, updates: Any, scopes: Scopes
+) -> tuple[jax.Array, Any]:
+    """(whether a moment is not finite, the inner state with 0 for those).
+
+    The moments are what is like the updates. Costs nothing unless `when`.
+    """
+    leaves, structure = jax.tree.flatten(inner_state)
+    places = _moments(inner_state, updates)
+    moments = lax.stop_gradient([leaves[i] for i in places])
+
+    def look(carry):
+        # Tied to the loop's state, or XLA would compute all before the loop.
+        flag, found = lax.optimization_barrier((carry[0], moments))
+        levels = [jnp.zeros(leaf.part_shape, jnp.float32) for leaf in scopes.leaves]
+        for x, i in zip(found, places.values(), strict=True):
+            axes = tuple(set(range(x.ndim)) - set(scopes.leaves[i].kept))
+            # A sum, as in `_compared`: inf - inf is NaN. 0 * x would be a product with
+            # an array of zeros.
+            x = widened(x, accumulator([x]))
+            total = jnp.sum(x - x, axes)
+            levels[i] = jnp.where(jnp.isnan(total), 1, levels[i])
+        level: Any = scopes.collapse(levels, "max")
+        return jnp.zeros_like(flag), jnp.max(level, initial=0)
+
+    def mend(carry):
+        flag, found = carry
+        found = [jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)) for x in found]
+        return jnp.zeros_like(flag), found
+
+    if not places:
+        return jnp.zeros([], bool), inner_state
+    none = jnp.zeros([], jnp.float32)
+    _, level = lax.while_loop(lambda carry: carry[0], look, (when, none))
+    is_bad = level > 0
+    done, moments = lax.while_loop(lambda carry: carry[0], mend, (is_bad, moments))
+    is_bad |= done  # what follows depends on the loop, see `_replaced`
+    for i, x in zip(places, moments, strict=True):
+        leaves[i] = x
+    return is_bad, jax.tree.unflatten(structure, leaves)
+
+
+def _moments(state: Any, updates: Any) -> dict[int, int]:
+    """Leaves of a state, each with the leaf of the updates whose moment it is.
+
+    Those are floating, of the same shape, and within a tree like the updates. What we
+    keep of a run is none: limits and records hold inf and NaN on purpose. Nor is a
+    single number, which may be anything.
+    """
+    found: dict[int, int] = {}
+    if np.ndim(updates) == 0 and jax.tree.structure(updates) == _LEAF:
+        return found
+
+    def collect(tree, like, place, index):
+        """From leaf `place` of the state on, and from leaf `index` of the updates."""
+        if tree is None or isinstance(tree, optax.MaskedNode):
+            return
+        (children, structure), (others, _) = map(_split, (tree, like))
+        if structure == _LEAF:
+            if is_gradient(tree) and np.shape(tree) == np.shape(like):
+                found[place] = index
+            return
+        for child, other in zip(children, others, strict=True):
+            collect(child, other, place, index)
+            place, index = place + _num_leaves(child), index + _num_leaves(other)
+
+    def visit(tree, place):
+        children, structure = _split(tree)
+        if isinstance(tree, (ClipByNormState, SkipExplosionsState, *CLOCKS)):
+            return
+        if _is_like(tree, updates):
+            collect(tree, updates, place, 0)
+        elif structure != _LEAF:
+            for child in children:
+                visit(child, place)
+                place += _num_leaves(child)
+
+    visit(state, 0)
+    return found
 
 
 def _split(tree: Any) -> tuple[list, Any]:
@@ -388,13 +495,15 @@ def _split(tree: Any) -> tuple[list, Any]:
 
 
 def _present(params: Any, inner_state: Any) -> tuple[Any, Any]:
-    """What a snapshot is of: numbers and NumPy's arrays are those of JAX in it."""
+    """What a snapshot is of, as arrays; zeros for a function among the leaves."""
 
     def as_array(x):
         numbers = int | float | complex | np.ndarray | np.generic
-        return jnp.asarray(x) if isinstance(x, numbers) else x
+        if isinstance(x, numbers):
+            return jnp.asarray(x, jnp.result_type(x))  # not of a weak type
+        return x if hasattr(x, "dtype") else jnp.zeros([], bool)
 
-    return jax.tree.map(as_array, params), _unnamed(inner_state, params)
+    return jax.tree.map(as_array, (params, _unnamed(inner_state, params)))
 
 
 def _unnamed(tree: Any, params: Any) -> Any:

@@ -179,6 +179,7 @@ def test_counts_and_the_step_at_which_it_began():
         "suspect_in_a_row": 0,
         "gave_up": 0,
         "blocked_rollbacks": 0,
+        "mended": 0,
         "phase": 0,
         "age": 0,
         "strikes": 0,

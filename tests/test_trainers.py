@@ -43,8 +43,8 @@ def train(tx, sizes, params: Any = PARAMS, state: Any = None, dtype=None) -> Any
 
 def stabilize(inner, **arguments) -> Any:
     """With a fixed limit on the loss, so that three explosions are a rollback."""
-    rules: dict = {"norm": None, "share": None, "loss": 10.0}
-    return optaxclip.skip_explosions(inner, rollback=True, **rules | arguments)
+    usual: dict = {"norm": None, "share": None, "loss": 10.0, "rollback": True}
+    return optaxclip.skip_explosions(inner, **usual | arguments)
 
 
 FINE, BAD = [1.0], [1e3] * 3
@@ -270,7 +270,7 @@ def test_a_rollback_that_something_undoes_is_told():
     _, state = train(tx, [*FINE * 3, *BAD, *FINE * 2])
     assert rollbacks(state) == 0
     assert optaxclip.metrics(state)["explosions/blocked_rollbacks"] == 1
-    assert "1 times they did not go back where they should" in optaxclip.explain(state)
+    assert "1 time they did not go back where they should" in optaxclip.explain(state)
 
 
 @pytest.mark.slow
@@ -304,6 +304,29 @@ def test_parameters_that_are_nan_from_outside_are_told_at_once(rollback):
     with pytest.raises(optaxclip.ExplosionError, match="parameters hold NaN"):
         optaxclip.raise_if_exploded(state, params)
     assert optaxclip.metrics(state)["explosions/gave_up"] == rollback
+
+
+@pytest.mark.parametrize("rollback", [True, False])
+def test_inf_that_the_optimizer_makes_out_of_finite_gradients_is_mended(rollback):
+    """In float16 the square of 300 is inf, in the second moment for ever."""
+    params = like(1.0, dtype=jnp.float16)
+    tx = stabilize(optax.adam(0.1), rollback=rollback, snapshot_every=5)
+    params, state = train(tx, FINE * 3, params)
+    huge = like(300.0, params)
+    params, state = update_of(tx)(huge, state, params, jnp.float32(1))
+    assert not np.all(np.isfinite(optax.tree.get(state, "nu")["w"]))
+    params, state = train(tx, FINE * 3, params, state)  # here a snapshot is due
+    chex.assert_tree_all_finite(optax.tree.get(state, "nu"))
+    metrics = optaxclip.metrics(state)
+    for name in ("mended", "count", "num_skipped"):
+        assert metrics[f"explosions/{name}"] == 1
+    chex.assert_tree_all_finite(jax.tree.leaves(state["explosions"].snapshots))
+    after, state = train(tx, FINE * 12, params, state)
+    assert np.all(after["w"] < params["w"])
+    assert optaxclip.metrics(state)["explosions/mended"] == 1
+    told = "1 time the optimizer had made inf or NaN out of finite gradients"
+    assert told in optaxclip.explain(state)
+    optaxclip.raise_if_exploded(state, params)
 
 
 # Accumulation.
