@@ -137,8 +137,9 @@ def skip_explosions(
     `raise_if_exploded` say; with `rollback` at once where the parameters are NaN. Where
     `inner` itself makes something that is not finite, or an update would overflow the
     dtype of its parameter, those elements become 0. Where what it made stands in its
-    moments, and so would stay, those start again from 0 within 3 steps; that is an
-    explosion too, and its step is skipped (`explosions/mended`).
+    moments, and so would stay, the inner state goes back to the snapshot's within 3
+    steps, without rollback those moments to 0; that is an explosion too, and its step
+    is skipped (`explosions/mended`).
 
     Put it around `optax.MultiSteps`, so that a bad micro-batch alone is lost. Within
     it, NaN would stay in what is accumulated, which `raise_if_exploded` tells; that
@@ -277,20 +278,21 @@ def skip_explosions(
         )
         updates = _limited(updates, decision.is_accepted, seen.norm, seen.norm_limit)
         num_steps = count(state.explosions, "steps")
+        inner_state, snapshots = state.inner_state, state.snapshots
         is_due = decision.is_copied | (num_steps % CHECK_EVERY == CHECK_EVERY - 1)
-        is_spoiled, inner_state = _mended(
+        is_spoiled = _are_spoiled(
             is_due & (num_steps > 0),
-            state.inner_state,
+            inner_state,
             updates,
             detector.scopes_of(updates),
         )
-        is_skipped, snapshots = decision.is_skipped | is_spoiled, state.snapshots
         if isinstance(snapshots, Snapshots):
             done, inner_state, snapshots = _moved(
-                decision, num_steps, params, inner_state, snapshots
+                decision, is_spoiled, num_steps, params, inner_state, snapshots
             )
-            is_skipped |= done
-        is_skipped = once(is_skipped)
+        else:
+            done, inner_state = _mended(is_spoiled, inner_state, updates)
+        is_skipped = once(decision.is_skipped | is_spoiled | done)
 
         if not is_given_value:
             extra_args.pop("value", None)
@@ -314,7 +316,7 @@ def skip_explosions(
                 u = scaled(u, scale.astype(u.real.dtype))
             after = u if param is None else _sum(param, u).astype(param.dtype)
             u = jnp.where(~is_skipped & jnp.isfinite(after), u, jnp.zeros_like(u))
-            if snapshot is None:
+            if snapshot is None or param is None:
                 return u
             way_back = _sum(snapshot, -param).astype(u.dtype)
             return jnp.where(decision.is_at_snapshot, way_back, u)
@@ -346,6 +348,7 @@ def skip_explosions(
 
 def _moved(
     decision: Decision,
+    is_spoiled: jax.Array,
     num_steps: jax.Array,
     params: Any,
     inner_state: Any,
@@ -360,9 +363,10 @@ def _moved(
     present = _present(params, inner_state)
     older, newer = _widened(snapshots, present)
     done, older = _replaced(decision.is_replaced | (num_steps == 1), newer, older)
-    is_copied = decision.is_copied | decision.is_started | (num_steps == 0)
+    is_copied = decision.is_copied & ~is_spoiled
+    is_copied |= decision.is_started | (num_steps == 0)
     done, newer = _replaced(is_copied | done, present, newer)
-    is_exchanged = decision.is_started | decision.is_returned
+    is_exchanged = decision.is_started | decision.is_returned | is_spoiled
     leaves, structure = jax.tree.flatten(inner_state)
     olds, is_kept = jax.tree.leaves(older[1]), _kept(inner_state)
     olds = [x if keep else y for x, y, keep in zip(leaves, olds, is_kept, strict=True)]
@@ -408,18 +412,15 @@ def _compared(
     return level > 0, level > 1
 
 
-def _mended(
+def _are_spoiled(
     when: jax.Array, inner_state: Any, updates: Any, scopes: Scopes
-) -> tuple[jax.Array, Any]:
-    """(whether a moment is not finite, the inner state with 0 for those).
-
-    The moments are what is like the updates. Costs nothing unless `when`.
-    """
-    leaves, structure = jax.tree.flatten(inner_state)
+) -> jax.Array:
+    """Whether a moment is not finite. Costs nothing unless `when`."""
     places = _moments(inner_state, updates)
+    leaves = jax.tree.leaves(inner_state)
     moments = lax.stop_gradient([leaves[i] for i in places])
 
-    def look(carry):
+    def body(carry):
         # Tied to the loop's state, or XLA would compute all before the loop.
         flag, found = lax.optimization_barrier((carry[0], moments))
         levels = [jnp.zeros(leaf.part_shape, jnp.float32) for leaf in scopes.leaves]
@@ -433,21 +434,30 @@ def _mended(
         level: Any = scopes.collapse(levels, "max")
         return jnp.zeros_like(flag), jnp.max(level, initial=0)
 
-    def mend(carry):
-        flag, found = carry
-        found = [jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)) for x in found]
-        return jnp.zeros_like(flag), found
-
     if not places:
-        return jnp.zeros([], bool), inner_state
+        return jnp.zeros([], bool)
     none = jnp.zeros([], jnp.float32)
-    _, level = lax.while_loop(lambda carry: carry[0], look, (when, none))
-    is_bad = level > 0
-    done, moments = lax.while_loop(lambda carry: carry[0], mend, (is_bad, moments))
-    is_bad |= done  # what follows depends on the loop, see `_replaced`
+    return lax.while_loop(lambda carry: carry[0], body, (when, none))[1] > 0
+
+
+def _mended(when: jax.Array, inner_state: Any, updates: Any) -> tuple[jax.Array, Any]:
+    """(False, the inner state with 0 for moments that are not finite).
+
+    Costs nothing unless `when`. What follows must depend on the False, see `_replaced`.
+    """
+    leaves, structure = jax.tree.flatten(inner_state)
+    places = _moments(inner_state, updates)
+
+    def body(carry):
+        flag, moments = carry
+        finite = [jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)) for x in moments]
+        return jnp.zeros_like(flag), finite
+
+    moments = [jnp.asarray(leaves[i]) for i in places]
+    done, moments = lax.while_loop(lambda carry: carry[0], body, (when, moments))
     for i, x in zip(places, moments, strict=True):
         leaves[i] = x
-    return is_bad, jax.tree.unflatten(structure, leaves)
+    return done, jax.tree.unflatten(structure, leaves)
 
 
 def _moments(state: Any, updates: Any) -> dict[int, int]:

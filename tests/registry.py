@@ -1,0 +1,69 @@
+"""Every public transformation, one row each: what the laws run over."""
+
+from typing import Any
+
+import optax
+
+import optaxclip
+from optaxclip import limits
+
+REGISTRY: dict[str, Any] = {
+    "clip_by_norm": lambda: optaxclip.clip_by_norm(1.0),
+    "clip_by_norm per leaf": lambda: optaxclip.clip_by_norm(1.0, per="leaf"),
+    "clip_by_norm per unit": lambda: optaxclip.clip_by_norm(1.0, per="unit"),
+    "clip_by_norm per group": lambda: optaxclip.clip_by_norm(1.0, per=lambda n: n[:1]),
+    "clip_by_norm stacked": lambda: optaxclip.clip_by_norm(
+        1.0, per="leaf", stacked=lambda name: name == "w"
+    ),
+    "clip_by_norm ord=1": lambda: optaxclip.clip_by_norm(1.0, ord=1),
+    "clip_by_norm ord=3": lambda: optaxclip.clip_by_norm(1.0, ord=3),
+    "clip_by_norm schedule": lambda: optaxclip.clip_by_norm(
+        optax.linear_schedule(2.0, 1.0, 10)
+    ),
+    "clip_by_norm minimum": lambda: optaxclip.clip_by_norm(
+        limits.minimum(limits.window_sigma(1.0, window=2), limits.quantile()),
+        per="leaf",
+    ),
+    "zclip": lambda: optaxclip.zclip(warmup=2, max_norm=1.0, per="leaf"),
+    "autoclip": lambda: optaxclip.autoclip(
+        50.0, window=3, per=lambda name: name[:1], label="auto"
+    ),
+    "adagc": lambda: optaxclip.adagc(warmup=2),
+    "agc": lambda: optaxclip.agc(stacked=lambda name: name == "w"),
+    "block_rms": lambda: optaxclip.block_rms(0.1),
+    "detect_explosions": lambda: optaxclip.detect_explosions(
+        stacked=lambda name: name == "w"
+    ),
+    "skip_explosions": lambda: optaxclip.skip_explosions(
+        optaxclip.clip_by_norm(1.0, label="inside"), max_consecutive=2, label="skip"
+    ),
+    "stabilize": lambda: optaxclip.stabilize(
+        optaxclip.clip_by_value(optax.linear_schedule(2.0, 1.0, 10)), rollback=True
+    ),
+    "record": lambda: optaxclip.record(window=3, stacked=lambda name: name == "w"),
+    "record per group": lambda: optaxclip.record(
+        "norms", window=7, per=lambda name: name[:1]
+    ),
+    "clip_by_value": lambda: optaxclip.clip_by_value(0.5),
+    "clip_by_value schedule": lambda: optaxclip.clip_by_value(
+        optax.linear_schedule(2.0, 1.0, 10)
+    ),
+}
+STATELESS = {"clip_by_value"}
+NEEDS_PARAMS = {"agc", "stabilize"}
+# What becomes of a spike: the others clip it.
+SKIPS = {"skip_explosions", "stabilize"}
+PASSES = {"detect_explosions", "record", "record per group"}
+# The label under which a clip's state stands; None where there is no label.
+LABELS = {name: None if "value" in name else "clip" for name in REGISTRY}
+LABELS |= {"autoclip": "auto", "skip_explosions": "skip"}
+LABELS |= {"record": "gradients", "record per group": "norms"}
+LABELS |= dict.fromkeys(("detect_explosions", "stabilize"), "explosions")
+# Run with -m slow: they share their code with others in the registry.
+SLOW = {"clip_by_norm ord=1", "clip_by_norm ord=3", "clip_by_norm schedule"}
+SLOW |= {"clip_by_norm stacked", "clip_by_norm minimum"}
+SLOW |= {"detect_explosions", "skip_explosions"}  # "stabilize" holds both
+SLOW |= {"clip_by_norm per group", "autoclip", "block_rms", "record per group"}
+SLOW |= {"clip_by_norm per leaf", "clip_by_norm per unit", "zclip", "agc"}
+SLOW_TO_COMPOSE = SLOW | {"adagc"}
+SLOW_WITHOUT_JIT = SLOW | {"stabilize"}
