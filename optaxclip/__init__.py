@@ -1,34 +1,177 @@
-"""Gradient clipping for JAX and Optax that is right for every finite gradient."""
+"""Gradient clipping and explosion handling for JAX and Optax.
+
+optaxclip keeps the training of neural networks stable. It clips gradients by value and
+by norm, notices exploding gradients before they ruin a run, skips their steps, and
+remembers what happened. Its norms are exact for every finite gradient, in any
+precision, and cost one read of the gradients. Everything is an
+`optax.GradientTransformation` that runs under `jit`, `vmap`, `lax.scan` and
+`shard_map`, on CPU, GPU or TPU.
+
+## Quickstart
+
+```python
+>>> import jax, jax.numpy as jnp, optax, optaxclip
+>>> tx = optaxclip.stabilize(optax.adam(1e-3))
+>>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+>>> opt_state = tx.init(params)
+>>> @jax.jit
+... def step(params, opt_state, x):
+...     loss_of = lambda p: jnp.sum((x @ p["w"] + p["b"]) ** 2)
+...     loss, grads = jax.value_and_grad(loss_of)(params)
+...     updates, opt_state = tx.update(grads, opt_state, params, value=loss)
+...     return optax.apply_updates(params, updates), opt_state
+>>> for x in [jnp.ones((4, 3)), jnp.full((4, 3), jnp.nan)]:
+...     params, opt_state = step(params, opt_state, x)
+...     optaxclip.raise_if_exploded(opt_state, params)  # not if it was survived
+>>> metrics = optaxclip.metrics(opt_state)
+>>> print(metrics["explosions/skipped"], jnp.isfinite(params["w"]).all())
+0.5 True
+
+```
+
+`stabilize` skips steps whose gradient norm or loss is an outlier for this run. If the
+explosion persists and earlier parameters are better, it rolls the parameters back to a
+snapshot and temporarily reduces the updates. A clip is one line:
+`optax.chain(optaxclip.clip_by_norm(1.0), optax.adam(1e-3))`.
+
+## Which one do I want?
+
+**The run must survive, and I know no threshold.** `stabilize(optimizer)`.
+
+**I want to know when a run became NaN, and where that began.** `detect_explosions()` in
+the chain, and `raise_if_exploded(opt_state, params)` in the loop.
+
+**I want to skip bad steps, and nothing else.** `skip_explosions(optimizer)`. It takes
+the place of `optax.apply_if_finite`, which applies the NaN in the end.
+
+**I know how large the gradients may be.** `clip_by_norm(1.0)`, or a schedule for the
+limit.
+
+**I do not know how large they may be.** `zclip()`, `autoclip()` or `adagc()`, or one of
+the `limits`.
+
+**Each layer needs a limit of its own.** `clip_by_norm(1.0, per="leaf")`; for layers
+that `lax.scan` stacks, `stacked=`; in proportion to the weights, `agc()`.
+
+**Single elements are too large.** `clip_by_value(1.0)`.
+
+**I want to see what happened.** `record("gradients")` in the chain; then `metrics` for
+a dashboard, `explain` and `history` for the last steps, and `plot` for a picture.
+
+## Guides
+
+| help on | about |
+|---|---|
+| `optaxclip.norms` | what a norm is taken over, names, what is exact |
+| `optaxclip.limits` | fixed, scheduled and learned limits; one of your own |
+| `optaxclip.clipping` | edge cases; coming from elsewhere; partitions; stacked layers |
+| `optaxclip.explosions` | what counts as one, what happens, your trainer, its limits |
+| `optaxclip.recording` | the flight recorder |
+| `optaxclip.reporting` | metrics, history, reports in words, pictures, dashboards |
+
+## Many devices
+
+There is one norm, one decision and one state, however the arrays are sharded.
+
+### Under jit
+
+Under `jit`, sharded arrays need no configuration. Norms are global, a step is skipped
+by all devices or by none, and what limits, rules and recorders keep is the same on
+each. What a state holds per unit is sharded as the units are, and snapshots as the
+parameters.
+
+### Inside shard_map
+
+Inside `jax.shard_map` a transformation sees local shards. Each one that measures takes
+`specs=`, the `PartitionSpec`s of the parameters: a tree, or a prefix of it, with `P()`
+for what is replicated. Give the loss after it has been reduced over the devices.
+
+```python
+>>> import jax, jax.numpy as jnp, numpy as np, optaxclip
+>>> from jax.sharding import Mesh, PartitionSpec as P
+>>> mesh = Mesh(np.array(jax.devices()), ("x",))
+>>> specs = {"bias": P(), "kernel": P("x")}
+>>> clip = optaxclip.clip_by_norm(1.0, specs=specs)
+>>> @jax.jit
+... @jax.shard_map(mesh=mesh, in_specs=(specs,), out_specs=specs)
+... def clipped(grads):
+...     updates, _ = clip.update(grads, clip.init(grads))
+...     return updates
+>>> grads = {"bias": jnp.ones(4), "kernel": jnp.ones((mesh.size, 2))}
+>>> print(optaxclip.global_norm(clipped(grads)).round(6))
+1.0
+
+```
+
+### Every layout
+
+Each transformation and each limit gives on eight devices what it gives on one, updates
+and state, over 16 steps with spikes, NaN and a rollback. Integers are equal, and so are
+floats but for a few roundings (1e-6). `pytest -m "" tests/test_layouts.py` compares
+them. It counts the all-reduces, under `jit` and in `shard_map`, in addition to the one
+of the gradients.
+
+| layout | `jit`, both kinds of axes | `shard_map` | extra all-reduces |
+|---|---|---|---|
+| data-parallel | equal | equal | 0 |
+| tensor-parallel | equal | equal | 1 |
+| FSDP | equal | equal | 1 |
+| 2 x 2 x 2, mixed | equal | equal | 3 (5 under `jit` by JAX 0.10) |
+
+The two kinds of axes are `Auto` and `Explicit`. `shard_map` is compared with
+`check_vma` and without.
+
+* There is one all-reduce of the norms of all leaves together for each set of mesh axes
+  that leaves are sharded over. There is no all-gather.
+* There are two where there are two norms: with `ord=3`, and with `skip_explosions`
+  around a clip.
+* Where units are sharded, each norm takes one more. `agc` has two norms.
+
+### Hosts and checkpoints
+
+On several hosts every process runs the same program. With replicated parameters each
+process holds the whole state.
+
+* `jax.device_get(opt_state)` then needs no communication. One process may log `metrics`
+  and `explain` of what it returns.
+* `raise_if_exploded(opt_state, params)` is for all processes, and raises in all.
+* A checkpoint of parameters and `opt_state` holds all that the limits and the recorder
+  know. Restore it into the tree of `tx.init(params)` as its template.
+
+`tests/test_data_parallel.py` kills one of two processes and starts both again. They end
+with the bits of the run that was not killed. `examples/data_parallel.py` trains on many
+devices and hosts, with checkpoints.
+"""
 
 from optaxclip import limits as limits
 from optaxclip.clipping import ClipByNormState as ClipByNormState
 from optaxclip.clipping import ClipByValueState as ClipByValueState
+from optaxclip.clipping import adagc as adagc
+from optaxclip.clipping import agc as agc
+from optaxclip.clipping import autoclip as autoclip
+from optaxclip.clipping import block_rms as block_rms
 from optaxclip.clipping import clip_by_norm as clip_by_norm
 from optaxclip.clipping import clip_by_value as clip_by_value
+from optaxclip.clipping import zclip as zclip
 from optaxclip.explosions import DetectExplosionsState as DetectExplosionsState
+from optaxclip.explosions import SkipExplosionsState as SkipExplosionsState
 from optaxclip.explosions import detect_explosions as detect_explosions
-from optaxclip.methods import adagc as adagc
-from optaxclip.methods import agc as agc
-from optaxclip.methods import autoclip as autoclip
-from optaxclip.methods import block_rms as block_rms
-from optaxclip.methods import stabilize as stabilize
-from optaxclip.methods import zclip as zclip
+from optaxclip.explosions import skip_explosions as skip_explosions
+from optaxclip.explosions import stabilize as stabilize
 from optaxclip.norms import global_norm as global_norm
+from optaxclip.norms import group_names as group_names
 from optaxclip.norms import group_norms as group_norms
+from optaxclip.norms import leaf_names as leaf_names
 from optaxclip.norms import leaf_norms as leaf_norms
 from optaxclip.norms import unit_norms as unit_norms
-from optaxclip.plotting import plot as plot
-from optaxclip.reading import History as History
-from optaxclip.reading import history as history
-from optaxclip.reading import metrics as metrics
 from optaxclip.recording import RecordState as RecordState
 from optaxclip.recording import record as record
 from optaxclip.reporting import ExplosionError as ExplosionError
+from optaxclip.reporting import History as History
 from optaxclip.reporting import explain as explain
+from optaxclip.reporting import history as history
+from optaxclip.reporting import metrics as metrics
+from optaxclip.reporting import plot as plot
 from optaxclip.reporting import raise_if_exploded as raise_if_exploded
-from optaxclip.responses import SkipExplosionsState as SkipExplosionsState
-from optaxclip.responses import skip_explosions as skip_explosions
-from optaxclip.scopes import group_names as group_names
-from optaxclip.scopes import leaf_names as leaf_names
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Every public transformation, one row each: what the laws run over."""
+"""Every public transformation and limit, a row or more each: what the laws run over."""
 
 from typing import Any
 
@@ -67,3 +67,21 @@ SLOW |= {"clip_by_norm per group", "autoclip", "block_rms", "record per group"}
 SLOW |= {"clip_by_norm per leaf", "clip_by_norm per unit", "zclip", "agc"}
 SLOW_TO_COMPOSE = SLOW | {"adagc"}
 SLOW_WITHOUT_JIT = SLOW | {"stabilize"}
+
+
+LIMITS: dict[str, Any] = {
+    "constant": lambda: limits.constant(1.0),
+    "schedule": lambda: limits.schedule(optax.linear_schedule(2.0, 1.0, 10)),
+    "params": lambda: limits.params(0.01),
+    "rms": lambda: limits.rms(1.0),
+    "minimum": lambda: limits.minimum(limits.zscore(), 1.0),
+    "zscore": lambda: limits.zscore(2.5, warmup=2),
+    "ema": lambda: limits.ema(1.05, warmup=2),
+    "quantile": lambda: limits.quantile(0.5),
+    "percentile": lambda: limits.percentile(10.0, window=3),
+    "window_sigma": lambda: limits.window_sigma(3.0, window=2),
+    "log_quantile": lambda: limits.log_quantile(window=4),
+    "drift": lambda: limits.drift(window=4),
+    "above_lowest": lambda: limits.above_lowest(),
+}
+"""Each public limit, with as little history as it can do with."""

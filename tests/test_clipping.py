@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
 
 import optaxclip
+import reference
 
 pytestmark = pytest.mark.usefixtures("strict")
 

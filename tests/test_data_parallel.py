@@ -15,11 +15,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from data_parallel_process import arrays_of, faulty
-from digits import write_idx
 from jax.tree_util import keystr
 
 import optaxclip
+from data_parallel_process import arrays_of, faulty
+from digits import write_idx
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from optaxclip.explosions import RULES
+from optaxclip.explosions.rules import RULES
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 ROUNDING = 1e-4

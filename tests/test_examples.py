@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import optax
 import pytest
-from digits import idx_bytes, write_idx
 
 import optaxclip
+from digits import idx_bytes, write_idx
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 

@@ -15,7 +15,9 @@ from jax import lax
 
 import optaxclip
 from optaxclip import limits
-from optaxclip.explosions import COUNTS, RULES, count, fitted_growth, read_step
+from optaxclip.explosions.leading import fitted_growth
+from optaxclip.explosions.rules import RULES
+from optaxclip.explosions.state import COUNTS, count, read_step
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 

@@ -17,7 +17,7 @@ import pytest
 from jax import lax
 
 import optaxclip
-from optaxclip.explosions import RULES
+from optaxclip.explosions.rules import RULES
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
 
 import optaxclip
+import reference
 from optaxclip import norms
-from optaxclip.norms import measure_leaves
-from optaxclip.scopes import find_scopes
+from optaxclip.norms.measuring import measure_leaves
+from optaxclip.norms.scopes import find_scopes
 
 pytestmark = pytest.mark.usefixtures("strict")
 

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
+import optaxclip
 import record_references
+from optaxclip import limits
 from record_references import (
     AGC_RATIO,
     NUM_STEPS,
@@ -16,9 +19,6 @@ from record_references import (
     ZCLIP_CAP,
     norms_of,
 )
-
-import optaxclip
-from optaxclip import limits
 
 pytestmark = pytest.mark.usefixtures("strict")
 

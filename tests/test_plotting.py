@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 import optaxclip
-from optaxclip.plotting import ALARM, MAX_NAME_LENGTH, ZERO, leading, plot
-from optaxclip.reading import History
+from optaxclip.reporting.history import History
+from optaxclip.reporting.plotting import ALARM, MAX_NAME_LENGTH, ZERO, leading, plot
 
 NUM_STEPS = 30
 

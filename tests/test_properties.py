@@ -6,10 +6,10 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
-import reference
 from hypothesis import strategies as st
 
 import optaxclip
+import reference
 
 DTYPES = {
     "float16": (2.0**-11, 1e-3, 6e4),

@@ -19,9 +19,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optaxclip
-from optaxclip import responses
-from optaxclip.explosions import count
-from optaxclip.selecting import update_or_keep
+from optaxclip.explosions import skipping
+from optaxclip.explosions.selecting import update_or_keep
+from optaxclip.explosions.state import count
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -843,7 +843,7 @@ def test_skipping_with_a_clip_stays_in_place(optimized):
 @pytest.mark.slow
 @pytest.mark.parametrize("rollback", [False, True])
 def test_skipping_would_copy_by_where_after(optimized, monkeypatch, rollback):
-    monkeypatch.setattr(responses, "update_or_keep", where_after)
+    monkeypatch.setattr(skipping, "update_or_keep", where_after)
     tx = optaxclip.skip_explosions(optax.adam(0.1), rollback=rollback)
     cost = cost_of_skipping(tx)
     assert cost.copies

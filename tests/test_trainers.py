@@ -101,8 +101,9 @@ def test_wide_beside_narrow_under_strict_promotion(strict, x64, name, wide):
     def dtype(what):
         return jnp.float64 if wide in (what, "all") else jnp.bfloat16
 
-    params = {"w": jnp.ones(3, dtype("parameters"))}
-    tx = {
+    params: Any = {"w": jnp.ones(3, dtype("parameters"))}
+    updates: Any = None
+    tx: Any = {
         "clip": lambda: optaxclip.clip_by_norm(optaxclip.limits.zscore(2.0)),
         "record": optaxclip.record,
         "stabilize": lambda: stabilize(optax.identity()),
@@ -116,7 +117,7 @@ def test_wide_beside_narrow_under_strict_promotion(strict, x64, name, wide):
         # As `optax.apply_updates`, which adds narrow to wide and so is not strict.
         update = updates["w"].astype(dtype("parameters"))
         params = {"w": params["w"] + update}
-    chex.assert_trees_all_equal_dtypes(updates, grads)
+    assert updates["w"].dtype == dtype("gradients")
     chex.assert_tree_all_finite(params)
     if name == "stabilize":
         assert rollbacks(state) == 1

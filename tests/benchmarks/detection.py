@@ -25,7 +25,9 @@ import numpy as np
 import tyro
 
 import optaxclip
-from optaxclip.explosions import RULES, fitted_growth, flags_of
+from optaxclip.explosions.leading import fitted_growth
+from optaxclip.explosions.rules import RULES
+from optaxclip.explosions.state import flags_of
 from optaxclip.recording import rows_of
 
 DATA = Path(__file__).parents[1] / "data" / "traces"

@@ -35,7 +35,8 @@ import tyro
 
 import optaxclip
 import zoo
-from optaxclip.explosions import COUNTS, RULES
+from optaxclip.explosions.rules import RULES
+from optaxclip.explosions.state import COUNTS
 from tasks.running import (
     CAUSES,
     HEALTHY,

@@ -1,4 +1,6 @@
-"""The last values of a signal, as they came and in order, in one array."""
+"""The last values of a signal, as they came and in order, in one array. Internal."""
+
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp

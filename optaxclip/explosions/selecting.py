@@ -1,5 +1,7 @@
 """Updates an optimizer or keeps its state, at no cost when it is updated."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

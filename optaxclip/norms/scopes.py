@@ -1,91 +1,21 @@
-"""Which elements one norm is taken over, and what that scope is called."""
+"""Which elements one norm is taken over; reduces parts to scopes and spreads back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import AxisType, PartitionSpec
 
-Per = Literal["tree", "leaf", "unit"] | Callable[[str], str]
-"""What one norm is taken over; a function maps a leaf's name to its group's name."""
-
-Stacked = Callable[[str], bool]
-"""True for the names of leaves whose axis 0 runs over layers."""
+from optaxclip.norms.names import Per, Stacked, group_names, leaf_names, path_name
+from optaxclip.numerics import is_gradient
 
 # XLA makes a chain of additions of a sum of numbers that lie apart, and on CPU takes
 # time cubic in their number to fuse it. Of more than so many it stays a sum.
 _MOST_FUSED = 100
-
-
-def leaf_names(tree: Any, *, stacked: Stacked | None = None) -> list[str]:
-    """Names the leaves of a tree by their path, in the order of `jax.tree.leaves`.
-
-    Args:
-      tree: Any tree. The trailing `/value` of Flax nnx variables is left out; a tree
-        that is a single array is called "array".
-      stacked: True for the names of leaves whose axis 0 runs over layers; each layer
-        gets a name of its own.
-
-    Returns:
-      One name a leaf, or a layer of a stacked leaf.
-
-    Raises:
-      ValueError: If `stacked` picks a leaf without axes.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> params = {"rnn": {"hh": jnp.ones((2, 3))}, "bias": jnp.ones(3)}
-      >>> leaf_names(params)
-      ['bias', 'rnn/hh']
-      >>> leaf_names(params, stacked=lambda name: name == "rnn/hh")
-      ['bias', 'rnn/hh[0]', 'rnn/hh[1]']
-    """
-    names = []
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        name = _name(path)
-        if stacked is not None and stacked(name):
-            if not np.ndim(leaf):
-                raise ValueError(f"stacked= picks {name!r}, which has no axis 0")
-            names += [f"{name}[{layer}]" for layer in range(np.shape(leaf)[0])]
-        else:
-            names.append(name)
-    return names
-
-
-def group_names(
-    tree: Any, group: Callable[[str], str], *, stacked: Stacked | None = None
-) -> list[str]:
-    """Names the groups into which `group` puts the leaves of a tree, in their order.
-
-    Args:
-      tree: Any tree.
-      group: Gives the name of the group for the name of a leaf (see `leaf_names`).
-      stacked: As in `leaf_names`.
-
-    Returns:
-      The groups' names, sorted: the order of every array `[num_groups]`.
-
-    Raises:
-      TypeError: If a group's name is not a string.
-
-    Example:
-      >>> params = {"rnn": {"hh": 1.0, "ih": 1.0}, "head": {"kernel": 1.0}}
-      >>> group_names(params, lambda name: name.split("/")[0])
-      ['head', 'rnn']
-    """
-    groups = [group(name) for name in leaf_names(tree, stacked=stacked)]
-    for name in groups:
-        if not isinstance(name, str):
-            raise TypeError(
-                f"per= must give each group a string for a name, not {name!r}"
-            )
-    return sorted(set(groups))
 
 
 class Leaf(NamedTuple):
@@ -230,7 +160,7 @@ def find_scopes(
     for (path, leaf), spec in zip(
         paths_and_leaves, _leaf_specs(specs, paths_and_leaves), strict=True
     ):
-        shape, name = np.shape(leaf), _name(path)
+        shape, name = np.shape(leaf), path_name(path)
         kept = ()
         if per != "tree":
             is_stacked = stacked is not None and stacked(name)
@@ -260,112 +190,12 @@ def find_scopes(
     return Scopes("group", tuple(leaves), tuple(map(tuple, groups.values())))
 
 
-class LeafLayout(NamedTuple):
-    """Layout of one leaf."""
-
-    layers: tuple[()] | tuple[tuple[()], ...]
-    """One () for each layer of a stacked leaf, none for any other."""
-
-
-class _AnyTree(tuple):
-    """A nested tuple that equals every other.
-
-    In the layout of a tree without leaves, such as the stand-in for all parameters that
-    `optax.tree_map_params` gives to `init`: the state fits every other.
-    """
-
-    def __eq__(self, other):
-        return True
-
-    def __ne__(self, other):
-        return False
-
-    def __hash__(self):
-        return 0
-
-
-class PerTree(NamedTuple):
-    """Layout of one norm over all leaves."""
-
-
-class PerGroup(NamedTuple):
-    """Layout of one norm a group."""
-
-
-# To JAX a layout is one static node: with the children of the parameters as its own,
-# the state of other parameters would be of another structure.
-@jax.tree_util.register_static
-class PerLeaf(NamedTuple):
-    """Layout of one norm a leaf."""
-
-    tree: Any
-    """The tree as nested tuples, with a `LeafLayout` for each leaf and a `MaskedNode`
-    where one hides others; () if no leaf is stacked and none is hidden."""
-
-
-@jax.tree_util.register_static
-class PerUnit(NamedTuple):
-    """Layout of one array of norms a leaf."""
-
-    tree: Any
-    """As in `PerLeaf`."""
-
-
-Layout = PerTree | PerLeaf | PerUnit | PerGroup
-"""The kind of a state's scopes. It holds no arrays and no names: a tree without leaves,
-which `jit` and checkpoints take for structure."""
-
-
-def layout_of(tree: Any, per: Per, stacked: Stacked | None) -> Layout:
-    """The layout of a transformation's state, from the tree given to `init`."""
-    if per == "tree":
-        return PerTree()
-    if per not in ("leaf", "unit"):
-        return PerGroup()
-    paths_and_leaves, structure = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
-    )
-    leaves = [
-        leaf
-        if isinstance(leaf, optax.MaskedNode)
-        else LeafLayout(
-            ((),) * np.shape(leaf)[0] if stacked and stacked(_name(path)) else ()
-        )
-        for path, leaf in paths_and_leaves
-    ]
-    is_plain = all(isinstance(leaf, LeafLayout) and not leaf.layers for leaf in leaves)
-    remaining = iter(leaves)
-
-    def nested(structure):
-        if jax.tree_util.treedef_is_leaf(structure) and structure.num_leaves:  # no None
-            return next(remaining)
-        return tuple(map(nested, structure.children()))
-
-    layout = PerLeaf if per == "leaf" else PerUnit
-    if not leaves:
-        return layout(_AnyTree())
-    return layout(() if is_plain else nested(structure))
-
-
-def is_gradient(leaf: Any) -> bool:
-    """Whether a leaf is measured and clipped; all others pass through untouched."""
-    if not hasattr(leaf, "dtype"):  # a Python number, a function, a name
-        return isinstance(leaf, float | complex)
-    return jnp.issubdtype(leaf.dtype, jnp.inexact) and math.prod(np.shape(leaf)) > 0
-
-
 def check_per(per: Any) -> None:
     """Raises the error of an unknown scope."""
     if per not in ("tree", "leaf", "unit") and not callable(per):
         raise ValueError(
             f'per must be "tree", "leaf", "unit" or a function of a name, not {per!r}'
         )
-
-
-def _name(path: tuple) -> str:
-    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]  # a Flax nnx variable
-    return jax.tree_util.keystr(path, simple=True, separator="/") or "array"
 
 
 def _leaf_specs(specs: Any, paths_and_leaves: list) -> list[PartitionSpec]:
@@ -383,8 +213,8 @@ def _leaf_specs(specs: Any, paths_and_leaves: list) -> list[PartitionSpec]:
         spec = next((by_path[p] for p in prefixes if p in by_path), None)
         if not isinstance(spec, PartitionSpec):
             raise ValueError(
-                f"specs must have a PartitionSpec for {_name(path)!r} (P() if it is "
-                f"replicated), not {spec!r}"
+                f"specs must have a PartitionSpec for {path_name(path)!r} "
+                f"(P() if it is replicated), not {spec!r}"
             )
         found.append(spec)
     return found

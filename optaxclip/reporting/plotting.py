@@ -1,21 +1,25 @@
 """A picture of the last steps of a run."""
 
+from __future__ import annotations
+
 import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optaxclip.explosions import RULES
-from optaxclip.reading import History
+from optaxclip.explosions.rules import RULES
+from optaxclip.reporting.history import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+
 # Okabe and Ito's colours, which the colour-blind can tell apart; no yellow, on white.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000", "#999999")
 ALARM = "#d55e00"  # for nothing but what explodes
 ZERO = "#ffffff"
+
 
 # With so many scopes at most, each has a colour; with more there is a map of all.
 NUM_COLORED = len(COLORS)
@@ -29,7 +33,7 @@ def plot(
     path: str | os.PathLike[str] | None = None,
     *,
     after: History | None = None,
-) -> "Figure":
+) -> Figure:
     """Draws the last steps of a run: the loss, the norms, what exploded and where.
 
     The total norm with its limit and the steps that exploded; with several scopes the
@@ -130,7 +134,7 @@ def _positive(values: np.ndarray) -> np.ndarray:
     return np.where((values > 0) & (values < np.inf), values.astype(np.float64), np.nan)
 
 
-def _draw_loss(axes: "Axes", history: History) -> None:
+def _draw_loss(axes: Axes, history: History) -> None:
     loss = history.loss.astype(np.float64)
     is_finite = np.isfinite(loss)
     is_positive = is_finite.any() and (loss[is_finite] > 0).all()
@@ -147,7 +151,7 @@ def _draw_loss(axes: "Axes", history: History) -> None:
     _mark_above(axes, history.step[is_nonfinite], "not finite")
 
 
-def _draw_norm(axes: "Axes", history: History, after: History | None) -> None:
+def _draw_norm(axes: Axes, history: History, after: History | None) -> None:
     norm = _positive(history.norm)
     nonfinite, exceeds, share, loss = history.fired.T
     axes.set_title("norm of all updates", loc="left", fontsize="medium")
@@ -167,12 +171,12 @@ def _draw_norm(axes: "Axes", history: History, after: History | None) -> None:
     _mark_above(axes, history.step[is_nonfinite], "not finite")
 
 
-def _draw_limit(axes: "Axes", step: np.ndarray, limit: np.ndarray) -> None:
+def _draw_limit(axes: Axes, step: np.ndarray, limit: np.ndarray) -> None:
     if not np.isnan(limit).all():
         _draw_line(axes, step, limit, label="its limit", color="black", linestyle="--")
 
 
-def _draw_scopes(axes: "Axes", history: History, leader: int | None) -> None:
+def _draw_scopes(axes: Axes, history: History, leader: int | None) -> None:
     norms = _positive(history.norms)
     num_scopes = len(history.names)
     axes.set_title(f"norms of the {num_scopes} scopes", loc="left", fontsize="medium")
@@ -194,7 +198,7 @@ def _draw_scopes(axes: "Axes", history: History, leader: int | None) -> None:
         _mark_above(axes, history.step[is_nonfinite], "it is not finite")
 
 
-def _draw_map(axes: "Axes", history: History, leader: int | None) -> None:
+def _draw_map(axes: Axes, history: History, leader: int | None) -> None:
     norms = _positive(history.norms)
     # In units of its own median: large and small scopes would else be mere stripes.
     norms /= [np.median(x[x > 0]) if (x > 0).any() else 1 for x in norms.T]
@@ -241,7 +245,7 @@ def _draw_map(axes: "Axes", history: History, leader: int | None) -> None:
     bar.minorticks_off()
 
 
-def _name_rows(axes: "Axes", names: list[str], leader: int | None) -> None:
+def _name_rows(axes: Axes, names: list[str], leader: int | None) -> None:
     """Names all rows of the map, or some that leave each other room."""
     num_shown = len(names) if len(names) <= MAX_NAMED else NUM_NAMED
     rows = np.linspace(0, len(names) - 1, num_shown).round().astype(int)
@@ -256,7 +260,7 @@ def _name_rows(axes: "Axes", names: list[str], leader: int | None) -> None:
 
 
 def _draw_line(
-    axes: "Axes",
+    axes: Axes,
     steps: np.ndarray,
     values: np.ndarray,
     *,
@@ -272,7 +276,7 @@ def _draw_line(
 
 
 def _mark(
-    axes: "Axes",
+    axes: Axes,
     steps: np.ndarray,
     values: np.ndarray,
     is_marked: np.ndarray,
@@ -292,7 +296,7 @@ def _mark(
         )
 
 
-def _mark_above(axes: "Axes", steps: np.ndarray, label: str) -> None:
+def _mark_above(axes: Axes, steps: np.ndarray, label: str) -> None:
     """Marks steps at the upper edge, whatever the scale."""
     if steps.size:
         axes.plot(
@@ -307,7 +311,7 @@ def _mark_above(axes: "Axes", steps: np.ndarray, label: str) -> None:
         )
 
 
-def _add_legend(axes: "Axes", **place: Any) -> None:
+def _add_legend(axes: Axes, **place: Any) -> None:
     """A legend at the upper right corner of the axes, outside: it covers nothing."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0.3, **place)

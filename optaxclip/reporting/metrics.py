@@ -1,46 +1,52 @@
-"""What happened: reads the states of optaxclip's transformations."""
+"""Reads scalars for dashboards out of optimizer states."""
+
+from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 from jax.core import Tracer
 
-from optaxclip.clipping import ClipByNormState
-from optaxclip.explosions import (
-    MAX_GAP,
-    RULES,
+from optaxclip.clipping.by_norm import ClipByNormState
+from optaxclip.explosions.leading import fitted_growth
+from optaxclip.explosions.rules import RULES
+from optaxclip.explosions.state import (
     DetectExplosionsState,
+    SkipExplosionsState,
     count,
-    fitted_growth,
-    flags_of,
     read_step,
 )
-from optaxclip.norms import divided, measure_leaves, shares_of, total_of
-from optaxclip.recording import NO_LOSS, RecordState, rows_of
-from optaxclip.responses import SkipExplosionsState
-from optaxclip.scopes import (
+from optaxclip.norms.measuring import measure_leaves
+from optaxclip.norms.names import (
     Layout,
     LeafLayout,
     PerLeaf,
     PerTree,
     PerUnit,
-    find_scopes,
-    leaf_names,
+    leaf_layouts,
+    scope_leaves,
+    scope_names,
+)
+from optaxclip.norms.scopes import find_scopes
+from optaxclip.numerics import divided, shares_of, total_of
+from optaxclip.recording import NO_LOSS, RecordState, rows_of
+from optaxclip.reporting.history import totals_of
+from optaxclip.reporting.states import (
+    find_states,
+    noticed_of,
+    params_of,
+    record_of,
+    runs_of,
 )
 
 VANISHED = 1e-6
 """A leaf has vanished if its norm is at most this share of the norm of all updates."""
 
-STATES = ClipByNormState, RecordState, DetectExplosionsState, SkipExplosionsState
-"""The kinds of states that can be read."""
-EMPTY = {"layout", "limit_state", "snapshots"}
-"""Their fields that may hold no arrays, which some checkpoints leave out."""
 
 NUM_SPLIT = 8
 """So many numbers at a time are taken out of an array: XLA compiles a kernel for each,
@@ -146,206 +152,6 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
         for block in packed.blocks
     ]
     return {name: values[block][place] for name, block, place in packed.places}
-
-
-class History(NamedTuple):
-    """The last steps of a run, in time order; see `history`."""
-
-    step: np.ndarray
-    """int `[num_steps]`: their indices, from 0 for the first of the run."""
-    loss: np.ndarray
-    """float32 `[num_steps]`: NaN where it was not given."""
-    loss_limit: np.ndarray
-    """float32 `[num_steps]`: the limit of the loss; +inf for none, and in `record`."""
-    norm: np.ndarray
-    """float32 `[num_steps]`: the norm of all updates."""
-    limit: np.ndarray
-    """float32 `[num_steps]`: the limit of that norm; +inf for none, and in `record`."""
-    fired: np.ndarray
-    """bool `[num_steps, 4]`: whether the step was not finite, and whether norm, share
-    and loss exceeded their limits, which `record` does not judge."""
-    leaf: np.ndarray
-    """int `[num_steps]`: the index in `names` of the leaf that led: the first not
-    finite, or that had grown most since every eighth of the 64 steps before; -1 if none
-    had, and in `record`."""
-    norms: np.ndarray
-    """float32 `[num_steps, num_scopes]`: the norm of each scope."""
-    names: list[str]
-    """The name of each scope, or its number."""
-
-    @property
-    def began(self) -> int | None:
-        """The row on which the last explosion began, of those kept; None for none."""
-        found = explosions_of(self)
-        return found[-1][0] if found else None
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """One column for each number of a step, as `pandas.DataFrame` takes them.
-
-        Returns:
-          `{name: [num_steps]}`: "step", "loss", "loss_limit", "norm", "limit", the
-          rules "nonfinite", "norm_exploded", "share_exploded" and "loss_exploded", and
-          "norm/<scope>".
-        """
-        fired = ["nonfinite", *(f"{rule}_exploded" for rule in RULES[1:])]
-        return (
-            {
-                "step": self.step,
-                "loss": self.loss,
-                "loss_limit": self.loss_limit,
-                "norm": self.norm,
-                "limit": self.limit,
-            }
-            | dict(zip(fired, self.fired.T, strict=True))
-            | _by_name({"norm": self.norms.T}, self.names)
-        )
-
-
-def explosions_of(history: History) -> list[tuple[int, int]]:
-    """The first and the last row of each explosion that is kept."""
-    exploded = np.flatnonzero(history.fired.any(axis=1))
-    first_of = np.flatnonzero(np.diff(exploded, prepend=-np.inf) > MAX_GAP)
-    return [(int(rows[0]), int(rows[-1])) for rows in np.split(exploded, first_of)[1:]]
-
-
-def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> History:
-    """Reads the steps that a recorder kept, on the host.
-
-    Args:
-      opt_state: Any tree, as for `metrics`; of one run: with `jax.vmap` over runs, the
-        state of one of them, `jax.tree.map(lambda x: x[0], opt_state)`.
-      params: The parameters, or any tree of their structure: names the leaves; without
-        it they are numbered.
-      label: That of the `record`, `detect_explosions` or `skip_explosions`; may be
-        left out where there is only one.
-
-    Returns:
-      The `History`, NumPy arrays in time order. `pandas.DataFrame(history.columns())`.
-
-    Raises:
-      ValueError: If there is no such recorder, or more than one and no label, or if
-        `params` does not fit the state.
-
-    Example:
-      >>> import jax.numpy as jnp, optaxclip
-      >>> recorder = optaxclip.record(window=3)
-      >>> grads = {"b": jnp.array([4.0]), "w": jnp.array([3.0])}
-      >>> state = recorder.init(grads)
-      >>> for _ in range(5):
-      ...     _, state = recorder.update(grads, state)
-      >>> kept = optaxclip.history(state, grads)
-      >>> print(kept.step, kept.norm, kept.names, kept.norms[0])
-      [2 3 4] [5. 5. 5.] ['b', 'w'] [4. 3.]
-    """
-    recorders = find_recorders(opt_state)
-    if label is None and len(recorders) == 1:
-        (label,) = recorders
-    if label not in recorders:
-        raise ValueError(f"label={label!r} is no recorder; found {sorted(recorders)}")
-    check_one_run(label, recorders[label])
-    state = record_of(recorders[label])
-    state = jax.device_get(state)
-    window, num_steps = len(state.rows), int(state.counts[0])
-    step = np.arange(max(0, num_steps - window), num_steps)
-    columns, norms = rows_of(state, step)
-    return History(
-        step=step,
-        loss=np.where(columns["loss"] == NO_LOSS, np.float32(np.nan), columns["loss"]),
-        loss_limit=columns["loss_limit"],
-        norm=np.asarray(_totals(norms)),
-        limit=columns["limit"],
-        fired=flags_of(columns["fired"].astype(int)),
-        leaf=columns["leaf"].astype(int),
-        norms=norms,
-        names=scope_names(state.layout, norms.shape[1], label, params_of(params)),
-    )
-
-
-def find_recorders(opt_state: Any) -> dict[str, Any]:
-    """The states that hold a recorder, by their label; the error of none."""
-    found = {
-        label: state
-        for label, state in find_states(opt_state).items()
-        if not isinstance(state, ClipByNormState)
-    }
-    if not found:
-        raise ValueError(
-            "found no state of record, detect_explosions or skip_explosions"
-        )
-    return found
-
-
-def record_of(state: Any) -> RecordState:
-    """The recorder of a `record`, `detect_explosions` or `skip_explosions`."""
-    return state if isinstance(state, RecordState) else noticed_of(state).record
-
-
-def noticed_of(state: Any) -> DetectExplosionsState:
-    """What a `detect_explosions` or `skip_explosions` noticed."""
-    return state.explosions if isinstance(state, SkipExplosionsState) else state
-
-
-def find_states(opt_state: Any) -> dict[str, Any]:
-    """The states of optaxclip in any tree by their label; the error of equal labels."""
-    found: dict[str, Any] = {}
-
-    def visit(tree):
-        for path, state in jax.tree.leaves_with_path(tree, is_leaf=_is_found):
-            if not isinstance(state, (*STATES, dict)):
-                continue
-            if isinstance(state, dict):
-                raise ValueError(
-                    f"{jax.tree_util.keystr(path)} was a state of optaxclip and is a "
-                    "dictionary: restore the checkpoint into the tree of "
-                    "tx.init(params), as its template"
-                )
-            label = getattr(path[-1], "key", None) if path else None
-            if not isinstance(label, str):
-                raise ValueError(
-                    f"a {type(state).__name__} has lost its label: give the whole "
-                    "state of the optimizer"
-                )
-            if label in found:
-                raise ValueError(
-                    f"two transformations have the label {label!r}: give them "
-                    "different ones with label="
-                )
-            found[label] = state
-            if isinstance(state, SkipExplosionsState):
-                visit(state.inner_state)
-
-    visit(opt_state)
-    return found
-
-
-def _is_found(x: Any) -> bool:
-    """Whether it is a state, or was one before a checkpoint made it a dictionary."""
-    if isinstance(x, dict) and len(x) > 1:
-        names = set(x)
-        return any(set(s._fields) - EMPTY <= names <= set(s._fields) for s in STATES)
-    return isinstance(x, STATES)
-
-
-def params_of(params: Any) -> Any:
-    """The parameters, also of a training state that holds them."""
-    is_train_state = hasattr(params, "params") and hasattr(params, "opt_state")
-    return params.params if is_train_state else params
-
-
-def runs_of(state: Any) -> tuple[int, ...]:
-    """The axes of a state of several runs, as `jax.vmap` stacks them; () for one."""
-    if isinstance(state, ClipByNormState):
-        return np.shape(state.num_steps)
-    return np.shape(record_of(state).counts)[:-1]
-
-
-def check_one_run(label: str, state: Any) -> None:
-    """Raises the error of a state of several runs."""
-    if runs_of(state):
-        raise ValueError(
-            f"{label!r} holds runs {list(runs_of(state))}, and this reads one run: "
-            "give jax.tree.map(lambda x: x[i], opt_state)"
-        )
 
 
 def _without_optimizer(state: Any) -> Any:
@@ -467,18 +273,10 @@ def _record_metrics(
     return [result, columns]
 
 
-# Jitted on their own, for `history` and `explain`, which would else start a dozen small
-# programs.
-@jax.jit
-def _totals(norms: Any) -> jax.Array:
-    """The norm of all updates on each step, `[num_steps]`."""
-    return jax.vmap(total_of)(jnp.asarray(norms))
-
-
 @jax.jit
 def have_vanished(state: RecordState) -> jax.Array:
     """Which scopes had nearly no norm in a whole window."""
-    totals = _totals(state.norms)
+    totals = totals_of(state.norms)
     # On a step that is not finite no norm is small but 0.
     totals = jnp.where(totals < jnp.inf, totals, 0)
     is_small = state.norms <= VANISHED * totals[:, None]
@@ -491,7 +289,7 @@ def _ratios(norms: jax.Array, layout: Layout, label: str, params: Any):
     is_known = all(isinstance(x, jax.Array | np.ndarray) for x in leaves)
     if params is None or not is_known or not isinstance(layout, PerLeaf):
         return None
-    found = _scope_leaves(layout, len(norms), label, params)
+    found = scope_leaves(layout, len(norms), label, params)
     tree = [leaves[i] for i, _ in found]
     scopes = find_scopes(tree, "leaf", stacked=lambda i: found[int(i)][1] > 0)
     param_norms, param_norm = measure_leaves(tree, scopes)
@@ -557,14 +355,6 @@ def _clip_metrics(state: ClipByNormState) -> list[dict[str, jax.Array]]:
     return [largest, columns]
 
 
-def _by_name(columns: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    return {
-        f"{column}/{name}": value
-        for column, values in columns.items()
-        for name, value in zip(names, values, strict=True)
-    }
-
-
 def _norm_after(norm: jax.Array, limit: jax.Array) -> jax.Array:
     fits = ~jnp.isfinite(norm) | (norm <= limit)
     return jnp.where(fits, norm, jnp.where(limit > 0, limit, 0))
@@ -574,61 +364,9 @@ def _per_name(arrays: list[jax.Array], layout: Layout) -> jax.Array:
     """One number for each name; per unit the largest of a leaf, or of each layer."""
     if not isinstance(layout, PerUnit):
         return jnp.asarray(arrays[0])
-    leaves = _leaf_layouts(layout.tree) or [LeafLayout(())] * len(arrays)
+    leaves = leaf_layouts(layout.tree) or [LeafLayout(())] * len(arrays)
     rows = [
         jnp.max(jnp.reshape(array, (max(len(leaf.layers), 1), -1)), axis=1, initial=0)
         for array, leaf in zip(arrays, leaves, strict=True)
     ]
     return jnp.concatenate(rows) if rows else jnp.zeros(0)
-
-
-def _leaf_layouts(node: Any) -> list[LeafLayout]:
-    if isinstance(node, LeafLayout):
-        return [node]
-    return [leaf for child in node for leaf in _leaf_layouts(child)]
-
-
-def scope_names(layout: Layout, num_scopes: int, label: str, params: Any) -> list[str]:
-    """The names of a state's scopes from `params`; without it their numbers."""
-    if params is None or not isinstance(layout, PerLeaf | PerUnit):
-        return [str(i) for i in range(num_scopes)]
-    names = leaf_names(params)
-    return [
-        name
-        for i, num_layers in _scope_leaves(layout, num_scopes, label, params)
-        for name in [f"{names[i]}[{k}]" for k in range(num_layers)] or [names[i]]
-    ]
-
-
-def _scope_leaves(
-    layout: PerLeaf | PerUnit, num_scopes: int, label: str, params: Any
-) -> list[tuple[int, int]]:
-    """Which leaves of `params` a state has, and how many layers, 0 if not stacked."""
-    structure = jax.tree.structure(params)
-    error = ValueError(
-        f"params, with {structure.num_leaves} leaves, does not have the structure that "
-        f"{label!r} was made for"
-    )
-    if layout.tree == ():
-        if structure.num_leaves != num_scopes:
-            raise error
-        return [(i, 0) for i in range(num_scopes)]
-    remaining = iter(range(structure.num_leaves))
-
-    def walk(node, structure):
-        if isinstance(node, optax.MaskedNode):  # hides a leaf or a whole subtree
-            for _ in range(structure.num_leaves):
-                next(remaining)
-            return []
-        if isinstance(node, LeafLayout):
-            if not jax.tree_util.treedef_is_leaf(structure):
-                raise error
-            return [(next(remaining), len(node.layers))]
-        children = structure.children()
-        if len(children) != len(node):
-            raise error
-        return [
-            found for pair in zip(node, children, strict=True) for found in walk(*pair)
-        ]
-
-    return walk(layout.tree, structure)

@@ -1,8 +1,7 @@
-"""How to respond to an update that is too large: scale it down, or cut its elements."""
+"""Clips updates by their norm."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,27 +11,13 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from optaxclip.checks import check_label, check_leaves, known_value, own_state
-from optaxclip.limits import LimitLike, as_limit
-from optaxclip.norms import (
-    check_ord,
-    divided,
-    measure,
-    saturating_cast,
-    scaled,
-    where,
-    widened,
-)
-from optaxclip.scopes import (
-    Layout,
-    Per,
-    Stacked,
-    check_per,
-    find_scopes,
-    is_gradient,
-    layout_of,
-    leaf_names,
-)
+from optaxclip.checks import check_label, check_leaves, own_state
+from optaxclip.clipping.rescaling import clip_factor, fits_limit, power_of_two, rescale
+from optaxclip.limits.limit import LimitLike, as_limit
+from optaxclip.norms.measuring import check_ord, measure
+from optaxclip.norms.names import Layout, Per, Stacked, layout_of
+from optaxclip.norms.scopes import check_per, find_scopes
+from optaxclip.numerics import counted, next_count, saturating_cast, widened
 
 
 class ClipByNormState(NamedTuple):
@@ -58,93 +43,7 @@ class ClipByNormState(NamedTuple):
     """No arrays: the kind of the scopes, so that `metrics` can name them."""
 
 
-class ClipByValueState(NamedTuple):
-    """State of `clip_by_value` with a schedule."""
-
-    num_steps: jax.Array
-    """int32 `[]`: the number of steps so far."""
-
-
 Bound = ArrayLike | Callable[[jax.Array], ArrayLike]
-
-
-def clip_by_value(
-    max_value: Bound, *, min_value: Bound | None = None
-) -> optax.GradientTransformationExtraArgs:
-    """Clips every element of the updates to `[min_value, max_value]`.
-
-    `min(max(g, min_value), max_value)`: +-inf become the bound, NaN stays NaN.
-
-    Args:
-      max_value: The upper bound, in the unit of the updates: a number, or a function
-        of the number of steps so far (an Optax schedule).
-      min_value: The lower bound, likewise; `-max_value` by default.
-
-    Returns:
-      The transformation. Without state, but for the count that a schedule needs.
-
-    Raises:
-      ValueError: If a bound is NaN or `min_value > max_value` (where both are Python
-        numbers; otherwise `max_value` wins), or if a leaf is complex.
-      TypeError: If a bound is neither a number nor callable.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> clip = clip_by_value(1.0, min_value=-0.5)
-      >>> updates, _ = clip.update(jnp.array([-2.0, 0.25, jnp.inf]), clip.init(None))
-      >>> print(updates)
-      [-0.5   0.25  1.  ]
-
-    Reference: Mikolov, "Statistical language models based on neural networks" (2012),
-    section 3.2.2.
-    """
-    bounds: list[Bound] = [max_value]
-    if min_value is not None:
-        bounds.append(min_value)
-    known = [
-        None if callable(bound) else known_value(name, bound)
-        for name, bound in zip(("max_value", "min_value"), bounds, strict=False)
-    ]
-    for value in known:
-        if value is not None and math.isnan(value):
-            raise ValueError("max_value and min_value must not be NaN")
-    highest, lowest = known[0], known[-1]
-    if highest is not None and lowest is not None:
-        lowest = -highest if min_value is None else lowest
-        if lowest > highest:
-            raise ValueError(
-                f"min_value must be <= max_value, not {lowest!r} > {highest!r}"
-            )
-
-    def refuse_complex(tree):
-        for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
-            if is_gradient(leaf) and jnp.iscomplexobj(leaf):
-                raise ValueError(f"clip_by_value cannot order complex values: {name!r}")
-
-    def init(params):
-        refuse_complex(params)
-        if any(map(callable, bounds)):
-            return ClipByValueState(num_steps=jnp.zeros([], jnp.int32))
-        return optax.EmptyState()
-
-    def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        refuse_complex(updates)
-        values = [b(state.num_steps) if callable(b) else b for b in bounds]
-        high = values[0]
-        low = values[1] if min_value is not None else -jnp.asarray(high)
-
-        def clip(x):
-            if not is_gradient(x):
-                return x
-            x = jnp.asarray(x)
-            return jnp.clip(x, _bound_for(low, x.dtype), _bound_for(high, x.dtype))
-
-        if isinstance(state, ClipByValueState):
-            state = ClipByValueState(_next(state.num_steps))
-        return jax.tree.map(clip, updates), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def clip_by_norm(
@@ -259,9 +158,9 @@ def clip_by_norm(
         limits = jax.tree.map(
             lambda x, n: jnp.broadcast_to(x, n.shape).astype(n.dtype), limits, seen
         )
-        fits = jax.tree.map(_fits, norms, excess, limits)
+        fits = jax.tree.map(fits_limit, norms, excess, limits)
         state = ClipByNormState(
-            num_steps=_next(state.num_steps),
+            num_steps=next_count(state.num_steps),
             norm=seen,
             limit=limits,
             num_clipped=jax.tree.map(
@@ -278,8 +177,8 @@ def clip_by_norm(
             limit_state=limit_state,
             layout=state.layout,
         )
-        pre = jax.tree.map(_power_of_two, norms, limits)
-        post = jax.tree.map(_factor, norms, excess, limits, fits, pre)
+        pre = jax.tree.map(power_of_two, norms, limits)
+        post = jax.tree.map(clip_factor, norms, excess, limits, fits, pre)
 
         def clip(x, leaf, *numbers):
             if not leaf.is_gradient:
@@ -287,7 +186,7 @@ def clip_by_norm(
             # Without the barrier XLA shares the conversion of a bfloat16 leaf with the
             # norm, and stores the whole leaf in float32.
             x = lax.optimization_barrier(jnp.asarray(x))
-            return _rescaled(widened(x, numbers[0].dtype), *numbers).astype(x.dtype)
+            return rescale(widened(x, numbers[0].dtype), *numbers).astype(x.dtype)
 
         leaves, structure = jax.tree.flatten(updates)
         numbers = map(scopes.spread, (pre, post, norms, excess, limits))
@@ -295,73 +194,3 @@ def clip_by_norm(
         return jax.tree.unflatten(structure, leaves), {label: state}
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _fits(norm, excess, limit):
-    """Whether the true norm is finite and at most its limit.
-
-    But for four roundings, so that what comes out of a clip fits: in the result itself,
-    such room would show.
-    """
-    limit = limit.astype(norm.dtype)
-    is_beyond = (excess > 1) & (limit < jnp.inf)
-    room = limit * (1 + 4 * jnp.finfo(norm.dtype).eps)
-    is_low = norm <= jnp.maximum(limit, room)  # the product may be flushed to 0
-    return jnp.isfinite(norm) & is_low & ~is_beyond
-
-
-# Both factors end in a division of scalars, which XLA computes once; a `where` at the
-# end it would compute again for every element, in the loop that reads it.
-
-
-def _power_of_two(norm, limit):
-    """The first of two factors: 1, unless limit / norm is too small for one float."""
-    tiny = jnp.finfo(norm.dtype).tiny
-    limit = limit.astype(norm.dtype)
-    return 1 / where((limit > 0) & (limit < tiny * norm), 1 / tiny, 1)
-
-
-def _factor(norm, excess, limit, fits, pre):
-    """The second factor: limit / norm, 1 if it fits, 0 if one of the two is bad."""
-    is_bad = ~jnp.isfinite(norm) | ~(limit > 0)
-    limit = limit.astype(norm.dtype) / excess
-    dividend = where(fits, 1, where(is_bad, 0, limit))
-    return dividend / where(fits | is_bad, 1, norm * pre)
-
-
-@jax.custom_jvp
-def _rescaled(x, pre, post, norm, excess, limit):
-    """Multiplies by pre * post, which is 1 or limit / (norm * excess)."""
-    return scaled(scaled(x, pre), post)
-
-
-@_rescaled.defjvp
-def _rescaled_jvp(primals, tangents):
-    # By hand, in ratios: the derivative of 1 / norm leaves the range of floats early.
-    x, pre, post, norm, excess, _ = primals
-    d_x, _, _, d_norm, _, d_limit = tangents
-    is_clipped = (pre < 1) | (post < 1)
-    direction = divided(divided(x, where(norm > 0, norm, 1)), excess)
-    direction = where(is_clipped & jnp.isfinite(norm), direction, 0)
-    d_x = d_x - scaled(direction, d_norm)
-    d_out = scaled(scaled(d_x, pre), post) + scaled(
-        direction, d_limit.astype(norm.dtype)
-    )
-    return _rescaled(*primals), d_out
-
-
-def _bound_for(bound, dtype):
-    """A bound in the dtype of a leaf; a finite one stays finite."""
-    bound = jnp.asarray(bound)
-    info = jnp.finfo(dtype)
-    finite = jnp.clip(bound, float(info.min), float(info.max))
-    return where(jnp.isinf(bound), bound, finite).astype(dtype)
-
-
-def _next(count):
-    return jnp.asarray(optax.safe_increment(count))
-
-
-def counted(total, increment):
-    """One more where `increment` is True; stays at the largest integer."""
-    return where(increment, _next(total), total)

@@ -1,10 +1,9 @@
-"""How to notice an explosion, and to say where and when it began."""
+"""Notices explosions: applies the rules to each step."""
 
 from __future__ import annotations
 
 import functools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ import numpy as np
 import optax
 from jax import lax
 
-from optaxclip import limits
 from optaxclip.checks import (
     check_label,
     check_leaves,
@@ -20,103 +18,29 @@ from optaxclip.checks import (
     own_state,
     value_of,
 )
-from optaxclip.clipping import counted
-from optaxclip.limits import LimitLike, as_limit
-from optaxclip.norms import (
-    divided,
-    measure_leaves,
-    once,
-    promoted,
-    saturating_cast,
-    side_by_side,
-    total_of,
+from optaxclip.explosions.leading import STEPS_BEFORE, have_grown, leading_leaf
+from optaxclip.explosions.rules import (
+    LOSS_LIMIT,
+    MAX_GAP,
+    NORM_LIMIT,
+    RULES,
+    SHARE_LIMIT,
 )
-from optaxclip.recording import WINDOW, RecordState, empty, loss_of, pushed, rows_of
-from optaxclip.scopes import Scopes, Stacked, find_scopes, layout_of
-
-RULES = ("nonfinite", "norm", "share", "loss")
-COUNTS = (
-    "steps",
-    *RULES,
-    "exploded",
-    "skipped",
-    "rollbacks",
-    "blocked_rollbacks",
-    "mended",
-    "in_a_row",
-    "nonfinite_in_a_row",
-    "nonfinite_updates_in_a_row",
-    "suspect_in_a_row",
-    "gave_up",
-    "phase",
-    "age",
-    "strikes",
-    "last_rollback",
-    "last",
+from optaxclip.explosions.state import (
+    COUNTS,
+    DetectExplosionsState,
+    Step,
+    Verdict,
+    as_bits,
+    count,
 )
-"""What each element of `DetectExplosionsState.record.counts` is."""
-NUM_FITTED = 8
-"""To the norms of so many steps the growth is fitted."""
-
-NORM_LIMIT = limits.log_quantile()
-SHARE_LIMIT = limits.drift()
-# A loss jumps less than a norm: with an early jump of 5 most runs of the zoo that
-# explode from their first steps are missed, with 2 twice as many early steps of healthy
-# ones are flagged. Near zero, as at the minimum of a function without noise or where a
-# penalty begins, a healthy loss jumps by any factor. The second limit is for one that
-# rises smoothly.
-LOSS_LIMIT = limits.minimum(
-    limits.log_quantile(2.4, min_ratio=1.7, early_jump=2.5, min_level=0.01),
-    limits.above_lowest(),
-)
-
-MIN_GROWTH = 20.0
-"""A share counts only where the leaf's own norm has grown by this factor as well.
-
-That is its geometric mean growth over the last 64 steps; before, no share counts. A
-share alone also rises when the other leaves fall. On the recorded traces of
-`tests/benchmarks/detection.py` 3 to 20 notice the same, 40 misses one run of six; the
-larger, the fewer false alarms where gates that start at zero open during a warm-up.
-"""
-MIN_KNOWN = 5
-"""In that mean, of the eight steps that stand for the last 64, this many must have a
-norm: more than half, so that neither non-finite steps nor zeros blind the rule."""
-MAX_GAP = 10
-"""Explosions at most this many steps apart are one: a run that is skipped, rolled back
-and accepted again is flagged with gaps of a few steps."""
-
-# The leaf that led has grown most since the steps that are so many before.
-_BEFORE = np.arange(1, 64, 8, dtype=np.int32)
-
-
-class DetectExplosionsState(NamedTuple):
-    """State of `detect_explosions`, as `{label: DetectExplosionsState}`.
-
-    Few arrays, since each of them costs a small step some microseconds; `metrics` and
-    `raise_if_exploded` name what they hold.
-    """
-
-    told: jax.Array
-    """int32 `[2, 9]`: two steps, which are the one on which the last explosion began
-    (after ten without one), and the first of the last non-finite ones in a row. Of each
-    its index (-1 for none); the leaf that led (the first that was not finite, or else
-    the one that had grown most since every eighth of the 64 steps before; -1 if none
-    had); as bits, which of the four rules fired; and, as the bits of a float32, the
-    norm, the share of the leaf that led, the loss (`NO_LOSS` where not given), and the
-    limits of these (+inf for none)."""
-    rule_states: tuple[Any, Any, Any]
-    """States of the limits on norm, share and loss."""
-    record: RecordState
-    """Of the last 256 steps, per leaf. Its `counts`, int32 `[20]`: the number of steps;
-    on how many of them the four rules fired (not finite, norm, share, loss) and on how
-    many any; how many `skip_explosions` skipped, its rollbacks, those that did not
-    reach the parameters, and how often it mended the inner state; how many in a row, up
-    to the last step, were no good (exploded, and not by a loss alone that is not
-    finite), were not finite, had updates that were not, and spoke against the
-    parameters (by the loss, or without one by the norm); whether it gave up, 2 for NaN
-    in the parameters; where it stands in a rollback (`deciding.PHASES`), quiet steps
-    since the older snapshot, rollbacks in succession, the step of the last; and the
-    last step that exploded. -1 for none."""
+from optaxclip.limits.limit import LimitLike, as_limit
+from optaxclip.norms.measuring import measure_leaves
+from optaxclip.norms.names import Stacked, layout_of
+from optaxclip.norms.scopes import Scopes, find_scopes
+from optaxclip.numerics import counted, divided, promoted, saturating_cast
+from optaxclip.recording import WINDOW, empty, loss_of, pushed, rows_of
+from optaxclip.xla import once, side_by_side
 
 
 def detect_explosions(
@@ -191,79 +115,6 @@ def detect_explosions(
         return updates, {label: state}
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def count(state: DetectExplosionsState, name: str) -> jax.Array:
-    """One of the `COUNTS`."""
-    return state.record.counts[..., COUNTS.index(name)]
-
-
-def with_values(
-    state: DetectExplosionsState, values: dict[str, jax.Array]
-) -> DetectExplosionsState:
-    """The state with other `COUNTS`."""
-    counts = state.record.counts
-    new = [values.get(name, counts[i]) for i, name in enumerate(COUNTS)]
-    counts = side_by_side([jnp.asarray(x, jnp.int32) for x in new])
-    return state._replace(record=state.record._replace(counts=counts))
-
-
-class Step(NamedTuple):
-    """What is known of one step; see `DetectExplosionsState`."""
-
-    step: jax.Array
-    leaf: jax.Array
-    fired: jax.Array
-    norm: jax.Array
-    share: jax.Array
-    loss: jax.Array
-    norm_limit: jax.Array
-    share_limit: jax.Array
-    loss_limit: jax.Array
-
-
-def read_step(state: DetectExplosionsState, which: str) -> Step:
-    """The step "began" or "nonfinite" of a state."""
-    row = state.told[("began", "nonfinite").index(which)]
-    step, leaf, fired, *numbers = row
-    numbers = (lax.bitcast_convert_type(x, jnp.float32) for x in numbers)
-    return Step(step, leaf, flags_of(fired), *numbers)
-
-
-def flags_of(fired: Any) -> Any:
-    """Bool `[..., 4]`: which of the `RULES` fired, of the bits of whole numbers."""
-    return (fired[..., None] >> np.arange(len(RULES), dtype=np.int32)) % 2 == 1
-
-
-def fitted_growth(record: RecordState) -> jax.Array:
-    """Growth of the norm per step in the last eight, as far as they are finite.
-
-    `exp` of the slope of a line fitted to the logarithms.
-    """
-    steps = record.counts[0] - NUM_FITTED + jnp.arange(NUM_FITTED, dtype=jnp.int32)
-    norms = jax.vmap(total_of)(rows_of(record, steps)[1])
-    is_known = (norms > 0) & (norms < jnp.inf)  # 0 in rows without a step yet
-    logs = jnp.log(jnp.where(is_known, norms, 1))
-    times = jnp.arange(norms.size, dtype=norms.dtype)
-    num_known = jnp.maximum(jnp.sum(is_known), 1).astype(norms.dtype)
-    center = jnp.sum(times, where=is_known) / num_known
-    distances = jnp.where(is_known, times - center, 0)
-    squares = jnp.sum(jnp.square(distances))
-    return jnp.exp(jnp.sum(distances * logs) / jnp.where(squares > 0, squares, 1))
-
-
-class Verdict(NamedTuple):
-    """What is known of one step; all are scalars."""
-
-    is_bad: jax.Array
-    """Whether it exploded, and not by a loss alone that is not finite: with finite
-    gradients that says nothing, as where float16 overflows in the loss."""
-    has_nonfinite_updates: jax.Array
-    norm: jax.Array
-    norm_limit: jax.Array
-    evidence: jax.Array
-    """The signal that speaks of the parameters: the loss, or without one the norm."""
-    evidence_limit: jax.Array
 
 
 class Detector:
@@ -344,10 +195,10 @@ class Detector:
         # The leaf stands in the record: so the rows before are read before the new one
         # is written, or XLA would copy them all.
         now, last = count(state, "steps"), count(state, "last")
-        _, before = rows_of(state.record, now - _BEFORE)
-        leaf = _leading_leaf(norms, before)
+        _, before = rows_of(state.record, now - STEPS_BEFORE)
+        leaf = leading_leaf(norms, before)
         # A share also rises when the other leaves fall.
-        has_grown = (now >= _BEFORE[-1]) & _have_grown(norms, before)
+        has_grown = (now >= STEPS_BEFORE[-1]) & have_grown(norms, before)
         exceeds = [
             (x > limit) & (x < jnp.inf)
             for x, limit in zip(signals, highest, strict=True)
@@ -361,7 +212,7 @@ class Detector:
         norm_limit, _, loss_limit = highest
         bits = jnp.asarray(sum(jnp.where(x, 2**i, 0) for i, x in enumerate(fired)))
         numbers = norm, leaf_share, loss, norm_limit, leaf_limit, loss_limit
-        step = Step(now, leaf, bits, *map(_as_bits, numbers))
+        step = Step(now, leaf, bits, *map(as_bits, numbers))
         is_first = is_exploded & ((last < 0) | (now - last > self.max_gap))
         is_nonfinite_first = ~is_finite & (count(state, "nonfinite_in_a_row") == 0)
         row = lax.broadcasted_iota(jnp.int32, (2, 1), 0)
@@ -398,39 +249,6 @@ class Detector:
         return state, verdict
 
 
-def _leading_leaf(norms, before):
-    """The first that is not finite, or has grown most; -1 if none has.
-
-    Args:
-      norms: `[num_leaves]`.
-      before: `[num_steps, num_leaves]`: those of earlier steps.
-    """
-    if not norms.size:
-        return jnp.full([], -1, jnp.int32)
-    growth = jnp.sum(_log_growth(norms, before), axis=0)
-    growth = jnp.where(norms < jnp.inf, growth, jnp.inf)  # NaN is not
-    leaf = jnp.argmax(growth)
-    return jnp.where(growth[leaf] > 0, leaf, -1).astype(jnp.int32)
-
-
-def _have_grown(norms, before):
-    """Which leaves have by `MIN_GROWTH`; of steps that were not finite none counts."""
-    is_finite = jnp.all(before < jnp.inf, axis=1, keepdims=True)  # NaN is not
-    before = jnp.where(is_finite, before, 0)
-    num = jnp.sum(before > 0, axis=0)
-    divisor = jnp.maximum(num, 1).astype(norms.dtype)
-    mean = jnp.sum(_log_growth(norms, before), axis=0) / divisor
-    return (mean > math.log(MIN_GROWTH)) & (num >= MIN_KNOWN)
-
-
-def _log_growth(norms, before):
-    """Logarithms `[num_steps, num_leaves]` of the growth; 0 where it is not known."""
-    before = before.astype(norms.dtype)
-    is_known = (before > 0) & (before < jnp.inf) & (norms > 0)[None]
-    now, then = (jnp.log(jnp.where(is_known, x, 1)) for x in (norms[None], before))
-    return now - then
-
-
 def _counted(counts, flags, in_a_row):
     """The next `COUNTS`, before any response."""
     grown = counted(counts, _by_count(flags | in_a_row | {"steps": jnp.ones([], bool)}))
@@ -442,7 +260,3 @@ def _counted(counts, flags, in_a_row):
 def _by_count(flags: dict[str, jax.Array]) -> jax.Array:
     """bool, one for each of the `COUNTS`."""
     return side_by_side([flags.get(name, jnp.zeros([], bool)) for name in COUNTS])
-
-
-def _as_bits(x: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(saturating_cast(x, jnp.float32), jnp.int32)

@@ -6,19 +6,22 @@ the parameters as they are, so the batches that follow test the same parameters 
 and two batches at those of the snapshot tell the last two causes apart.
 """
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optaxclip.explosions import Verdict
-from optaxclip.norms import once
+from optaxclip.explosions.state import Verdict
+from optaxclip.xla import once
 
 PHASES = ("training", "first look", "second look", "accepting")
 """Of a rollback: none; the next batch is the first, or the second, at the snapshot; it
 was no better, so that what was found is accepted for `NUM_ACCEPTED` quiet steps."""
 TRAINING, FIRST_LOOK, SECOND_LOOK, ACCEPTING = range(len(PHASES))
+
 
 NUM_NONFINITE = 10
 """Non-finite gradients in a row before a rollback. They are never applied, so waiting

@@ -1,8 +1,7 @@
-"""Limits that are fixed, scheduled, or given by the parameters or sizes."""
+"""Limits that follow from parameters or sizes, and the smaller of two limits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,36 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip.checks import check_number
-
-
-class Limit(NamedTuple):
-    """The largest norm that each scope may have in a step; may learn from the norms.
-
-    A limit works elementwise on norms of any shape: `[]` per tree, `[num_leaves]` per
-    leaf, `[num_groups]` per group; per unit they are a tuple with one array a leaf.
-    """
-
-    init: Callable[[Any], Any]
-    """sizes -> state. `sizes`: the number of elements in each scope, in the shape and
-    dtype of the norms. The state holds arrays only and never changes its type."""
-    update: Callable[[Any, Any, Any], tuple[Any, Any]]
-    """(norms, state, param_norms) -> (limits, state). `norms`: float32 (float64 if a
-    leaf is), before the clip; `param_norms`: the parameters' norms in the same shape,
-    or None where they are not known; `limits` in the shape of `norms`, +inf for none.
-    """
-    needs_params: bool = False
-    """Whether `update` reads `param_norms`; only then are they measured."""
-
-    def __repr__(self) -> str:  # as signatures and messages show it
-        name = getattr(self.init, "__qualname__", "of a user").split(".")[0]
-        return f"<Limit {name}>"
-
-
-class ScheduleState(NamedTuple):
-    """State of `schedule`."""
-
-    num_steps: jax.Array
-    """int32 `[]`: the number of steps so far."""
+from optaxclip.limits.limit import Limit, LimitLike, as_limit, like
 
 
 class RmsState(NamedTuple):
@@ -48,87 +18,6 @@ class RmsState(NamedTuple):
 
     sqrt_size: Any
     """The root of the number of elements, in the shape of the norms."""
-
-
-LimitLike = ArrayLike | Callable[[jax.Array], ArrayLike] | Limit
-"""What can be given for a limit: a number, a schedule, or a limit."""
-
-
-def constant(max_norm: ArrayLike) -> Limit:
-    """Gives every scope the same limit on every step.
-
-    Args:
-      max_norm: The limit, in units of the norm; any number >= 0, inf for no limit.
-
-    Returns:
-      The limit.
-
-    Raises:
-      ValueError: If `max_norm` is a Python number that is negative or NaN, or has axes.
-      TypeError: If it is no number.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> limit = constant(2.0)
-      >>> limits, _ = limit.update(jnp.array([1.0, 9.0]), limit.init(jnp.ones(2)), None)
-      >>> print(limits)
-      [2. 2.]
-    """
-    check_number("max_norm", max_norm, lambda x: x >= 0, ">= 0")
-
-    def init(sizes):
-        del sizes
-        return optax.EmptyState()
-
-    def update(norms, state, param_norms=None):
-        del param_norms
-        return jax.tree.map(lambda n: jnp.full_like(n, max_norm), norms), state
-
-    return Limit(init, update)
-
-
-def schedule(max_norm: Callable[[jax.Array], ArrayLike]) -> Limit:
-    """Gives every scope the limit that an Optax schedule has for the step.
-
-    Args:
-      max_norm: Gives the limit for the number of steps so far (int32, from 0), for
-        instance `optax.linear_schedule(10.0, 1.0, 1000)`. Where it is negative or NaN
-        the clip gives zeros.
-
-    Returns:
-      The limit.
-
-    Raises:
-      TypeError: If `max_norm` is not callable.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> limit = schedule(lambda count: 10.0 / (1 + count))
-      >>> state = limit.init(jnp.ones(()))
-      >>> for _ in range(2):
-      ...     value, state = limit.update(jnp.array(1.0), state, None)
-      ...     print(value)
-      10.0
-      5.0
-    """
-    if not callable(max_norm):
-        raise TypeError(f"max_norm must be a function of the count, not {max_norm!r}")
-
-    def init(sizes):
-        del sizes
-        return ScheduleState(jnp.zeros([], jnp.int32))
-
-    def update(norms, state, param_norms=None):
-        del param_norms
-        limit = max_norm(state.num_steps)
-        if isinstance(limit, Limit):
-            raise TypeError("max_norm gave a Limit, and not a number: call it first")
-        limits = jax.tree.map(lambda n: jnp.full_like(n, limit), norms)
-        return limits, ScheduleState(
-            num_steps=jnp.asarray(optax.safe_increment(state.num_steps))
-        )
-
-    return Limit(init, update)
 
 
 def params(max_ratio: ArrayLike = 0.01, *, eps: ArrayLike = 1e-3) -> Limit:
@@ -239,7 +128,8 @@ def minimum(first: LimitLike, second: LimitLike) -> Limit:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> limit = minimum(schedule(lambda count: 10.0 / (1 + count)), 8.0)
+      >>> from optaxclip import limits
+      >>> limit = minimum(limits.schedule(lambda count: 10.0 / (1 + count)), 8.0)
       >>> norms = jnp.array(1.0)
       >>> capped, state = limit.update(norms, limit.init(norms), None)
       >>> print(capped, limit.update(norms, state, None)[0])
@@ -261,15 +151,3 @@ def minimum(first: LimitLike, second: LimitLike) -> Limit:
         return jax.tree.map(jnp.minimum, *limits), states
 
     return Limit(init, update, any(limit.needs_params for limit in pair))
-
-
-def as_limit(max_norm: LimitLike) -> Limit:
-    """Turns a number into `constant` and a function into `schedule`."""
-    if isinstance(max_norm, Limit):
-        return max_norm
-    return schedule(max_norm) if callable(max_norm) else constant(max_norm)
-
-
-def like(norms: jax.Array, *values: Any) -> list[jax.Array]:
-    """The values in the dtype of the norms."""
-    return [jnp.asarray(value, norms.dtype) for value in values]

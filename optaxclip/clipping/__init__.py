@@ -1,0 +1,156 @@
+"""How to clip: scale updates down to a limit on their norm, or cut single elements.
+
+```python
+>>> import jax.numpy as jnp, optax, optaxclip
+>>> tx = optax.chain(optaxclip.clip_by_norm(1.0), optax.adam(1e-3))
+>>> clip = optaxclip.clip_by_value(1.0, min_value=-0.5)
+>>> updates, _ = clip.update(jnp.array([-2.0, 0.25, 3.0]), clip.init(None))
+>>> print(updates)
+[-0.5   0.25  1.  ]
+
+```
+
+| I want to | use |
+|---|---|
+| clip all gradients together by their norm | `clip_by_norm(1.0)` |
+| clip each array | `clip_by_norm(1.0, per="leaf")` |
+| clip each output unit | `clip_by_norm(1.0, per="unit")` |
+| clip each group of layers | `clip_by_norm(1.0, per=lambda name: ...)` |
+| clip by another norm | `clip_by_norm(1.0, ord=1)`, `ord=math.inf` |
+| clip each element | `clip_by_value(1.0)` |
+| change the limit while training | `clip_by_norm(schedule)` |
+| clip without choosing a threshold | `zclip()`, `autoclip()`, `adagc()` |
+| clip in proportion to the weights | `agc()` |
+| clip in proportion to the size of an array | `block_rms()` |
+| combine a learned limit with a scope | `clip_by_norm(limits.zscore(), per="leaf")` |
+
+The bounds of `clip_by_value` may be schedules as well.
+
+## Edge cases: non-finite, zero, or too large
+
+For each scope by itself, the first row that fits decides the result of `clip_by_norm`:
+
+| update | result |
+|---|---|
+| NaN or inf in it | they become NaN, and the finite elements 0 |
+| limit negative or NaN | `ValueError` for a Python number, zeros if traced |
+| norm 0, norm <= limit, or limit +inf | unchanged, bit for bit |
+| limit 0 | zeros |
+| any other, however large or small | scaled to the limit |
+
+* NaN and inf do no damage outside of their scope, and stay visible.
+* "Unchanged" has one exception: subnormal elements may become 0.
+* After the clip the true norm is at most limit * (1 + 1e-6) in float32. The factor is 1
+  + 2^-8 in bfloat16 and 1 + 2^-11 in float16.
+* A norm that exceeds its limit by a few roundings (4 x 1.2e-7 in float32) is left
+  alone. So a second clip changes nothing.
+* A norm beyond the largest float reads as the largest float.
+* `clip_by_value` turns +inf and -inf into the bounds, and NaN stays NaN.
+* Leaves that are no gradients pass through untouched: integers, bools, keys, `None`,
+  `optax.MaskedNode`, float0, arrays without elements, and leaves that are no arrays.
+* The clip can be differentiated. At a zero gradient its Jacobian is the identity.
+
+```python
+>>> clip = optaxclip.clip_by_norm(1.0, per="leaf")
+>>> grads = {"a": jnp.array([jnp.inf, 2.0]), "b": jnp.array([3.0, 4.0])}
+>>> updates, state = clip.update(grads, clip.init(grads))
+>>> print(updates["a"], updates["b"].round(3), state["clip"].num_nonfinite)
+[nan  0.] [0.6 0.8] [1 0]
+
+```
+
+## Coming from elsewhere
+
+From PyTorch, with `u` for `torch.nn.utils`:
+
+| there | here |
+|---|---|
+| `u.clip_grad_norm_(params, 1.0)` | `clip_by_norm(1.0)` |
+| `u.clip_grad_norm_(params, 1.0, norm_type=p)` | `clip_by_norm(1.0, ord=p)` |
+| `u.clip_grad_value_(params, 1.0)` | `clip_by_value(1.0)` |
+| PyPI `zclip`: `ZClip(max_grad_norm=None)` | `zclip()` |
+| the same with its default cap of 1.0 | `zclip(max_norm=1.0)` |
+| PyPI `autoclip`: `QuantileClip(quantile=0.1, ...)` | `autoclip(10)` |
+| `pytorch_optimizer`: `AdaGC` | `optax.chain(adagc(), optax.adamw(...))` |
+
+The row of `autoclip` is for `QuantileClip(quantile=0.1, global_threshold=True)`.
+
+From TensorFlow and Keras:
+
+| there | here |
+|---|---|
+| `tf.clip_by_global_norm(grads, 1.0)` | `clip_by_norm(1.0)` |
+| `tf.clip_by_norm(grad, 1.0)` for each | `clip_by_norm(1.0, per="leaf")` |
+| `tf.clip_by_value(grad, -1.0, 1.0)` for each | `clip_by_value(1.0)` |
+| Keras `global_clipnorm=1.0` | `clip_by_norm(1.0)` |
+| Keras `clipnorm=1.0` | `clip_by_norm(1.0, per="leaf")` |
+| Keras `clipvalue=1.0` | `clip_by_value(1.0)` |
+
+From Optax and its users:
+
+| there | here |
+|---|---|
+| `optax.clip_by_global_norm(1.0)` | `clip_by_norm(1.0)` |
+| `optax.clip(1.0)` | `clip_by_value(1.0)` |
+| `optax.adaptive_grad_clip(0.01)` | `agc(0.01)` |
+| `optax.clip_by_block_rms(1.0)` | `block_rms(1.0)` |
+| `optax.global_norm(grads)`, `optax.tree.norm(grads)` | `global_norm(grads)` |
+| Levanter `clip_update_by_historical_norm` | `clip_by_norm(limits.window_sigma(3.0))` |
+
+Rules that skip steps:
+
+* `optax.apply_if_finite(optimizer, 5)`:
+  `skip_explosions(optimizer, norm=None, share=None, loss=None)`. Optax applies the
+  non-finite step in the end; this does not.
+* OLMo, Levanter and MaxText skip steps above 6 standard deviations:
+  `skip_explosions(optimizer)`. For that very rule add
+  `norm=limits.window_sigma(6), loss=limits.window_sigma(6)`.
+* axlearn `skip_and_clip_by_global_norm`:
+  `skip_explosions(optax.chain(clip_by_norm(1.0), optimizer))`.
+
+## The global norm around a partition
+
+Inside `optax.partition` and `optax.masked` a transformation sees only the leaves that
+they let through, and so does its norm. Before the partition it sees all leaves:
+
+```python
+>>> tx = optax.chain(
+...     optaxclip.clip_by_norm(1.0),
+...     optax.partition(
+...         {"fast": optax.sgd(1.0), "slow": optax.sgd(0.5)}, {"a": "fast", "b": "slow"}
+...     ),
+... )
+>>> grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+>>> updates, state = tx.update(grads, tx.init(grads))
+>>> print(updates["a"].round(3), updates["b"].round(3))
+[-0.6] [-0.4]
+
+```
+
+## Stacked layers
+
+A model whose layers run in `lax.scan` holds each parameter of all layers in one array,
+stacked along axis 0. `stacked=` names these leaves, and each layer is clipped by
+itself:
+
+```python
+>>> is_stacked = lambda name: name.startswith("layers/")
+>>> clip = optaxclip.clip_by_norm(1.0, per="leaf", stacked=is_stacked)
+>>> grads = {"layers": {"kernel": jnp.array([[3.0, 4.0], [0.3, 0.4]])}}
+>>> updates, state = clip.update(grads, clip.init(grads))
+>>> norms = optaxclip.leaf_norms(updates, stacked=is_stacked)
+>>> print(state["clip"].norm, norms.round(3))
+[5.  0.5] [1.  0.5]
+
+```
+"""
+
+from optaxclip.clipping.by_norm import ClipByNormState as ClipByNormState
+from optaxclip.clipping.by_norm import clip_by_norm as clip_by_norm
+from optaxclip.clipping.by_value import ClipByValueState as ClipByValueState
+from optaxclip.clipping.by_value import clip_by_value as clip_by_value
+from optaxclip.clipping.methods import adagc as adagc
+from optaxclip.clipping.methods import agc as agc
+from optaxclip.clipping.methods import autoclip as autoclip
+from optaxclip.clipping.methods import block_rms as block_rms
+from optaxclip.clipping.methods import zclip as zclip

@@ -1,0 +1,224 @@
+"""How to notice an explosion, and how to survive it: skip, cool down, roll back.
+
+| | on an explosion |
+|---|---|
+| `detect_explosions()` | remembers what happened, and changes nothing |
+| `skip_explosions(optimizer)` | also skips the step |
+| `rollback=True` | also returns to a snapshot, if that is better |
+| `cool_down=0.1` | also makes the next updates smaller |
+| `stabilize(optimizer)` | does all of these, without a number to choose |
+| `raise_if_exploded(state)` | raises `ExplosionError` if nothing survived it |
+
+```python
+>>> import jax, jax.numpy as jnp, optax, optaxclip
+>>> tx = optaxclip.stabilize(optax.adam(1e-3))
+>>> params = {"w": jnp.ones(2)}
+>>> opt_state = tx.init(params)
+>>> for g in [1.0, jnp.nan]:
+...     grads, loss = {"w": jnp.full(2, g)}, jnp.array(1.0)
+...     updates, opt_state = tx.update(grads, opt_state, params, value=loss)
+...     params = optax.apply_updates(params, updates)
+...     optaxclip.raise_if_exploded(opt_state, params)  # not if it was survived
+>>> print(params["w"], optaxclip.metrics(opt_state)["explosions/num_skipped"])
+[0.999 0.999] 1
+
+```
+
+## What counts as an explosion
+
+A step explodes if any leaf or the loss is non-finite, or if one of three signals
+exceeds its limit. The check for non-finite values is always on. `None` turns a rule
+off.
+
+| rule | signal | default limit |
+|---|---|---|
+| `norm` | the norm of all gradients | `limits.log_quantile()` |
+| `share` | the share of each leaf in that norm | `limits.drift()` |
+| `loss` | the loss, given as `value=` to `update` | the smaller of two, below |
+
+* Behind the optimizer, `detect_explosions` sees the norm of the updates instead.
+* A share counts only in a leaf whose own norm has grown twentyfold within 64 steps.
+  That finds a layer that explodes under larger ones.
+* The loss may have either sign. Its limit is the smaller of `limits.above_lowest()` and
+  `limits.log_quantile(2.4, min_ratio=1.7, early_jump=2.5, min_level=0.01)`.
+
+Any limit can detect as it can clip: a number, a schedule, a learned one, or your own.
+Only `limits.params` cannot, since a rule compares a signal with its past.
+
+```python
+>>> tx = optax.chain(
+...     optaxclip.detect_explosions(norm=100.0, share=None),  # passes updates through
+...     optaxclip.skip_explosions(optax.adam(1e-3), label="skip"),
+... )
+
+```
+
+`detect_explosions` remembers which rule fired, the leading leaf, the step on which the
+explosion began, how many steps exploded, and how fast the norm grew. The leading leaf
+is the first non-finite one, or else the one that has grown most. Exploded steps at most
+ten steps apart count as one explosion (`max_gap`).
+
+## What happens on one, step by step
+
+1. `skip_explosions` skips the step. The updates are zeros, the state of the optimizer
+   stays, bit for bit, and the rules learn nothing from the step. A non-finite loss with
+   finite gradients is counted, but its step is taken.
+2. If explosions persist, they are a change of regime. After nine in a row the finite
+   ones are taken and learned (`max_consecutive=10`), with gradients clipped to the
+   limit on the norm, until the rules find them healthy.
+3. A step with non-finite gradients is never taken. After 100 in a row the run is given
+   up (`give_up_after`); `metrics` and `raise_if_exploded` say so.
+4. Where the optimizer itself makes a non-finite update, or an update would overflow the
+   dtype of its parameter, those elements become 0.
+5. Where the optimizer makes its own moments non-finite out of finite gradients, they
+   are reset within 3 steps: to the snapshot, or without rollback to 0. That step is
+   skipped, and counted as an explosion (`explosions/mended`).
+
+With `rollback=True` also:
+
+1. A snapshot of parameters and optimizer state is taken after every 50 healthy steps
+   (`snapshot_every`). Two are kept.
+2. The loss exceeds its limit three times in a row (`rollback_after`), or the norm if
+   there is no loss. Or ten steps in a row have non-finite gradients. The batches cannot
+   be at fault each time, so the data have changed, or the parameters are bad.
+3. To find out, the parameters go back to the older snapshot, from 50 to 100 healthy
+   steps ago or from the start of the run, and two batches are tried there.
+4. If at least half of the excess is gone in both, the run goes on from the snapshot.
+   That is a rollback. If not, the parameters come back as they were, and the explosions
+   are accepted.
+5. With `cool_down` a rollback also sets a factor for the updates. Within the first 64
+   steps it is `cool_down`, later the larger of `cool_down` and 1/16. A rollback that
+   follows another within 300 steps divides the factor by 8, to `cool_down` or less,
+   down to 1/4096. Each healthy step multiplies it by `recovery`, up to 1.
+6. If the parameters are NaN, the run is given up at once.
+
+Without `rollback`, the third explosion in a row multiplies the updates by `cool_down`.
+
+`stabilize(optimizer)` is
+`skip_explosions(optimizer, rollback=True, cool_down=1/64, recovery=1.002)`.
+
+## What to do when it fires
+
+`explain(opt_state, params)` says in words what happened; see
+`help(optaxclip.reporting)`.
+
+| what you see | what to do |
+|---|---|
+| one explosion, and 64 healthy steps since | nothing: a bad batch, or a false alarm |
+| the same leaf explodes again and again | a smaller learning rate, or a clip |
+| non-finite, though nothing grew before | look at the data and the precision |
+| the run was given up | an earlier checkpoint, a smaller learning rate |
+| the parameters hold NaN | an earlier checkpoint |
+| the optimizer's state holds NaN or inf | larger constants in its denominators |
+| `explosions/blocked_rollbacks` above 0 | put `stabilize` around everything else |
+| `optax.MultiSteps` has accumulated NaN | put `stabilize` around it |
+
+`raise_if_exploded` is for the training loop, outside of `jit`. It raises only where the
+run cannot go on: on a non-finite step that nothing skipped, on a run that was given up,
+and on NaN in parameters, optimizer state or accumulated gradients. It does not raise on
+a finite explosion that `detect_explosions` noticed; read `explosions/exploded` for
+that. It waits for the step, so call it every some steps.
+
+## In your trainer
+
+**Order.** `stabilize` goes around everything that makes the update. A rollback is an
+update, so nothing may change it afterwards. `metrics` counts those that something
+changed as `explosions/blocked_rollbacks`.
+
+```python
+>>> def train(tx, sizes, state=None):  # gradients and losses of these sizes
+...     params, update = {"w": jnp.zeros(2)}, jax.jit(tx.update)
+...     state = tx.init(params) if state is None else state
+...     for size in sizes:
+...         grads = {"w": jnp.full(2, size)}
+...         updates, state = update(grads, state, params, value=jnp.array(abs(size)))
+...         params = optax.apply_updates(params, updates)
+...     return params, state
+>>> returns = [1.0] * 4 + [1e3] * 3 + [1.0] * 3  # three explosions, two trials
+>>> _, state = train(optaxclip.stabilize(optax.adam(1e-3)), returns)
+>>> print(optaxclip.metrics(state)["explosions/rollbacks"])
+1
+>>> behind = optax.chain(optaxclip.stabilize(optax.scale_by_adam()), optax.scale(-1e-3))
+>>> _, state = train(behind, returns)
+>>> print(optaxclip.metrics(state)["explosions/blocked_rollbacks"])
+1
+
+```
+
+**The loss.** Give it as `tx.update(grads, opt_state, params, value=loss)`. Where a
+framework calls `update(grads, state)` itself, use
+`stabilize(optimizer, rollback=False)`: it needs neither the loss nor the parameters.
+
+**Accumulation.** `stabilize(optax.MultiSteps(optimizer, 4))` loses one bad micro-batch
+alone. Within `optax.MultiSteps`, NaN would stay in the accumulated gradients, which
+`raise_if_exploded` reports.
+
+```python
+>>> around = optaxclip.stabilize(optax.MultiSteps(optax.sgd(0.1), 4))
+>>> params, _ = train(around, [1.0, jnp.nan, 1.0, 1.0, 1.0])
+>>> print(params["w"])
+[-0.1 -0.1]
+
+```
+
+**Masks.** `stabilize(optax.masked(optimizer, mask))` watches all leaves, and
+`optax.masked(stabilize(optimizer), mask)` the chosen ones.
+
+```python
+>>> masked = optaxclip.stabilize(optax.masked(optax.sgd(0.1), {"w": False}))
+>>> params, state = train(masked, [1.0, jnp.nan])
+>>> print(params["w"], optaxclip.metrics(state)["explosions/num_skipped"])
+[1. 1.] 1
+
+```
+
+**Schedules.** Put them inside. They count the steps that were taken, and a rollback
+leaves their counts as they are.
+
+**Hyperparameters by hand.** Use
+`stabilize(optax.inject_hyperparams(optax.adam)(1e-3))`. A rollback leaves what was set.
+
+```python
+>>> by_hand = optaxclip.stabilize(optax.inject_hyperparams(optax.sgd)(0.1))
+>>> _, state = train(by_hand, [1.0] * 4)
+>>> state["explosions"].inner_state.hyperparams["learning_rate"] = jnp.array(0.01)
+>>> _, state = train(by_hand, returns[4:], state)
+>>> print(optaxclip.metrics(state)["explosions/rollbacks"])
+1
+>>> print(state["explosions"].inner_state.hyperparams["learning_rate"])
+0.01
+
+```
+
+**A run saved without it.** Put the state of its optimizer into `inner_state`. The first
+snapshot is of what the first step is given.
+
+```python
+>>> saved = optax.adam(1e-3).init({"w": jnp.zeros(2)})
+>>> tx = optaxclip.stabilize(optax.adam(1e-3))
+>>> state = tx.init({"w": jnp.zeros(2)})
+>>> state["explosions"] = state["explosions"]._replace(inner_state=saved)
+
+```
+
+## What it cannot do
+
+* It does not help where nothing explodes and training is merely bad, as after a poor
+  initialization. There `max_norm=` adds a fixed clip.
+* It notices a loss that rises smoothly only at eight times its lowest level. The loss
+  of a healthy run may rise too, where values are learned from zero.
+* It needs the loss. Without it, a rollback is judged by the norm alone.
+* A rollback keeps two copies of parameters and optimizer state.
+* It raises false alarms: 8 in 10,000 healthy steps (1 to 21) of 72 recorded runs that
+  it was not tuned on. It notices 93.1 % of the explosions there (86.9 to 99.1). Run
+  `python tests/benchmarks/detection.py --split heldout` (x86-64, JAX 0.10.2,
+  2026-11-28).
+* On the test half of the benchmark runs it harms 1 of 51 healthy ones, and does not
+  save 9 % of those that explode. `tests/benchmarks/README.md` names both.
+"""
+
+from optaxclip.explosions.detecting import detect_explosions as detect_explosions
+from optaxclip.explosions.skipping import skip_explosions as skip_explosions
+from optaxclip.explosions.stabilizing import stabilize as stabilize
+from optaxclip.explosions.state import DetectExplosionsState as DetectExplosionsState
+from optaxclip.explosions.state import SkipExplosionsState as SkipExplosionsState

@@ -1,0 +1,105 @@
+"""Moments that the inner optimizer has made non-finite: finds and resets them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from optaxclip.clipping.by_norm import ClipByNormState
+from optaxclip.explosions.nodes import LEAF, is_like, num_leaves, split_node
+from optaxclip.explosions.snapshots import CLOCKS
+from optaxclip.explosions.state import SkipExplosionsState
+from optaxclip.norms.scopes import Scopes
+from optaxclip.numerics import accumulator, is_gradient, widened
+
+
+def are_spoiled(
+    when: jax.Array, inner_state: Any, updates: Any, scopes: Scopes
+) -> jax.Array:
+    """Whether a moment is not finite. Costs nothing unless `when`."""
+    places = _moments(inner_state, updates)
+    leaves = jax.tree.leaves(inner_state)
+    moments = lax.stop_gradient([leaves[i] for i in places])
+
+    def body(carry):
+        # Tied to the loop's state, or XLA would compute all before the loop.
+        flag, found = lax.optimization_barrier((carry[0], moments))
+        levels = [jnp.zeros(leaf.part_shape, jnp.float32) for leaf in scopes.leaves]
+        for x, i in zip(found, places.values(), strict=True):
+            axes = tuple(set(range(x.ndim)) - set(scopes.leaves[i].kept))
+            # A sum, as in `_compared`: inf - inf is NaN. 0 * x would be a product with
+            # an array of zeros.
+            x = widened(x, accumulator([x]))
+            total = jnp.sum(x - x, axes)
+            levels[i] = jnp.where(jnp.isnan(total), 1, levels[i])
+        level: Any = scopes.collapse(levels, "max")
+        return jnp.zeros_like(flag), jnp.max(level, initial=0)
+
+    if not places:
+        return jnp.zeros([], bool)
+    none = jnp.zeros([], jnp.float32)
+    return lax.while_loop(lambda carry: carry[0], body, (when, none))[1] > 0
+
+
+def mend(when: jax.Array, inner_state: Any, updates: Any) -> tuple[jax.Array, Any]:
+    """(False, the inner state with 0 for moments that are not finite).
+
+    Costs nothing unless `when`. What follows must depend on the False, see `_replaced`.
+    """
+    leaves, structure = jax.tree.flatten(inner_state)
+    places = _moments(inner_state, updates)
+
+    def body(carry):
+        flag, moments = carry
+        finite = [jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)) for x in moments]
+        return jnp.zeros_like(flag), finite
+
+    moments = [jnp.asarray(leaves[i]) for i in places]
+    done, moments = lax.while_loop(lambda carry: carry[0], body, (when, moments))
+    for i, x in zip(places, moments, strict=True):
+        leaves[i] = x
+    return done, jax.tree.unflatten(structure, leaves)
+
+
+def _moments(state: Any, updates: Any) -> dict[int, int]:
+    """Leaves of a state, each with the leaf of the updates whose moment it is.
+
+    Those are floating, of the same shape, and within a tree like the updates. What we
+    keep of a run is none: limits and records hold inf and NaN on purpose. Nor is a
+    single number, which may be anything.
+    """
+    found: dict[int, int] = {}
+    if np.ndim(updates) == 0 and jax.tree.structure(updates) == LEAF:
+        return found
+
+    def collect(tree, like, place, index):
+        """From leaf `place` of the state on, and from leaf `index` of the updates."""
+        if tree is None or isinstance(tree, optax.MaskedNode):
+            return
+        (children, structure), (others, _) = map(split_node, (tree, like))
+        if structure == LEAF:
+            if is_gradient(tree) and np.shape(tree) == np.shape(like):
+                found[place] = index
+            return
+        for child, other in zip(children, others, strict=True):
+            collect(child, other, place, index)
+            place, index = place + num_leaves(child), index + num_leaves(other)
+
+    def visit(tree, place):
+        children, structure = split_node(tree)
+        if isinstance(tree, (ClipByNormState, SkipExplosionsState, *CLOCKS)):
+            return
+        if is_like(tree, updates):
+            collect(tree, updates, place, 0)
+        elif structure != LEAF:
+            for child in children:
+                visit(child, place)
+                place += num_leaves(child)
+
+    visit(state, 0)
+    return found

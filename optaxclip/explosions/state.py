@@ -1,0 +1,171 @@
+"""The states of detection and skipping, and how to read them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optaxclip.explosions.rules import RULES
+from optaxclip.numerics import saturating_cast
+from optaxclip.recording import RecordState
+from optaxclip.xla import side_by_side
+
+COUNTS = (
+    "steps",
+    *RULES,
+    "exploded",
+    "skipped",
+    "rollbacks",
+    "blocked_rollbacks",
+    "mended",
+    "in_a_row",
+    "nonfinite_in_a_row",
+    "nonfinite_updates_in_a_row",
+    "suspect_in_a_row",
+    "gave_up",
+    "phase",
+    "age",
+    "strikes",
+    "last_rollback",
+    "last",
+)
+"""What each element of `DetectExplosionsState.record.counts` is."""
+
+
+class DetectExplosionsState(NamedTuple):
+    """State of `detect_explosions`, as `{label: DetectExplosionsState}`.
+
+    Few arrays, since each of them costs a small step some microseconds; `metrics` and
+    `raise_if_exploded` name what they hold.
+    """
+
+    told: jax.Array
+    """int32 `[2, 9]`: two steps, which are the one on which the last explosion began
+    (after ten without one), and the first of the last non-finite ones in a row. Of each
+    its index (-1 for none); the leaf that led (the first that was not finite, or else
+    the one that had grown most since every eighth of the 64 steps before; -1 if none
+    had); as bits, which of the four rules fired; and, as the bits of a float32, the
+    norm, the share of the leaf that led, the loss (`NO_LOSS` where not given), and the
+    limits of these (+inf for none)."""
+    rule_states: tuple[Any, Any, Any]
+    """States of the limits on norm, share and loss."""
+    record: RecordState
+    """Of the last 256 steps, per leaf. Its `counts`, int32 `[20]`: the number of steps;
+    on how many of them the four rules fired (not finite, norm, share, loss) and on how
+    many any; how many `skip_explosions` skipped, its rollbacks, those that did not
+    reach the parameters, and how often it mended the inner state; how many in a row, up
+    to the last step, were no good (exploded, and not by a loss alone that is not
+    finite), were not finite, had updates that were not, and spoke against the
+    parameters (by the loss, or without one by the norm); whether it gave up, 2 for NaN
+    in the parameters; where it stands in a rollback (`deciding.PHASES`), quiet steps
+    since the older snapshot, rollbacks in succession, the step of the last; and the
+    last step that exploded. -1 for none."""
+
+
+def count(state: DetectExplosionsState, name: str) -> jax.Array:
+    """One of the `COUNTS`."""
+    return state.record.counts[..., COUNTS.index(name)]
+
+
+def with_values(
+    state: DetectExplosionsState, values: dict[str, jax.Array]
+) -> DetectExplosionsState:
+    """The state with other `COUNTS`."""
+    counts = state.record.counts
+    new = [values.get(name, counts[i]) for i, name in enumerate(COUNTS)]
+    counts = side_by_side([jnp.asarray(x, jnp.int32) for x in new])
+    return state._replace(record=state.record._replace(counts=counts))
+
+
+class Step(NamedTuple):
+    """What is known of one step; see `DetectExplosionsState`."""
+
+    step: jax.Array
+    leaf: jax.Array
+    fired: jax.Array
+    norm: jax.Array
+    share: jax.Array
+    loss: jax.Array
+    norm_limit: jax.Array
+    share_limit: jax.Array
+    loss_limit: jax.Array
+
+
+def read_step(state: DetectExplosionsState, which: str) -> Step:
+    """The step "began" or "nonfinite" of a state."""
+    row = state.told[("began", "nonfinite").index(which)]
+    step, leaf, fired, *numbers = row
+    numbers = (lax.bitcast_convert_type(x, jnp.float32) for x in numbers)
+    return Step(step, leaf, flags_of(fired), *numbers)
+
+
+def flags_of(fired: Any) -> Any:
+    """Bool `[..., 4]`: which of the `RULES` fired, of the bits of whole numbers."""
+    return (fired[..., None] >> np.arange(len(RULES), dtype=np.int32)) % 2 == 1
+
+
+class Verdict(NamedTuple):
+    """What is known of one step; all are scalars."""
+
+    is_bad: jax.Array
+    """Whether it exploded, and not by a loss alone that is not finite: with finite
+    gradients that says nothing, as where float16 overflows in the loss."""
+    has_nonfinite_updates: jax.Array
+    norm: jax.Array
+    norm_limit: jax.Array
+    evidence: jax.Array
+    """The signal that speaks of the parameters: the loss, or without one the norm."""
+    evidence_limit: jax.Array
+
+
+def as_bits(x: jax.Array) -> jax.Array:
+    """The bits of a float32, as a whole number."""
+    return lax.bitcast_convert_type(saturating_cast(x, jnp.float32), jnp.int32)
+
+
+class Snapshots(NamedTuple):
+    """Two copies of the parameters and the inner state, each a pair.
+
+    Zeros before the first step, which copies what it is given. In the copy of the inner
+    state plain tuples stand for all nodes but those like the parameters, so that
+    nothing is found in it by a name: `optax.tree.get(state, "count")` is the present
+    one.
+    """
+
+    older: Any
+    """The copy that a rollback returns to, from a quiet step."""
+    newer: Any
+    """A copy that takes its place after `snapshot_every` quiet steps."""
+
+
+BROKEN = 2
+"""The count "gave_up" where it is because the parameters are NaN."""
+
+
+class SkipExplosionsState(NamedTuple):
+    """State of `skip_explosions`, as `{label: SkipExplosionsState}`."""
+
+    explosions: DetectExplosionsState
+    """What was noticed."""
+    inner_state: Any
+    """State of the wrapped transformation."""
+    cooling: jax.Array
+    """float32 `[2]`, a `deciding.Cooling`: the factor of the updates, below 1 while
+    they cool down; and the least evidence against the parameters among the last
+    explosions in a row, +inf for none."""
+    snapshots: Snapshots | tuple[()]
+    """() without rollback."""
+
+    @property
+    def scale(self) -> jax.Array:
+        """Factor of the updates: float32 `[]`."""
+        return self.cooling[..., 0]
+
+    @property
+    def gave_up(self) -> jax.Array:
+        """Whether too many steps in a row were not finite, or parameters: bool `[]`."""
+        return count(self.explosions, "gave_up") > 0

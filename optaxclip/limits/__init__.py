@@ -1,0 +1,181 @@
+"""How large may an update be: limits on norms, fixed or learned from the run.
+
+A limit is the largest norm that a scope may have in one step. Wherever the package
+takes a limit, it takes a number, an Optax schedule, or an object of this module.
+
+```python
+>>> import jax, jax.numpy as jnp, optax, optaxclip
+>>> fixed = optaxclip.clip_by_norm(1.0)
+>>> scheduled = optaxclip.clip_by_norm(optax.linear_schedule(10.0, 1.0, 1000))
+>>> learned = optaxclip.clip_by_norm(optaxclip.limits.zscore(2.5))
+
+```
+
+A fixed threshold has to be guessed, and the right one changes during training. A
+learned limit takes it from the run. It works under `jit`, per tree, leaf or group, but
+not per unit. Its state is a few arrays, so a checkpoint holds all that it knows.
+
+## Limits to clip with
+
+| limit | largest norm | learns | named clip |
+|---|---|---|---|
+| `constant(1.0)` | that number | no | `clip_by_norm(1.0)` |
+| `schedule(f)` | `f(number of steps so far)` | no | `clip_by_norm(f)` |
+| `params(0.01)` | 0.01 of the norm of the parameters | no | `agc()`, per unit |
+| `rms(1)` | a root mean square of 1 | no | `block_rms()`, per leaf |
+| `zscore(2.5)` | 2.5 standard deviations above the mean | yes | `zclip()` |
+| `percentile(10)` | 10th percentile of the last 1024 norms | yes | `autoclip()` |
+| `ema(1.05)` | 1.05 times the mean of the clipped norms | yes | `adagc()`, per leaf |
+| `window_sigma(3)` | 3 standard deviations above the mean | yes | |
+| `quantile(0.5)` | follows the median with one number | yes | |
+| `minimum(a, b)` | the smaller of two limits | as they do | |
+
+The means of `zscore` and `ema` are moving averages. `window_sigma` takes the last 128
+norms.
+
+* `zscore` gives an outlier a lower limit: the larger it is, the nearer to the mean.
+* `percentile(10)` clips about 90 % of all steps, by design.
+* `adagc` has a global limit of 1.0 for its first 99 steps.
+
+```python
+>>> tx = optax.chain(optaxclip.zclip(), optax.adam(1e-3))
+>>> tx = optax.chain(
+...     optaxclip.clip_by_norm(optaxclip.limits.zscore(3.0), per="leaf"),
+...     optax.adam(1e-3),
+... )
+>>> capped = optaxclip.limits.minimum(optaxclip.limits.zscore(), 1.0)
+
+```
+
+`examples/compare_limits.py` compares five clips at a learning rate at which training
+without one diverges.
+
+## Limits to detect explosions with
+
+`detect_explosions`, `skip_explosions` and `stabilize` take the same limits, for the
+norm, the share of a leaf in it, and the loss. Only `params` does not fit: a rule
+compares a signal with its own past.
+
+| limit | signal exceeds it when it is | meant for |
+|---|---|---|
+| `100.0` | above that number | any signal |
+| `log_quantile()` | far above the median, in units of the spread | norm, loss |
+| `drift()` | for 3 steps above 5 times its slow moving average | share |
+| `above_lowest()` | for 8 steps above 8 times its lowest average | loss |
+| `window_sigma(6)` | 6 standard deviations above the mean | norm, loss |
+
+The spread of `log_quantile` is how far the last 128 values lie above their median, on a
+logarithmic scale. A loss may have either sign: where one of the values is negative, the
+scale is linear. The default rules use `log_quantile`, `drift` and `above_lowest`;
+`help(optaxclip.explosions)` says for which signal.
+
+## Sources
+
+* `params`: AGC, [2102.06171](https://arxiv.org/abs/2102.06171); per leaf as in LARS.
+* `rms`: Adafactor, [1804.04235](https://arxiv.org/abs/1804.04235).
+* `zscore`: ZClip, [2504.02507](https://arxiv.org/abs/2504.02507).
+* `percentile`: AutoClip, [2007.14469](https://arxiv.org/abs/2007.14469).
+* `ema`: AdaGC, [2502.11034](https://arxiv.org/abs/2502.11034). axlearn skips at 20
+  times the mean.
+* `window_sigma`: Levanter, which clips at 3; OLMo-core, which skips at 6.
+* `quantile`: Andrew et al., [1905.03871](https://arxiv.org/abs/1905.03871), for clients
+  in federated learning; TensorFlow Federated and Opacus.
+* `log_quantile`, `drift`, `above_lowest`: of this project, for explosions.
+
+The docstring of each named method says where it differs from the published code. Nearly
+all of that code breaks at the first NaN.
+
+## What every learned limit has in common
+
+* Norms that are inf, NaN or zero never update its state.
+* It follows a lasting change within a number of steps that its docstring gives. AdaGC
+  as published is slow: it takes 2300 steps for a rise by a factor of 10.
+* While it knows too little it is +inf, or what its paper says.
+
+## A limit to change by hand
+
+`optax.inject_hyperparams` puts the limit into the state. An argument that is not a
+number has to be named in `static_args`. So have the lengths `warmup` and `window` of
+learned limits.
+
+```python
+>>> make = optax.inject_hyperparams(
+...     optaxclip.clip_by_norm, static_args=("per", "ord", "specs", "stacked", "label")
+... )
+>>> tx = make(max_norm=1.0)
+>>> grads = {"w": jnp.array([3.0, 4.0])}
+>>> state = tx.init(grads)
+>>> state.hyperparams["max_norm"] = jnp.array(0.5)
+>>> updates, state = tx.update(grads, state)
+>>> print(optaxclip.global_norm(updates).round(3))
+0.5
+
+```
+
+A limit set by hand cannot raise an error while training: one that is negative or NaN
+gives zeros.
+
+## Write your own limit
+
+A limit is two functions. `init` sees the number of elements of each scope. `update`
+sees the norms of all scopes before the clip, and returns the largest that each may
+have. This one allows `multiple` times the median of the last three norms. It works per
+tree, leaf or group, under `jit` and `vmap`.
+
+```python
+>>> from typing import NamedTuple
+>>> class State(NamedTuple):
+...     recent: jax.Array  # the last three norms [..., 3]; NaN where there is none
+>>> def median_of_three(multiple):
+...     def init(sizes):
+...         return State(jnp.full((*sizes.shape, 3), jnp.nan, sizes.dtype))
+...     def update(norms, state, param_norms):
+...         # Any NaN makes the median NaN: no limit until three norms are known.
+...         median = jnp.median(state.recent, axis=-1)
+...         limits = jnp.where(jnp.isnan(median), jnp.inf, multiple * median)
+...         recent = jnp.concatenate(
+...             [state.recent[..., 1:], norms[..., None]], axis=-1
+...         )
+...         # Non-finite norms never update a limit's state.
+...         is_finite = jnp.isfinite(norms)[..., None]
+...         return limits, State(jnp.where(is_finite, recent, state.recent))
+...     return optaxclip.limits.Limit(init, update)
+>>> tx = optaxclip.clip_by_norm(median_of_three(2.0), per="leaf")
+>>> state = tx.init({"a": jnp.ones(1), "b": jnp.ones(1)})
+>>> for a, b in [(3.0, 4.0), (2.0, jnp.inf), (4.0, 4.0), (100.0, 100.0)]:
+...     grads = {"a": jnp.array([a]), "b": jnp.array([b])}
+...     updates, state = tx.update(grads, state)
+>>> print(state["clip"].norm, state["clip"].limit)
+[100. 100.] [ 6. inf]
+
+```
+
+A limit that compares with the parameters sets `needs_params=True`, and then gets their
+norms as `param_norms`.
+"""
+
+from optaxclip.limits.averages import EmaState as EmaState
+from optaxclip.limits.averages import QuantileState as QuantileState
+from optaxclip.limits.averages import ZScoreState as ZScoreState
+from optaxclip.limits.averages import ema as ema
+from optaxclip.limits.averages import quantile as quantile
+from optaxclip.limits.averages import zscore as zscore
+from optaxclip.limits.fixed import RmsState as RmsState
+from optaxclip.limits.fixed import minimum as minimum
+from optaxclip.limits.fixed import params as params
+from optaxclip.limits.fixed import rms as rms
+from optaxclip.limits.limit import Limit as Limit
+from optaxclip.limits.limit import LimitLike as LimitLike
+from optaxclip.limits.limit import ScheduleState as ScheduleState
+from optaxclip.limits.limit import as_limit as as_limit
+from optaxclip.limits.limit import constant as constant
+from optaxclip.limits.limit import schedule as schedule
+from optaxclip.limits.persistent import DriftState as DriftState
+from optaxclip.limits.persistent import LowestState as LowestState
+from optaxclip.limits.persistent import above_lowest as above_lowest
+from optaxclip.limits.persistent import drift as drift
+from optaxclip.limits.windowed import PercentileState as PercentileState
+from optaxclip.limits.windowed import WindowSigmaState as WindowSigmaState
+from optaxclip.limits.windowed import log_quantile as log_quantile
+from optaxclip.limits.windowed import percentile as percentile
+from optaxclip.limits.windowed import window_sigma as window_sigma

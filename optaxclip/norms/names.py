@@ -1,0 +1,229 @@
+"""The names of leaves, layers and groups, and the layout that a state keeps of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+Per = Literal["tree", "leaf", "unit"] | Callable[[str], str]
+"""What one norm is taken over; a function maps a leaf's name to its group's name."""
+
+
+Stacked = Callable[[str], bool]
+"""True for the names of leaves whose axis 0 runs over layers."""
+
+
+def leaf_names(tree: Any, *, stacked: Stacked | None = None) -> list[str]:
+    """Names the leaves of a tree by their path, in the order of `jax.tree.leaves`.
+
+    Args:
+      tree: Any tree. The trailing `/value` of Flax nnx variables is left out; a tree
+        that is a single array is called "array".
+      stacked: True for the names of leaves whose axis 0 runs over layers; each layer
+        gets a name of its own.
+
+    Returns:
+      One name a leaf, or a layer of a stacked leaf.
+
+    Raises:
+      ValueError: If `stacked` picks a leaf without axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"rnn": {"hh": jnp.ones((2, 3))}, "bias": jnp.ones(3)}
+      >>> leaf_names(params)
+      ['bias', 'rnn/hh']
+      >>> leaf_names(params, stacked=lambda name: name == "rnn/hh")
+      ['bias', 'rnn/hh[0]', 'rnn/hh[1]']
+    """
+    names = []
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = path_name(path)
+        if stacked is not None and stacked(name):
+            if not np.ndim(leaf):
+                raise ValueError(f"stacked= picks {name!r}, which has no axis 0")
+            names += [f"{name}[{layer}]" for layer in range(np.shape(leaf)[0])]
+        else:
+            names.append(name)
+    return names
+
+
+def group_names(
+    tree: Any, group: Callable[[str], str], *, stacked: Stacked | None = None
+) -> list[str]:
+    """Names the groups into which `group` puts the leaves of a tree, in their order.
+
+    Args:
+      tree: Any tree.
+      group: Gives the name of the group for the name of a leaf (see `leaf_names`).
+      stacked: As in `leaf_names`.
+
+    Returns:
+      The groups' names, sorted: the order of every array `[num_groups]`.
+
+    Raises:
+      TypeError: If a group's name is not a string.
+
+    Example:
+      >>> params = {"rnn": {"hh": 1.0, "ih": 1.0}, "head": {"kernel": 1.0}}
+      >>> group_names(params, lambda name: name.split("/")[0])
+      ['head', 'rnn']
+    """
+    groups = [group(name) for name in leaf_names(tree, stacked=stacked)]
+    for name in groups:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"per= must give each group a string for a name, not {name!r}"
+            )
+    return sorted(set(groups))
+
+
+class LeafLayout(NamedTuple):
+    """Layout of one leaf."""
+
+    layers: tuple[()] | tuple[tuple[()], ...]
+    """One () for each layer of a stacked leaf, none for any other."""
+
+
+class _AnyTree(tuple):
+    """A nested tuple that equals every other.
+
+    In the layout of a tree without leaves, such as the stand-in for all parameters that
+    `optax.tree_map_params` gives to `init`: the state fits every other.
+    """
+
+    def __eq__(self, other):
+        return True
+
+    def __ne__(self, other):
+        return False
+
+    def __hash__(self):
+        return 0
+
+
+class PerTree(NamedTuple):
+    """Layout of one norm over all leaves."""
+
+
+class PerGroup(NamedTuple):
+    """Layout of one norm a group."""
+
+
+# To JAX a layout is one static node: with the children of the parameters as its own,
+# the state of other parameters would be of another structure.
+@jax.tree_util.register_static
+class PerLeaf(NamedTuple):
+    """Layout of one norm a leaf."""
+
+    tree: Any
+    """The tree as nested tuples, with a `LeafLayout` for each leaf and a `MaskedNode`
+    where one hides others; () if no leaf is stacked and none is hidden."""
+
+
+@jax.tree_util.register_static
+class PerUnit(NamedTuple):
+    """Layout of one array of norms a leaf."""
+
+    tree: Any
+    """As in `PerLeaf`."""
+
+
+Layout = PerTree | PerLeaf | PerUnit | PerGroup
+"""The kind of a state's scopes. It holds no arrays and no names: a tree without leaves,
+which `jit` and checkpoints take for structure."""
+
+
+def layout_of(tree: Any, per: Per, stacked: Stacked | None) -> Layout:
+    """The layout of a transformation's state, from the tree given to `init`."""
+    if per == "tree":
+        return PerTree()
+    if per not in ("leaf", "unit"):
+        return PerGroup()
+    paths_and_leaves, structure = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
+    )
+    leaves = [
+        leaf
+        if isinstance(leaf, optax.MaskedNode)
+        else LeafLayout(
+            ((),) * np.shape(leaf)[0] if stacked and stacked(path_name(path)) else ()
+        )
+        for path, leaf in paths_and_leaves
+    ]
+    is_plain = all(isinstance(leaf, LeafLayout) and not leaf.layers for leaf in leaves)
+    remaining = iter(leaves)
+
+    def nested(structure):
+        if jax.tree_util.treedef_is_leaf(structure) and structure.num_leaves:  # no None
+            return next(remaining)
+        return tuple(map(nested, structure.children()))
+
+    layout = PerLeaf if per == "leaf" else PerUnit
+    if not leaves:
+        return layout(_AnyTree())
+    return layout(() if is_plain else nested(structure))
+
+
+def path_name(path: tuple) -> str:
+    """The name of a leaf at a path."""
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]  # a Flax nnx variable
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "array"
+
+
+def leaf_layouts(node: Any) -> list[LeafLayout]:
+    """The layouts of all leaves below a node of a layout's tree."""
+    if isinstance(node, LeafLayout):
+        return [node]
+    return [leaf for child in node for leaf in leaf_layouts(child)]
+
+
+def scope_names(layout: Layout, num_scopes: int, label: str, params: Any) -> list[str]:
+    """The names of a state's scopes from `params`; without it their numbers."""
+    if params is None or not isinstance(layout, PerLeaf | PerUnit):
+        return [str(i) for i in range(num_scopes)]
+    names = leaf_names(params)
+    return [
+        name
+        for i, num_layers in scope_leaves(layout, num_scopes, label, params)
+        for name in [f"{names[i]}[{k}]" for k in range(num_layers)] or [names[i]]
+    ]
+
+
+def scope_leaves(
+    layout: PerLeaf | PerUnit, num_scopes: int, label: str, params: Any
+) -> list[tuple[int, int]]:
+    """Which leaves of `params` a state has, and how many layers, 0 if not stacked."""
+    structure = jax.tree.structure(params)
+    error = ValueError(
+        f"params, with {structure.num_leaves} leaves, does not have the structure that "
+        f"{label!r} was made for"
+    )
+    if layout.tree == ():
+        if structure.num_leaves != num_scopes:
+            raise error
+        return [(i, 0) for i in range(num_scopes)]
+    remaining = iter(range(structure.num_leaves))
+
+    def walk(node, structure):
+        if isinstance(node, optax.MaskedNode):  # hides a leaf or a whole subtree
+            for _ in range(structure.num_leaves):
+                next(remaining)
+            return []
+        if isinstance(node, LeafLayout):
+            if not jax.tree_util.treedef_is_leaf(structure):
+                raise error
+            return [(next(remaining), len(node.layers))]
+        children = structure.children()
+        if len(children) != len(node):
+            raise error
+        return [
+            found for pair in zip(node, children, strict=True) for found in walk(*pair)
+        ]
+
+    return walk(layout.tree, structure)

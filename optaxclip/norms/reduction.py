@@ -1,0 +1,245 @@
+"""Sums of powers that neither overflow nor underflow, and the norms made of them.
+
+The plain sum is computed first: one read of the gradients. Only where that sum is not
+safe, a loop of at most one turn reads them again, divided by their largest element:
+the rescue.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optaxclip.norms.scopes import Scopes
+from optaxclip.numerics import accumulator, divided, is_complex, scaled, where, widened
+
+
+# Jitted on its own, so that a loop without jit compiles it once and not on every step.
+@functools.partial(jax.jit, static_argnames=("scopes",))
+def reduce_leaves(gradients: list[jax.Array], *, scopes: Scopes):
+    """Norms `[num_leaves]`, and the norm of all leaves, with one unit for all."""
+    dtype = accumulator(gradients)
+    largest = float(jnp.finfo(dtype).max)
+
+    def norm_of(total, unit):
+        root = jnp.sqrt(total)
+        return where(jnp.isfinite(root), jnp.minimum(root * unit, largest), root)
+
+    (sums, total), (units, unit) = _sums_of_powers(
+        gradients, scopes, 2, dtype, one_unit=True
+    )
+    return norm_of(sums, units), norm_of(total, unit)
+
+
+@functools.partial(jax.jit, static_argnames=("scopes", "ord"))
+def reduce_scopes(gradients: list[jax.Array], *, scopes: Scopes, ord: float):
+    """The norm of each scope, and by what factor the true norm exceeds it."""
+    dtype = accumulator(gradients)
+
+    @jax.custom_jvp
+    def norms_and_excess(gradients):
+        if ord in (1, 2):
+            sums, units = _sums_of_powers(gradients, scopes, ord, dtype)
+            roots = jax.tree.map(lambda x: _root(x, ord), sums)
+        else:
+            values = [widened(x, dtype) for x in gradients]
+            roots, units = _relative_to_peak(values, scopes, ord, dtype)
+        largest = float(jnp.finfo(dtype).max)
+
+        def saturate(root, unit):
+            norm = jnp.minimum(root * unit, largest)
+            return where(jnp.isfinite(root), norm, root)
+
+        def exceed(root, unit):
+            # Smaller by 2**64 on the way, where it cannot overflow.
+            excess = root * (unit * 2.0**-64) * (2.0**64 / largest)
+            return where(jnp.isfinite(root), jnp.maximum(excess, 1), 1)
+
+        return tuple(jax.tree.map(f, roots, units) for f in (saturate, exceed))
+
+    @norms_and_excess.defjvp
+    def _(primals, tangents):
+        (gradients,), (d_gradients,) = primals, tangents
+        norms, excess = norms_and_excess(gradients)
+        slopes = _slopes(gradients, norms, excess, scopes, ord, dtype)
+        products = [
+            (slope.conj() * widened(tangent, dtype)).real
+            for slope, tangent in zip(slopes, d_gradients, strict=True)
+        ]
+        d_norms = _total(products, scopes, "sum", dtype)
+        return (norms, excess), (d_norms, jax.tree.map(jnp.zeros_like, excess))
+
+    return norms_and_excess(gradients)
+
+
+def _sums_of_powers(
+    gradients: list, scopes: Scopes, ord: float, dtype: Any, *, one_unit: bool = False
+):
+    """(sums, units) for ord 1 and 2: one read, and one more if a sum is unsafe.
+
+    With `one_unit` all scopes share that of the second read, which is made if their sum
+    is unsafe; both results are pairs, of the scopes and of all together.
+    """
+    # A sum under `low` may have lost elements to underflow. Scaled by 2**-shift the
+    # largest float can be raised to `ord` and added up 2**40 times without overflow;
+    # by 2**shift, the smallest is far from underflow. Powers of two are exact.
+    maxexp = jnp.finfo(dtype).maxexp
+    shift, low = 11 * maxexp // 16, 2.0 ** (-maxexp // 2)
+    up, down = jnp.asarray(2.0**shift, dtype), jnp.asarray(2.0**-shift, dtype)
+    narrow = iter([4 * jnp.finfo(x.dtype).maxexp <= maxexp for x in gradients])
+    can_leave = scopes.any_of(
+        [leaf.is_gradient and not next(narrow) for leaf in scopes.leaves]
+    )
+    shapes = can_leave
+    if one_unit:
+        can_leave = np.any(can_leave)
+
+    def sums_of(values):
+        return _total([_power(x, ord) for x in values], scopes, "sum", dtype)
+
+    def is_safe(sums, can_leave):
+        return ~can_leave | ((sums >= low) & (sums < jnp.inf))
+
+    def to_judge(sums: Any) -> Any:
+        return jnp.sum(sums) if one_unit else sums
+
+    def goes_on(state):
+        sums, _, _, num_reads = state
+        sums = to_judge(sums)
+        safe = jax.tree.leaves(jax.tree.map(is_safe, sums, can_leave))
+        is_unsafe = functools.reduce(jnp.logical_or, [~jnp.all(x) for x in safe])
+        return (num_reads == 0) | ((num_reads == 1) & scopes.anywhere(is_unsafe))
+
+    def read(state):
+        sums, first, _, num_reads = state
+        units = jax.tree.map(
+            lambda total, can: where(
+                is_safe(total, can), 1, where(total < low, down, up)
+            ),
+            to_judge(sums),
+            can_leave,
+        )
+        # Divided, since XLA does not compute a division again for every leaf.
+        scale = jax.tree.map(lambda unit: 1 / unit, units)
+        # The barrier ties the gradients to the loop's state: XLA would otherwise hoist
+        # their conversion to float32 out of the loop and into every healthy step.
+        values = []
+        factors = [scale] * len(gradients) if one_unit else _spread(scale, scopes)
+        for x, factor in zip(gradients, factors, strict=True):
+            x, factor = lax.optimization_barrier((x, factor))
+            values.append(scaled(widened(x, dtype), factor))
+        sums = sums_of(values)
+        if one_unit and starts_in_loop:
+            first = where(num_reads == 0, sums, first)
+        return sums, first, units, num_reads + 1
+
+    # The first read stands before the loop, which in a healthy step then has no turn: a
+    # plain sum of squares is the fastest. With very many small leaves it is the number
+    # of kernels that costs, to compile and to start: the loop makes the first read too.
+    size = sum(x.size for x in gradients)
+    starts_in_loop = scopes.kind != "unit" and len(gradients) > max(100, size / 2**15)
+    if starts_in_loop:
+        sums = jax.tree.map(lambda can: jnp.ones(can.shape, dtype), shapes)
+    else:
+        # The barrier keeps an optimizer from sharing the squares, which XLA would then
+        # store; with the 0 it is another than the barrier of the clip.
+        values = [lax.optimization_barrier((x, np.float32(0)))[0] for x in gradients]
+        sums = sums_of([widened(x, dtype) for x in values])
+    first: Any = sums if one_unit else ()
+    units = jax.tree.map(jnp.ones_like, to_judge(sums))
+    if starts_in_loop or any(can.any() for can in jax.tree.leaves(can_leave)):
+        # A loop and not a `cond`, of which `vmap` runs both sides.
+        state = sums, first, units, jnp.asarray(not starts_in_loop, jnp.int32)
+        sums, first, units, _ = lax.while_loop(goes_on, read, state)
+    if not one_unit:
+        return sums, units
+    # Beside one that overflows, or is not finite, small ones would be lost.
+    is_kept = is_safe(first, np.True_)
+    each = where(is_kept, first, sums), where(is_kept, 1, units)
+    return (each[0], to_judge(sums)), (each[1], units)
+
+
+def _relative_to_peak(values: list, scopes: Scopes, ord: float, dtype: Any):
+    """(roots, units) for any ord: the largest element is the unit of all others."""
+    peaks = _total([_largest_part(x) for x in values], scopes, "max", dtype)
+    units = jax.tree.map(lambda p: where((p > 0) & (p < jnp.inf), p, 1), peaks)
+    ratios = [
+        jnp.abs(divided(x, unit))
+        for x, unit in zip(values, _spread(units, scopes), strict=True)
+    ]
+    if any(map(is_complex, values)):  # |z| may exceed its larger part by sqrt(2)
+        tops = _total(ratios, scopes, "max", dtype)
+    else:
+        tops = jax.tree.map(lambda p, unit: p / unit, peaks, units)
+    if not math.isinf(ord):
+        safe = jax.tree.map(lambda top: where(top > 0, top, 1), tops)
+        ratios = [r / top for r, top in zip(ratios, _spread(safe, scopes), strict=True)]
+        sums = _total([_power(r, ord) for r in ratios], scopes, "sum", dtype)
+        tops = jax.tree.map(lambda top, total: top * _root(total, ord), tops, sums)
+    return tops, units
+
+
+def _slopes(gradients, norms, excess, scopes: Scopes, ord: float, dtype: Any) -> list:
+    """The derivative of the norm by each element; 0 where the norm is 0."""
+    norms = jax.tree.map(lambda n: where(n > 0, n, 1), norms)
+    ratios = [
+        divided(divided(widened(x, dtype), n), e)
+        for x, n, e in zip(
+            gradients, _spread(norms, scopes), _spread(excess, scopes), strict=True
+        )
+    ]
+    if ord == 2:
+        return ratios
+    if math.isinf(ord):  # the elements that share the maximum share the slope
+        is_peak = [
+            (jnp.abs(r) > 1 - 8 * jnp.finfo(dtype).eps).astype(dtype) for r in ratios
+        ]
+        counts = _total(is_peak, scopes, "sum", dtype)
+        counts = _spread(jax.tree.map(lambda n: jnp.maximum(n, 1), counts), scopes)
+        return [
+            scaled(jnp.sign(r), p / n)
+            for r, p, n in zip(ratios, is_peak, counts, strict=True)
+        ]
+    return [scaled(jnp.sign(r), jnp.abs(r) ** (ord - 1)) for r in ratios]
+
+
+def _total(values: list, scopes: Scopes, reduce: Literal["sum", "max"], dtype: Any):
+    """Reduces one array for each gradient to one value for each scope."""
+    remaining = iter(values)
+    parts = []
+    for leaf in scopes.leaves:
+        if leaf.is_gradient:
+            axes = tuple(i for i in range(len(leaf.shape)) if i not in leaf.kept)
+            parts.append(getattr(jnp, reduce)(next(remaining), axis=axes))
+        else:
+            parts.append(jnp.zeros(leaf.part_shape, dtype))
+    return scopes.collapse(parts, reduce)
+
+
+def _spread(values: Any, scopes: Scopes) -> list:
+    """The values of each scope, for each gradient."""
+    spread = zip(scopes.spread(values), scopes.leaves, strict=True)
+    return [value for value, leaf in spread if leaf.is_gradient]
+
+
+def _power(x: jax.Array, ord: float) -> jax.Array:
+    if ord == 2:
+        return x.real * x.real + x.imag * x.imag if is_complex(x) else x * x
+    return jnp.abs(x) if ord == 1 else jnp.abs(x) ** ord
+
+
+def _root(x: jax.Array, ord: float) -> jax.Array:
+    return jnp.sqrt(x) if ord == 2 else x if ord == 1 else x ** (1 / ord)
+
+
+def _largest_part(x: jax.Array) -> jax.Array:
+    # NaN reads as inf: not every collective's maximum keeps a NaN.
+    parts = [x.real, x.imag] if is_complex(x) else [x]
+    sizes = [where(jnp.isnan(part), jnp.inf, jnp.abs(part)) for part in parts]
+    return functools.reduce(jnp.maximum, sizes)

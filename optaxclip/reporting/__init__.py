@@ -1,0 +1,123 @@
+"""What happened in a run: metrics for dashboards, history, reports in words, pictures.
+
+| function | gives | call it |
+|---|---|---|
+| `metrics` | a flat dictionary of scalars | every step, in `jit` or not |
+| `history` | the recorded steps as NumPy arrays | at the end, or after a crash |
+| `explain` | a report in words | at the end, or after a crash |
+| `plot` | a picture | at the end, or after a crash |
+| `raise_if_exploded` | an `ExplosionError` | every some steps, outside `jit` |
+
+Each finds the states of this package in any optimizer state. `params` gives the leaves
+their names; without it they are numbered.
+
+```python
+>>> import jax, jax.numpy as jnp, optax, optaxclip
+>>> tx = optax.chain(optaxclip.record("gradients"), optaxclip.clip_by_norm(1.0))
+>>> params = {"w": jnp.ones(2), "b": jnp.ones(1)}
+>>> opt_state = tx.init(params)
+>>> grads = {"w": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
+>>> _, opt_state = tx.update(grads, opt_state, params, value=jnp.array(0.5))
+>>> metrics = optaxclip.metrics(opt_state, params)
+>>> for name in ["clip/norm", "clip/norm_after", "clip/fraction", "gradients/norm/b"]:
+...     print(name, metrics[name])
+clip/norm 5.0
+clip/norm_after 1.0
+clip/fraction 1.0
+gradients/norm/b 4.0
+
+```
+
+## Metrics
+
+`metrics(opt_state, params)` gives the norm before and after each clip, its limit, and
+the share of steps that were clipped. Of each recorder it gives for the last step the
+norm of each leaf, its share in the sum of the squares, its ratio to the parameters, and
+whether it has vanished. Of each detector it gives whether the last step exploded, how
+often each rule has fired, and what was done about it. `help(optaxclip.metrics)` lists
+all names.
+
+A loss that was not given reads as +inf in `metrics`, and as NaN in `history`.
+
+## History
+
+`history(opt_state, params)` gives a `History`: NumPy arrays in time order. With several
+recorders, `label=` chooses one.
+
+```python
+>>> kept = optaxclip.history(opt_state, params, label="gradients")
+>>> print(kept.step, kept.loss, kept.norm, kept.names)
+[0] [0.5] [5.] ['b', 'w']
+>>> print(list(kept.columns())[:5])
+['step', 'loss', 'loss_limit', 'norm', 'limit']
+
+```
+
+`pandas.DataFrame(kept.columns())` makes a table of the history.
+
+## Pictures
+
+`plot(history(opt_state, params), "run.png")` draws the loss, the norm with its limit,
+the steps that exploded, and every leaf, with the leading leaf highlighted. With more
+than seven leaves it adds a map of all. Give the history of a recorder behind a clip as
+`after=`, and it also marks what was clipped. `plot` needs matplotlib:
+`pip install "optaxclip[report]"`.
+
+## Reports in words
+
+`explain(opt_state, params)` writes a line for each recorder, and one for each explosion
+that is kept, if there are several. This is the report on a recorded run in which one
+part of the network explodes under another:
+
+    explosions: 90 of 695 steps exploded: 20 not finite, 9 by the norm, 90 by the share
+    of a leaf, 24 by the loss. Step 675 was not finite: the loss was inf, with finite
+    gradients. It began on step 605: the share of that leaf in it was 6.14e-05, above
+    its limit 6.48e-06. Leaf 'aux.l00.W' had grown most. The norm had grown by 1.92x per
+    step since step 618, from 962 to 1.29e+19. In the end that of 'aux.l00.W' had grown
+    most, by 1.98x per step since step 600, from 0.00068 to 1.29e+19.
+
+`python tests/benchmarks/detection.py --explain` prints it. Of the six recorded runs of
+this kind, `explain` names a leaf of the exploding part in all six, and the step in
+five. In the sixth the explosion began before the steps that are kept.
+
+## Dashboards
+
+Fetch the dictionary from the device, every step or every some steps. Every tracker
+takes it in one line.
+
+```python
+>>> metrics = jax.device_get(optaxclip.metrics(opt_state, params))
+
+```
+
+```python
+for name, value in metrics.items():  # TensorBoard, by tensorboardX
+    writer.add_scalar(name, value, step)
+wandb.log(metrics, step=step)  # Weights & Biases
+mlflow.log_metrics(metrics, step=step)  # MLflow
+writer.write_scalars(step, metrics)  # clu, a writer of clu.metric_writers
+trackio.log({name: float(x) for name, x in metrics.items()}, step=step)  # trackio
+```
+
+All of them take names with slashes.
+
+* TensorBoard: `flush` of tensorboardX does not wait for its queue. The last ten scalars
+  may be lost if the process is killed.
+* MLflow refuses the brackets of stacked layers, as in `clip/norm/layers/kernel[0]`. Use
+  `name.replace("[", "/").replace("]", "")`. It gives +inf back as 1.8e308.
+* trackio takes floats. It leaves out NumPy arrays, with a warning.
+* Neptune, which older tutorials use, closed its hosted service in 2026.
+
+## Several runs at once
+
+Under `jax.vmap` over runs, `metrics` gives arrays `[runs]`. The other functions read
+one run: `jax.tree.map(lambda x: x[0], opt_state)`.
+"""
+
+from optaxclip.reporting.explaining import explain as explain
+from optaxclip.reporting.guarding import ExplosionError as ExplosionError
+from optaxclip.reporting.guarding import raise_if_exploded as raise_if_exploded
+from optaxclip.reporting.history import History as History
+from optaxclip.reporting.history import history as history
+from optaxclip.reporting.metrics import metrics as metrics
+from optaxclip.reporting.plotting import plot as plot

@@ -1,0 +1,168 @@
+"""Raises when a run has exploded and nothing has saved it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip.explosions.state import (
+    BROKEN,
+    COUNTS,
+    DetectExplosionsState,
+    SkipExplosionsState,
+    count,
+)
+from optaxclip.numerics import is_gradient
+from optaxclip.reporting.explaining import SKIPPING, story_of
+from optaxclip.reporting.history import history
+from optaxclip.reporting.states import (
+    STATES,
+    check_one_run,
+    find_states,
+    noticed_of,
+    record_of,
+)
+
+
+class ExplosionError(ArithmeticError):
+    """A run has exploded and cannot go on; the message says what happened."""
+
+    __module__ = "optaxclip"
+
+
+def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
+    """Raises if training has exploded and nothing has saved it; for the training loop.
+
+    That is: if a `skip_explosions` has given up, after 100 non-finite steps in a row;
+    if its parameters are NaN, or what `optax.MultiSteps` around it has accumulated;
+    if a `detect_explosions` has seen a non-finite step that no `skip_explosions`
+    skipped; or if the state of an optimizer inside `skip_explosions` holds NaN, or an
+    array with inf. Never on an explosion that was survived.
+
+    It waits for the step, reads some scalars and, with `skip_explosions`, the inner
+    state once: call it every some steps, outside `jit`.
+
+    Args:
+      opt_state: Any tree, as for `metrics`.
+      params: The parameters, or any tree of their structure: names the leaf that led.
+
+    Raises:
+      ExplosionError: With the step, the rule, the leaf, the numbers, and what to try.
+      ValueError: If there is no explosion state in `opt_state`, if two have the same
+        label, or if `params` does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> tx = optax.chain(optaxclip.detect_explosions(), optax.sgd(0.1))
+      >>> params = {"w": jnp.ones(2)}
+      >>> _, opt_state = tx.update({"w": jnp.array([1.0, jnp.nan])}, tx.init(params))
+      >>> raise_if_exploded(opt_state, params)
+      Traceback (most recent call last):
+      ...
+      optaxclip.ExplosionError: explosions: step 0 was not finite...
+    """
+    states = {
+        label: state
+        for label, state in find_states(opt_state).items()
+        if isinstance(state, DetectExplosionsState | SkipExplosionsState)
+    }
+    if not states:
+        raise ValueError(
+            "found no state of detect_explosions, skip_explosions or stabilize"
+        )
+    for label, state in states.items():
+        check_one_run(label, state)
+    for accumulator in _accumulators(opt_state):
+        if name := _nonfinite_leaf(accumulator):
+            raise ExplosionError(
+                f"what optax.MultiSteps accumulates holds inf or NaN, in {name!r}, and "
+                f"will for ever: put {SKIPPING} around optax.MultiSteps, or give that "
+                "should_skip_update_fn=optax.skip_not_finite."
+            )
+    counts = jax.device_get({label: record_of(x).counts for label, x in states.items()})
+    num_nonfinite = {
+        label: int(values[COUNTS.index("nonfinite")])
+        for label, values in counts.items()
+    }
+    num_skipped = max(
+        (
+            num_nonfinite[label]
+            for label, state in states.items()
+            if isinstance(state, SkipExplosionsState)
+        ),
+        default=0,
+    )
+    for label, state in states.items():
+        if isinstance(state, SkipExplosionsState):
+            is_broken = int(count(noticed_of(state), "gave_up")) == BROKEN
+            if is_broken or _is_stuck(state, params):
+                raise ExplosionError(
+                    f"{label}: the parameters hold NaN, which no update can mend. No "
+                    "step that was taken has made it: go back to a checkpoint."
+                )
+            if bool(state.gave_up):
+                num = int(count(noticed_of(state), "nonfinite_updates_in_a_row"))
+                what = (
+                    f"gave up after {num} non-finite steps in a row, none of which was "
+                    "taken"
+                )
+                kept = history({label: state}, params, label=label)
+                story = story_of(noticed_of(state), kept, params)
+                raise ExplosionError(
+                    f"{label}: {what}. {story} Try a smaller learning rate, "
+                    "rollback=True or an earlier checkpoint, and look at the data and "
+                    "the precision of that step."
+                )
+            if name := _nonfinite_leaf(state.inner_state):
+                raise ExplosionError(
+                    f"{label}: the inner state {name!r} holds inf or NaN, although no "
+                    "step that was not finite was taken: the optimizer made it out of "
+                    "finite gradients. Try larger constants in its denominators, or a "
+                    "clip before it."
+                )
+        elif num_nonfinite[label] > num_skipped:
+            kept = history({label: state}, params, label=label)
+            story = story_of(state, kept, params)
+            raise ExplosionError(
+                f"{label}: {story[:1].lower()}{story[1:]} Nothing skipped it. Try "
+                "optaxclip.stabilize(optimizer), a smaller learning rate, or a clip, "
+                "and look at the data and the precision of that step."
+            )
+
+
+def _accumulators(opt_state: Any) -> list[Any]:
+    """What each `optax.MultiSteps` has accumulated, but for those inside of ours."""
+    kinds = (*STATES, optax.MultiStepsState)
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
+    return [x.acc_grads for x in leaves if isinstance(x, optax.MultiStepsState)]
+
+
+def _is_stuck(state: SkipExplosionsState, params: Any) -> bool:
+    """Whether the last step was not finite since parameters are NaN."""
+    leaves = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
+    arrays = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+    if not int(count(noticed_of(state), "nonfinite_updates_in_a_row")):
+        return False
+    return any(bool(jnp.any(jnp.isnan(x))) for x in arrays)
+
+
+def _nonfinite_leaf(inner_state: Any) -> str | None:
+    """The path of an array with NaN, or, unless it is a single number, with inf."""
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x
+        for path, x in jax.tree.leaves_with_path(
+            inner_state, is_leaf=lambda x: isinstance(x, STATES)
+        )
+        if not isinstance(x, STATES) and is_gradient(x)
+    }
+    flags = jax.device_get(_have_nonfinite(list(found.values())))
+    return next((name for name, flag in zip(found, flags, strict=True) if flag), None)
+
+
+@jax.jit
+def _have_nonfinite(arrays: list[jax.Array]) -> list[jax.Array]:
+    # A single number may be +inf on purpose: the best loss so far, before any.
+    return [jnp.any(~jnp.isfinite(x) if x.ndim else jnp.isnan(x)) for x in arrays]

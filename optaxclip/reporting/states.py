@@ -1,0 +1,104 @@
+"""Finds the states of optaxclip in any optimizer state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from optaxclip.clipping.by_norm import ClipByNormState
+from optaxclip.explosions.state import DetectExplosionsState, SkipExplosionsState
+from optaxclip.recording import RecordState
+
+STATES = ClipByNormState, RecordState, DetectExplosionsState, SkipExplosionsState
+"""The kinds of states that can be read."""
+EMPTY = {"layout", "limit_state", "snapshots"}
+"""Their fields that may hold no arrays, which some checkpoints leave out."""
+
+
+def find_recorders(opt_state: Any) -> dict[str, Any]:
+    """The states that hold a recorder, by their label; the error of none."""
+    found = {
+        label: state
+        for label, state in find_states(opt_state).items()
+        if not isinstance(state, ClipByNormState)
+    }
+    if not found:
+        raise ValueError(
+            "found no state of record, detect_explosions or skip_explosions"
+        )
+    return found
+
+
+def record_of(state: Any) -> RecordState:
+    """The recorder of a `record`, `detect_explosions` or `skip_explosions`."""
+    return state if isinstance(state, RecordState) else noticed_of(state).record
+
+
+def noticed_of(state: Any) -> DetectExplosionsState:
+    """What a `detect_explosions` or `skip_explosions` noticed."""
+    return state.explosions if isinstance(state, SkipExplosionsState) else state
+
+
+def find_states(opt_state: Any) -> dict[str, Any]:
+    """The states of optaxclip in any tree by their label; the error of equal labels."""
+    found: dict[str, Any] = {}
+
+    def visit(tree):
+        for path, state in jax.tree.leaves_with_path(tree, is_leaf=_is_found):
+            if not isinstance(state, (*STATES, dict)):
+                continue
+            if isinstance(state, dict):
+                raise ValueError(
+                    f"{jax.tree_util.keystr(path)} was a state of optaxclip and is a "
+                    "dictionary: restore the checkpoint into the tree of "
+                    "tx.init(params), as its template"
+                )
+            label = getattr(path[-1], "key", None) if path else None
+            if not isinstance(label, str):
+                raise ValueError(
+                    f"a {type(state).__name__} has lost its label: give the whole "
+                    "state of the optimizer"
+                )
+            if label in found:
+                raise ValueError(
+                    f"two transformations have the label {label!r}: give them "
+                    "different ones with label="
+                )
+            found[label] = state
+            if isinstance(state, SkipExplosionsState):
+                visit(state.inner_state)
+
+    visit(opt_state)
+    return found
+
+
+def _is_found(x: Any) -> bool:
+    """Whether it is a state, or was one before a checkpoint made it a dictionary."""
+    if isinstance(x, dict) and len(x) > 1:
+        names = set(x)
+        return any(set(s._fields) - EMPTY <= names <= set(s._fields) for s in STATES)
+    return isinstance(x, STATES)
+
+
+def params_of(params: Any) -> Any:
+    """The parameters, also of a training state that holds them."""
+    is_train_state = hasattr(params, "params") and hasattr(params, "opt_state")
+    return params.params if is_train_state else params
+
+
+def runs_of(state: Any) -> tuple[int, ...]:
+    """The axes of a state of several runs, as `jax.vmap` stacks them; () for one."""
+    if isinstance(state, ClipByNormState):
+        return np.shape(state.num_steps)
+    return np.shape(record_of(state).counts)[:-1]
+
+
+def check_one_run(label: str, state: Any) -> None:
+    """Raises the error of a state of several runs."""
+    if runs_of(state):
+        raise ValueError(
+            f"{label!r} holds runs {list(runs_of(state))}, and this reads one run: "
+            "give jax.tree.map(lambda x: x[i], opt_state)"
+        )

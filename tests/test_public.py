@@ -1,0 +1,145 @@
+"""What is public: documented in a guide, in the registry, and in the site's index."""
+
+import importlib
+import inspect
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pdoc
+import pytest
+
+import optaxclip
+from registry import LIMITS, REGISTRY
+
+GUIDES = ["", ".norms", ".limits", ".clipping", ".explosions", ".recording"]
+GUIDES += [".reporting"]
+# What is neither a transformation nor a limit, but measures or reads.
+READERS = {"explain", "history", "metrics", "plot", "raise_if_exploded"}
+READERS |= {"global_norm", "leaf_norms", "unit_norms", "group_norms"}
+READERS |= {"leaf_names", "group_names"}
+# For transformations and limits of one's own.
+INTERNAL = {"as_limit", "Limit", "LimitLike"}
+
+
+def public(module: Any) -> dict[str, Any]:
+    """What a module offers under a name of its own."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+
+
+TOP, OF_LIMITS = public(optaxclip), public(optaxclip.limits)
+
+
+def guides() -> str:
+    modules = [importlib.import_module(f"optaxclip{name}") for name in GUIDES]
+    return "\n".join(module.__doc__ or "" for module in modules)
+
+
+def test_what_is_public():
+    """A name that is added or removed is added to or removed from this list."""
+    assert sorted(TOP) == [
+        "ClipByNormState",
+        "ClipByValueState",
+        "DetectExplosionsState",
+        "ExplosionError",
+        "History",
+        "RecordState",
+        "SkipExplosionsState",
+        "adagc",
+        "agc",
+        "autoclip",
+        "block_rms",
+        "clip_by_norm",
+        "clip_by_value",
+        "detect_explosions",
+        "explain",
+        "global_norm",
+        "group_names",
+        "group_norms",
+        "history",
+        "leaf_names",
+        "leaf_norms",
+        "metrics",
+        "plot",
+        "raise_if_exploded",
+        "record",
+        "skip_explosions",
+        "stabilize",
+        "unit_norms",
+        "zclip",
+    ]
+
+
+@pytest.mark.parametrize("name", [*TOP, *OF_LIMITS])
+def test_a_public_name_is_documented_and_in_a_guide(name):
+    value = (TOP | OF_LIMITS)[name]
+    if name != "LimitLike":
+        assert value.__doc__
+        assert "Alias for field" not in value.__doc__
+    if not name.endswith("State") and name not in INTERNAL:
+        assert re.search(rf"\b{name}\b", guides()), f"{name} is in no guide"
+
+
+@pytest.mark.parametrize("name", [x for x in TOP if inspect.isfunction(TOP[x])])
+def test_a_docstring_has_every_section(name):
+    value = TOP[name]
+    returned = inspect.signature(value).return_annotation
+    end = "Raises:" if returned in (None, "None") else "Returns:"
+    for section in ("Args:", end, "Example:"):
+        assert section in value.__doc__, section
+
+
+def test_the_registry_holds_every_transformation_and_every_limit():
+    transformations = {name.split()[0] for name in REGISTRY}
+    functions = {name for name, value in TOP.items() if inspect.isfunction(value)}
+    assert transformations == functions - READERS
+    functions = {name for name, value in OF_LIMITS.items() if inspect.isfunction(value)}
+    assert set(LIMITS) == functions - INTERNAL
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_limit_keeps_the_type_of_its_state_and_is_never_negative(name):
+    limit, norms = LIMITS[name](), jnp.array([1.0, 2.0])
+    state = limit.init(jnp.array([3.0, 4.0]))
+    for scale in (1.0, 1.5, jnp.inf, 0.0, 30.0):
+        found, new = limit.update(norms * scale, state, norms)
+        types = [
+            jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
+            for tree in (state, new)
+        ]
+        assert types[0] == types[1]
+        assert jnp.all(found >= 0)
+        state = new
+
+
+def test_the_site_has_a_page_for_each_guide_and_an_entry_for_each_name(tmp_path):
+    with warnings.catch_warnings():
+        # pdoc looks for the annotations of a named tuple in the wrong module.
+        warnings.filterwarnings("ignore", "Error parsing type annotation")
+        pdoc.pdoc("optaxclip", output_directory=tmp_path)
+    pages = [f"optaxclip{name}".replace(".", "/") + ".html" for name in GUIDES]
+    for page in pages:
+        html = (tmp_path / page).read_text()
+        assert "<table>" in html, page
+        assert not re.search(r"^\s*\| ?---", html, re.MULTILINE), page
+    index = (tmp_path / "search.js").read_text()
+    for value in (TOP | OF_LIMITS).values():
+        if inspect.isfunction(value) or inspect.isclass(value):
+            assert f'"{value.__qualname__}"' in index, value
+
+
+def test_links_to_files_lead_somewhere():
+    root = Path(__file__).parents[1]
+    files = [root / "README.md", root / "examples/README.md", root / "CHANGELOG.md"]
+    for path in [*files, root / "tests/benchmarks/README.md"]:
+        links = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text())
+        for link in links:
+            if "://" not in link:
+                assert (path.parent / link).exists(), f"{path.name} links to {link}"
