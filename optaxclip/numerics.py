@@ -64,6 +64,7 @@ def divided(x: jax.Array, divisor: jax.Array) -> jax.Array:
 
     XLA divides by multiplying with the reciprocal.
     """
+    # 2**64 keeps the reciprocal of every finite divisor a normal number.
     is_large = divisor > jnp.finfo(divisor.dtype).max / 2.0**32
     shrink = where(is_large, 2.0**-64, jnp.ones_like(divisor))
     x, divisor = scaled(x, shrink), divisor * shrink
@@ -78,6 +79,7 @@ def saturating_cast(norm: jax.Array, dtype: Any) -> jax.Array:
         return norm
     if jnp.finfo(dtype).max >= jnp.finfo(norm.dtype).max:  # nothing is too large
         return norm.astype(dtype)
+    # Compared in the wider dtype: after the cast the norm would be inf already.
     largest = jnp.finfo(dtype).max.astype(norm.dtype)
     saturated = where(jnp.isfinite(norm), jnp.minimum(norm, largest), norm)
     return saturated.astype(dtype)
@@ -94,6 +96,7 @@ def shares_of(norms: jax.Array) -> tuple[jax.Array, jax.Array]:
     Both without the norms that are not finite, whose shares are 0.
     """
     finite = jnp.where(norms < jnp.inf, norms, 0)  # NaN is not
+    # Squares of ratios to the largest norm neither overflow nor underflow.
     unit = divisor(jnp.max(finite, initial=0))
     ratios = finite / jnp.where(unit > 0, unit, 1)
     squares = jnp.sum(jnp.square(ratios))
@@ -123,6 +126,6 @@ def counted(total, increment):
 
 
 def add(x: jax.Array, y: jax.Array) -> jax.Array:
-    """X + y, also of two dtypes where a user forbids implicit promotion."""
+    """The sum, also of two dtypes where a user forbids implicit promotion."""
     dtype = promoted(x.dtype, y.dtype)
     return x.astype(dtype) + y.astype(dtype)

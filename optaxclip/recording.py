@@ -84,7 +84,6 @@ finite norm of all updates so far; as the bits of a whole number, which of the r
 (not finite, norm, share, loss) fired; and the leaf that led, -1 for none and in
 `record`."""
 
-
 NO_LOSS = -(2.0**96)
 """Stands for a loss that was not given. Not NaN, which `jax_debug_nans` refuses; and a
 sum of 2**30 of them is still finite."""

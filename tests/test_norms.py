@@ -11,7 +11,7 @@ import pytest
 
 import optaxclip
 import reference
-from optaxclip import norms
+from optaxclip.norms import reduction
 from optaxclip.norms.measuring import measure_leaves
 from optaxclip.norms.scopes import find_scopes
 
@@ -310,7 +310,7 @@ def test_vmap_equals_a_loop_also_where_one_run_needs_the_rescue():
 def test_eager_calls_compile_once():
     x = {"a": jnp.ones(7), "b": jnp.ones((3, 2))}
     optaxclip.global_norm(x)
-    measure = cast(Any, norms._measure)
+    measure = cast(Any, reduction.reduce_scopes)
     before = measure._cache_size()
     optaxclip.global_norm(jax.tree.map(lambda leaf: leaf * 2, x))
     assert measure._cache_size() == before

@@ -330,6 +330,15 @@ def test_inf_that_the_optimizer_makes_out_of_finite_gradients_is_mended(rollback
     optaxclip.raise_if_exploded(state, params)
 
 
+@pytest.mark.parametrize("params", [[1.0, [2.0]], (1.0,), 1.0, {}], ids=str)
+def test_parameters_may_be_any_tree(params):
+    params = jax.tree.map(jnp.asarray, params)
+    tx = optaxclip.stabilize(optax.adam(0.1))
+    state = jax.eval_shape(tx.init, params)
+    _, new = jax.eval_shape(update_of(tx), params, state, params, jnp.float32(1))
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+
+
 # Accumulation.
 
 

@@ -104,6 +104,7 @@ def clip_by_value(
 def _bound_for(bound, dtype):
     """A bound in the dtype of a leaf; a finite one stays finite."""
     bound = jnp.asarray(bound)
+    # A cast alone would make a large float32 bound inf in float16.
     info = jnp.finfo(dtype)
     finite = jnp.clip(bound, float(info.min), float(info.max))
     return where(jnp.isinf(bound), bound, finite).astype(dtype)

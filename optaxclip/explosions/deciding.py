@@ -103,65 +103,33 @@ def decide(
     """
     phase, is_finite = now["phase"], ~seen.has_nonfinite_updates
     is_look = is_look_in(phase)
-    is_accepted = seen.is_bad & is_finite & ~is_look
-    # Once there was a quiet step, up to twice what was found then: more is news.
-    least = cooling.least
-    is_usual = (seen.evidence <= least + jnp.abs(least)) & (least < jnp.inf)
-    is_usual = (phase == ACCEPTING) & (is_usual | (now["age"] <= 1))
-    is_accepted &= is_usual | (now["in_a_row"] >= settings.max_consecutive)
+    is_finite_explosion = seen.is_bad & is_finite & ~is_look
+    is_accepted = is_finite_explosion & _is_change(settings, seen, now, cooling)
     is_quiet = ~seen.is_bad & ~is_look
 
-    # Half of the excess must be gone. The rest may be usual for the snapshot: the limit
-    # has followed the run since.
-    middle = seen.evidence_limit + 0.5 * (least - seen.evidence_limit)
-    is_suspect = seen.evidence > seen.evidence_limit
-    is_better = is_finite & (~is_suspect | (seen.evidence <= middle))
-    is_started = is_returned = is_confirmed = is_blocked = jnp.zeros_like(is_look)
-    if settings.has_snapshots:
-        is_due = now["suspect_in_a_row"] >= settings.rollback_after
-        is_due &= ~is_look & ~is_accepted
-        is_due |= (now["nonfinite_updates_in_a_row"] >= NUM_NONFINITE) & ~is_look
-        # Before any step is applied, the parameters are those of the snapshot.
-        is_started = is_due & (now["age"] > 0)
-        # From parameters that have grown far the first update may miss the snapshot by
-        # a rounding of theirs: then the second look decides. Whoever misses it twice
-        # does not apply the updates as they are.
-        is_second = phase == SECOND_LOOK
-        is_blocked = is_second & is_away
-        is_returned = is_blocked | (is_look & ~is_away & ~is_better)
-        is_confirmed = is_second & ~is_away & is_better
+    least = cooling.least
+    is_suspect, is_better = _is_better(seen, least, is_finite)
+    is_started, is_returned, is_confirmed, is_blocked = _turns(
+        settings, now, is_accepted, is_better, is_away
+    )
     is_skipped = (seen.is_bad & ~is_accepted) | is_look | is_started
 
-    next_phase = jnp.where(is_look, phase + 1, phase)
     is_accepting = is_returned | (is_confirmed & is_suspect)
-    num_quiet = min(NUM_ACCEPTED, settings.snapshot_every)
-    is_settled = (phase == ACCEPTING) & (now["age"] >= num_quiet) & is_quiet
-    is_training = (is_confirmed & ~is_suspect) | is_settled
+    is_training = is_confirmed & ~is_suspect
+    following = jnp.where(is_look, phase + 1, phase)
+    is_settled = _is_settled(settings, now, is_quiet)
     for flag, value in [
         (is_started, FIRST_LOOK),
         (is_accepting, ACCEPTING),
-        (is_training, TRAINING),
+        (is_training | is_settled, TRAINING),
     ]:
-        next_phase = jnp.where(flag, value, next_phase)
-
-    every = settings.snapshot_every
-    age = now["age"] + is_quiet.astype(jnp.int32)
-    age = jnp.where(is_accepted, jnp.maximum(age, 1), age)
-    is_second = is_quiet & (age == 2 * every)
-    is_copied = is_quiet & (is_second | (age == every))
-    age = jnp.where(is_second, every, age)
+        following = jnp.where(flag, value, following)
+    age, is_copied, is_second = _next_age(settings, now, is_quiet, is_accepted)
     age = jnp.where(is_confirmed | is_returned, 0, age)
-
-    is_recurrent = now["steps"] - now["last_rollback"] < RECURRENCE
-    is_recurrent &= now["strikes"] > 0
-    strikes = jnp.where(is_recurrent, now["strikes"] + 1, 1)
-    is_cut = is_confirmed
-    if not settings.has_snapshots:
-        is_cut = now["in_a_row"] == settings.rollback_after
-    is_early = now["steps"] < EARLY
-    cooled = _cool(settings, cooling, strikes, is_early, is_cut, is_quiet)
+    strikes, cooled = _cut(settings, cooling, now, is_confirmed, is_quiet)
     is_kept = is_look | ((phase == ACCEPTING) & ~is_started)
     least = jnp.where(is_kept, least, _least_evidence(seen, now, least, phase))
+    last = jnp.where(is_confirmed, now["steps"], now["last_rollback"])
     return Decision(
         is_accepted=is_accepted,
         is_skipped=once(is_skipped),
@@ -171,12 +139,10 @@ def decide(
         is_copied=once(is_copied),
         is_replaced=once(is_second | is_returned),
         counts={
-            "phase": next_phase,
+            "phase": following,
             "age": age,
             "strikes": jnp.where(is_confirmed, strikes, now["strikes"]),
-            "last_rollback": jnp.where(
-                is_confirmed, now["steps"], now["last_rollback"]
-            ),
+            "last_rollback": last,
             "skipped": now["skipped"] + is_skipped.astype(jnp.int32),
             "rollbacks": now["rollbacks"] + is_confirmed.astype(jnp.int32),
             "blocked_rollbacks": now["blocked_rollbacks"]
@@ -185,6 +151,73 @@ def decide(
         },
         cooling=cooled._replace(least=least),
     )
+
+
+def _is_change(settings, seen, now, cooling) -> jax.Array:
+    """Whether an explosion is a change for good, and so its step is taken."""
+    # Once there was a quiet step, up to twice what was found then: more is news.
+    least = cooling.least
+    is_usual = (seen.evidence <= least + jnp.abs(least)) & (least < jnp.inf)
+    is_usual = (now["phase"] == ACCEPTING) & (is_usual | (now["age"] <= 1))
+    return is_usual | (now["in_a_row"] >= settings.max_consecutive)
+
+
+def _is_better(seen, least, is_finite) -> tuple[jax.Array, jax.Array]:
+    """Whether a look still speaks against the parameters, and if much less.
+
+    Half of the excess must be gone. The rest may be usual for the snapshot: the limit
+    has followed the run since.
+    """
+    middle = seen.evidence_limit + 0.5 * (least - seen.evidence_limit)
+    is_suspect = seen.evidence > seen.evidence_limit
+    return is_suspect, is_finite & (~is_suspect | (seen.evidence <= middle))
+
+
+def _turns(settings, now, is_accepted, is_better, is_away):
+    """Whether a rollback is started, undone, confirmed, or blocked from outside."""
+    is_look = is_look_in(now["phase"])
+    if not settings.has_snapshots:
+        return (jnp.zeros_like(is_look),) * 4
+    is_due = now["suspect_in_a_row"] >= settings.rollback_after
+    is_due &= ~is_look & ~is_accepted
+    is_due |= (now["nonfinite_updates_in_a_row"] >= NUM_NONFINITE) & ~is_look
+    # Before any step is applied, the parameters are those of the snapshot.
+    is_started = is_due & (now["age"] > 0)
+    # From parameters that have grown far the first update may miss the snapshot by a
+    # rounding of theirs: then the second look decides. Whoever misses it twice does not
+    # apply the updates as they are.
+    is_second = now["phase"] == SECOND_LOOK
+    is_blocked = is_second & is_away
+    is_returned = is_blocked | (is_look & ~is_away & ~is_better)
+    return is_started, is_returned, is_second & ~is_away & is_better, is_blocked
+
+
+def _is_settled(settings, now, is_quiet) -> jax.Array:
+    """Whether a change that was accepted has been quiet for long enough."""
+    num_quiet = min(NUM_ACCEPTED, settings.snapshot_every)
+    return (now["phase"] == ACCEPTING) & (now["age"] >= num_quiet) & is_quiet
+
+
+def _next_age(settings, now, is_quiet, is_accepted):
+    """Quiet steps since the older snapshot; whether one is due, and replaces it."""
+    every = settings.snapshot_every
+    age = now["age"] + is_quiet.astype(jnp.int32)
+    age = jnp.where(is_accepted, jnp.maximum(age, 1), age)
+    is_second = is_quiet & (age == 2 * every)
+    is_copied = is_quiet & (is_second | (age == every))
+    return jnp.where(is_second, every, age), is_copied, is_second
+
+
+def _cut(settings, cooling, now, is_confirmed, is_quiet) -> tuple[jax.Array, Cooling]:
+    """The rollbacks in succession if this is one, and the scale after the step."""
+    is_recurrent = now["steps"] - now["last_rollback"] < RECURRENCE
+    is_recurrent &= now["strikes"] > 0
+    strikes = jnp.where(is_recurrent, now["strikes"] + 1, 1)
+    is_cut = is_confirmed
+    if not settings.has_snapshots:
+        is_cut = now["in_a_row"] == settings.rollback_after
+    is_early = now["steps"] < EARLY
+    return strikes, _cool(settings, cooling, strikes, is_early, is_cut, is_quiet)
 
 
 def is_look_in(phase: jax.Array) -> jax.Array:

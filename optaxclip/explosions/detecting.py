@@ -168,10 +168,7 @@ class Detector:
         """The state after a step that is taken, and what is known of the step."""
         norms, norm = measure_leaves(updates, self.scopes_of(updates))
         check_leaves([(state.record.num_scopes,)], [norms.shape], updates, params)
-        # What the rules have kept stays of its type, also if the updates are wider.
-        kept = [x.dtype for x in jax.tree.leaves(state.rule_states)]
-        floats = [dtype for dtype in kept if jnp.issubdtype(dtype, jnp.floating)]
-        dtype = promoted(jnp.float32, *floats) if floats else norm.dtype
+        dtype = _dtype_of(state.rule_states, norm)
         norms, norm = (saturating_cast(x, dtype) for x in (norms, norm))
         is_positive = (norm > 0) & (norm < jnp.inf)
         shares = divided(norms, jnp.where(is_positive, norm, 1))
@@ -182,16 +179,7 @@ class Detector:
         if value is not None:
             is_finite &= jnp.isfinite(loss)
 
-        highest, rule_states = [], []
-        for limit, signal, rule_state in zip(
-            self.limits, signals, state.rule_states, strict=True
-        ):
-            bound = jnp.full_like(signal, jnp.inf)
-            if limit is not None and not (value is None and signal is loss):
-                found, rule_state = limit.update(signal, rule_state, None)
-                bound = jnp.broadcast_to(found, signal.shape).astype(dtype)
-            highest.append(once(bound))
-            rule_states.append(rule_state)
+        highest, rule_states = self._limits_of(signals, state.rule_states, value)
         # The leaf stands in the record: so the rows before are read before the new one
         # is written, or XLA would copy them all.
         now, last = count(state, "steps"), count(state, "last")
@@ -232,21 +220,36 @@ class Detector:
         )
         columns = {"loss": loss, "loss_limit": loss_limit, "limit": norm_limit}
         columns |= {"fired": bits, "leaf": leaf}
-        state = DetectExplosionsState(
-            told=jnp.where(is_told, side_by_side(step), state.told),
-            rule_states=(rule_states[0], rule_states[1], rule_states[2]),
-            record=pushed(state.record, columns, norms, norm, counts),
-        )
+        told = jnp.where(is_told, side_by_side(step), state.told)
+        record = pushed(state.record, columns, norms, norm, counts)
         signal, limit = (loss, loss_limit) if has_loss_rule else (norm, norm_limit)
-        verdict = Verdict(
-            is_bad=is_bad,
-            has_nonfinite_updates=has_nonfinite_updates,
-            norm=norm,
-            norm_limit=norm_limit,
-            evidence=saturating_cast(signal, jnp.float32),
-            evidence_limit=saturating_cast(limit, jnp.float32),
-        )
-        return state, verdict
+        evidence = (saturating_cast(x, jnp.float32) for x in (signal, limit))
+        verdict = Verdict(is_bad, has_nonfinite_updates, norm, norm_limit, *evidence)
+        return DetectExplosionsState(told, rule_states, record), verdict
+
+    def _limits_of(self, signals, rule_states, value):
+        """The limit of each signal, +inf for none, and the next states of the rules."""
+        highest, states = [], []
+        for limit, signal, rule_state in zip(
+            self.limits, signals, rule_states, strict=True
+        ):
+            bound = jnp.full_like(signal, jnp.inf)
+            if limit is not None and not (value is None and signal is signals[2]):
+                found, rule_state = limit.update(signal, rule_state, None)
+                bound = jnp.broadcast_to(found, signal.shape).astype(signal.dtype)
+            highest.append(once(bound))
+            states.append(rule_state)
+        return highest, (states[0], states[1], states[2])
+
+
+def _dtype_of(rule_states: Any, norm: jax.Array) -> Any:
+    """The dtype of the signals: what rules have kept stays of its type.
+
+    Also where the updates are wider than the parameters that `init` was given.
+    """
+    kept = [x.dtype for x in jax.tree.leaves(rule_states)]
+    floats = [dtype for dtype in kept if jnp.issubdtype(dtype, jnp.floating)]
+    return promoted(jnp.float32, *floats) if floats else norm.dtype
 
 
 def _counted(counts, flags, in_a_row):

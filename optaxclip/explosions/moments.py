@@ -74,7 +74,7 @@ def _moments(state: Any, updates: Any) -> dict[int, int]:
     single number, which may be anything.
     """
     found: dict[int, int] = {}
-    if np.ndim(updates) == 0 and jax.tree.structure(updates) == LEAF:
+    if jax.tree.structure(updates) == LEAF and np.ndim(updates) == 0:
         return found
 
     def collect(tree, like, place, index):
@@ -92,6 +92,7 @@ def _moments(state: Any, updates: Any) -> dict[int, int]:
 
     def visit(tree, place):
         children, structure = split_node(tree)
+        # Their inf and NaN are on purpose: no limit yet, or what was recorded.
         if isinstance(tree, (ClipByNormState, SkipExplosionsState, *CLOCKS)):
             return
         if is_like(tree, updates):

@@ -6,7 +6,6 @@ from optaxclip import limits
 
 RULES = ("nonfinite", "norm", "share", "loss")
 
-
 NORM_LIMIT = limits.log_quantile()
 SHARE_LIMIT = limits.drift()
 # A loss jumps less than a norm: with an early jump of 5 most runs of the zoo that
@@ -18,7 +17,6 @@ LOSS_LIMIT = limits.minimum(
     limits.log_quantile(2.4, min_ratio=1.7, early_jump=2.5, min_level=0.01),
     limits.above_lowest(),
 )
-
 
 MIN_GROWTH = 20.0
 """A share counts only where the leaf's own norm has grown by this factor as well.

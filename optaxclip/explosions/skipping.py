@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
@@ -20,29 +19,34 @@ from optaxclip.checks import (
     value_of,
 )
 from optaxclip.clipping.rescaling import limit_updates
-from optaxclip.explosions.deciding import Cooling, Settings, decide, is_look_in
+from optaxclip.explosions.deciding import (
+    Cooling,
+    Settings,
+    decide,
+)
 from optaxclip.explosions.detecting import Detector
-from optaxclip.explosions.moments import are_spoiled, mend
+from optaxclip.explosions.responding import (
+    apply,
+    count_response,
+    look,
+    move_between,
+    unlearn,
+)
 from optaxclip.explosions.rules import LOSS_LIMIT, MAX_GAP, NORM_LIMIT, SHARE_LIMIT
 from optaxclip.explosions.selecting import update_or_keep
-from optaxclip.explosions.snapshots import compare, move, snapshot_of, widen_snapshots
+from optaxclip.explosions.snapshots import (
+    empty_snapshots,
+)
 from optaxclip.explosions.state import (
-    BROKEN,
     COUNTS,
     SkipExplosionsState,
-    Snapshots,
     count,
     with_values,
 )
 from optaxclip.limits.limit import LimitLike
 from optaxclip.norms.names import Stacked
-from optaxclip.numerics import add, is_gradient, scaled
 from optaxclip.recording import WINDOW
-from optaxclip.xla import once, side_by_side
-
-CHECK_EVERY = 3
-"""Steps between two looks at the moments of the inner state. Each look reads them once
-more, and until the next one an element that is not finite stands still."""
+from optaxclip.xla import side_by_side
 
 
 def skip_explosions(
@@ -150,33 +154,25 @@ def skip_explosions(
     detector = Detector(
         norm, share, loss, specs, stacked, max_gap=max_gap, window=window
     )
-    check_number("recovery", recovery, lambda x: x >= 1, ">= 1")
-    if cool_down is not None:
-        check_number("cool_down", cool_down, lambda x: 0 < x <= 1, "within (0, 1]")
-    if not isinstance(rollback, bool):
-        raise TypeError(f"rollback must be True or False, not {rollback!r}")
-    settings = Settings(
-        max_consecutive=check_length("max_consecutive", max_consecutive, 1),
-        rollback_after=check_length("rollback_after", rollback_after, 1),
-        give_up_after=check_length("give_up_after", give_up_after, 1),
-        snapshot_every=check_length("snapshot_every", snapshot_every, 1),
-        cool_down=cool_down,
-        recovery=recovery,
-        has_snapshots=rollback,
+    settings = _checked(
+        Settings(
+            max_consecutive,
+            rollback_after,
+            give_up_after,
+            snapshot_every,
+            cool_down,
+            recovery,
+            has_snapshots=rollback,
+        )
     )
     check_label(label)
     check_transformation("inner", inner)
+    takes_loss = takes_value(inner.update)
     inner = optax.with_extra_args_support(inner)
-    is_given_value = takes_value(inner.update)
 
     def init(params):
         inner_state = inner.init(params)
-        snapshots = ()
-        if rollback:
-            # Two: a buffer that appears twice cannot be donated.
-            present = snapshot_of(params, inner_state)
-            older, newer = (jax.tree.map(jnp.zeros_like, present) for _ in range(2))
-            snapshots = Snapshots(older, newer)
+        snapshots = empty_snapshots(params, inner_state) if rollback else ()
         return {
             label: SkipExplosionsState(
                 explosions=detector.init(params),
@@ -194,88 +190,31 @@ def skip_explosions(
                 "update(updates, state, params) with params, or give rollback=False"
             )
         value = value_of(extra_args)
+        # An inner optimizer without extra arguments would refuse it.
+        if not takes_loss:
+            extra_args.pop("value", None)
         explosions, seen = detector.update(updates, value, state.explosions, params)
+        scopes = detector.scopes_of(updates)
         now = {name: count(explosions, name) for name in COUNTS}
-        is_away = is_broken = jnp.zeros([], bool)
-        if isinstance(state.snapshots, Snapshots):
-            is_look = is_look_in(now["phase"])
-            is_away, is_broken = compare(
-                is_look | seen.has_nonfinite_updates,
-                params,
-                state.snapshots.older[0],
-                updates,
-                detector.scopes_of(params),
-            )
+        is_away, is_broken = look(state, seen, now, params, updates, scopes)
         decision = decide(settings, seen, now, Cooling(*state.cooling), is_away)
-        # What comes of bad parameters would soon look usual.
-        explosions = explosions._replace(
-            rule_states=jax.tree.map(
-                lambda new, old: jnp.where(decision.is_skipped, old, new),
-                explosions.rule_states,
-                state.explosions.rule_states,
-            )
-        )
+        explosions = unlearn(explosions, state.explosions, decision.is_skipped)
         updates = limit_updates(
             updates, decision.is_accepted, seen.norm, seen.norm_limit
         )
-        num_steps = count(state.explosions, "steps")
-        inner_state, snapshots = state.inner_state, state.snapshots
-        is_due = decision.is_copied | (num_steps % CHECK_EVERY == CHECK_EVERY - 1)
-        is_spoiled = are_spoiled(
-            is_due & (num_steps > 0),
-            inner_state,
-            updates,
-            detector.scopes_of(updates),
-        )
-        if isinstance(snapshots, Snapshots):
-            done, inner_state, snapshots = move(
-                decision, is_spoiled, num_steps, params, inner_state, snapshots
-            )
-        else:
-            done, inner_state = mend(is_spoiled, inner_state, updates)
-        is_skipped = once(decision.is_skipped | is_spoiled | done)
+        moved = move_between(decision, state, params, updates, scopes)
 
-        if not is_given_value:
-            extra_args.pop("value", None)
-
-        def update_inner(state):
-            found, new = inner.update(updates, state, params, **extra_args)
-            check_structure(state, new)
+        def update_inner(inner_state):
+            found, new = inner.update(updates, inner_state, params, **extra_args)
+            check_structure(inner_state, new)
             return found, new
 
-        updates, inner_state = update_or_keep(update_inner, inner_state, is_skipped)
-
-        scale = decision.cooling.scale
-
-        def respond(u, param=None, snapshot=None):
-            if not is_gradient(u):
-                return u
-            # They may be Python numbers, or NumPy's float64.
-            u = jnp.asarray(u)
-            param = None if param is None else jnp.asarray(param)
-            if cool_down is not None:
-                u = scaled(u, scale.astype(u.real.dtype))
-            after = u if param is None else add(param, u).astype(param.dtype)
-            u = jnp.where(~is_skipped & jnp.isfinite(after), u, jnp.zeros_like(u))
-            if snapshot is None or param is None:
-                return u
-            way_back = add(snapshot, -param).astype(u.dtype)
-            return jnp.where(decision.is_at_snapshot, way_back, u)
-
-        trees = [updates] if params is None else [updates, params]
-        if isinstance(snapshots, Snapshots):
-            present = snapshot_of(params, inner_state)
-            snapshots = widen_snapshots(snapshots, present)
-            trees.append(snapshots.older[0])
-        updates = jax.tree.map(respond, *trees)
-        counts = now | decision.counts
-        gave_up = counts["gave_up"].astype(jnp.int32)
-        counts["gave_up"] = jnp.where(is_broken, BROKEN, gave_up)
-        is_new = is_spoiled & (counts["last"] < counts["steps"] - 1)
-        counts["exploded"] += is_new.astype(jnp.int32)
-        counts["skipped"] += (is_spoiled & ~decision.is_skipped).astype(jnp.int32)
-        counts["mended"] += is_spoiled.astype(jnp.int32)
-        counts["last"] = jnp.where(is_new, counts["steps"] - 1, counts["last"])
+        updates, inner_state = update_or_keep(
+            update_inner, moved.inner_state, moved.is_skipped
+        )
+        scale = decision.cooling.scale if cool_down is not None else None
+        updates, snapshots = apply(updates, params, inner_state, moved, decision, scale)
+        counts = count_response(now, decision, moved.is_spoiled, is_broken)
         state = SkipExplosionsState(
             explosions=with_values(explosions, counts),
             inner_state=inner_state,
@@ -285,3 +224,19 @@ def skip_explosions(
         return updates, {label: state}
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _checked(settings: Settings) -> Settings:
+    """The settings; raises the errors of those that are out of range."""
+    recovery, cool_down = settings.recovery, settings.cool_down
+    check_number("recovery", recovery, lambda x: x >= 1, ">= 1")
+    if cool_down is not None:
+        check_number("cool_down", cool_down, lambda x: 0 < x <= 1, "within (0, 1]")
+    if not isinstance(settings.has_snapshots, bool):
+        raise TypeError(
+            f"rollback must be True or False, not {settings.has_snapshots!r}"
+        )
+    lengths = "max_consecutive", "rollback_after", "give_up_after", "snapshot_every"
+    return settings._replace(
+        **{name: check_length(name, getattr(settings, name), 1) for name in lengths}
+    )

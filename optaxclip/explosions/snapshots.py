@@ -49,6 +49,7 @@ def move(
     present = snapshot_of(params, inner_state)
     older, newer = widen_snapshots(snapshots, present)
     done, older = replace_where(decision.is_replaced | (num_steps == 1), newer, older)
+    # A snapshot of moments that are not finite would be of no use.
     is_copied = decision.is_copied & ~is_spoiled
     is_copied |= decision.is_started | (num_steps == 0)
     done, newer = replace_where(is_copied | done, present, newer)
@@ -96,6 +97,13 @@ def compare(
     none = jnp.zeros([], jnp.float32)
     _, level = lax.while_loop(lambda carry: carry[0], body, (when, none))
     return level > 0, level > 1
+
+
+def empty_snapshots(params: Any, inner_state: Any) -> Snapshots:
+    """Two of zeros; each has buffers of its own, or they could not be donated."""
+    present = snapshot_of(params, inner_state)
+    older, newer = (jax.tree.map(jnp.zeros_like, present) for _ in range(2))
+    return Snapshots(older, newer)
 
 
 def snapshot_of(params: Any, inner_state: Any) -> tuple[Any, Any]:

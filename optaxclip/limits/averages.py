@@ -47,7 +47,11 @@ class QuantileState(NamedTuple):
 
 
 def zscore(
-    max_zscore: ArrayLike = 2.5, *, decay: ArrayLike = 0.97, warmup: int = 25
+    # The defaults of the published code.
+    max_zscore: ArrayLike = 2.5,
+    *,
+    decay: ArrayLike = 0.97,
+    warmup: int = 25,
 ) -> Limit:
     """Limits a norm to so many standard deviations above its moving average.
 
@@ -133,6 +137,7 @@ def zscore(
 def ema(
     multiple: ArrayLike,
     *,
+    # The defaults of the published code.
     decay: ArrayLike = 0.98,
     warmup: int = 100,
     max_warmup_norm: ArrayLike = float("inf"),
@@ -221,7 +226,11 @@ def ema(
 
 
 def quantile(
-    target: ArrayLike = 0.5, *, initial_norm: ArrayLike = 0.1, rate: ArrayLike = 0.2
+    target: ArrayLike = 0.5,
+    *,
+    # The values that the paper recommends.
+    initial_norm: ArrayLike = 0.1,
+    rate: ArrayLike = 0.2,
 ) -> Limit:
     """Tracks a quantile of the norms with one number: a share `target` stays unclipped.
 

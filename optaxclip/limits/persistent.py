@@ -78,13 +78,16 @@ def drift(max_ratio: ArrayLike = 5.0, *, window: int = 64, patience: int = 3) ->
             state.memory[..., i] for i in range(5)
         )
         (least,) = like(norms, max_ratio)
+        # 2.5 mean changes are about two standard deviations of normal noise.
         limits = jnp.exp(mean + jnp.maximum(2.5 * change, jnp.log(least)))
         is_above = (num_seen > 0) & (norms > limits)
         num_above = jnp.where(is_above, num_above + 1, 0)
+        # One value above is the fault of its batch as often as of the run.
         limits = jnp.where(num_above >= patience, limits, jnp.inf)
 
         log = _log(norms)
         difference = jnp.where(num_seen > 0, jnp.abs(log - previous), 0)
+        # A plain mean until the window is full, then a moving one.
         rate = jnp.maximum(1 / (num_seen + 1), 1 / window)
         rate_of_change = jnp.maximum(1 / jnp.maximum(num_seen, 1), 1 / window)
         learned = [
@@ -162,6 +165,7 @@ def above_lowest(
         # The difference of two finite norms is finite, their sum may not be.
         num_seen = jnp.minimum(num_seen + 1, window)
         mean = mean + (norms - mean) / num_seen
+        # After an alarm the level of today is the one to rise from.
         lowest = jnp.where(is_lasting, mean, jnp.minimum(lowest, mean))
         learned = jnp.stack(
             [

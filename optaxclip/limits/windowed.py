@@ -227,13 +227,17 @@ def log_quantile(
         low, high = (jnp.where(x < jnp.inf, x, 1) for x in (low, high))
         log_low, log_high = _log(low), _log(high)
         logs = log_low + share * (log_high - log_low)
+        # Upwards only: small norms are no explosion, however small they are.
         median, spread = logs[..., 1], logs[..., 2] - logs[..., 1]
         limits = jnp.exp(median + jnp.maximum(exponent * spread, jnp.log(least)))
+        # Nothing healthy jumps far above all of the last quarter of the window.
         largest = windows.largest_of(state.window, window // 4)
         first_limits = early * jnp.maximum(largest, level)
         first_limits = jnp.where(num > 0, first_limits, jnp.inf)
+        # A spread is known from half of the window on; before, a jump is all there is.
         has_half = num >= window // 2
         limits = jnp.minimum(limits, jump * largest)
+        # Near zero a healthy loss jumps by any factor.
         limits = jnp.maximum(limits, least * level)
         limits = jnp.where(has_half, limits, first_limits)
         # Once a loss has changed its sign, ratios to its median mean nothing: a scale

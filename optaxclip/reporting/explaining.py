@@ -16,12 +16,11 @@ from optaxclip.explosions.state import (
     read_step,
 )
 from optaxclip.recording import RecordState
+from optaxclip.reporting.columns import VANISHED, have_vanished
 from optaxclip.reporting.history import History, explosions_of, history
-from optaxclip.reporting.metrics import VANISHED, have_vanished
 from optaxclip.reporting.states import find_recorders, noticed_of, record_of
 
 SKIPPING = "stabilize or skip_explosions"
-
 
 NUM_HEALTHY_AFTER = 64
 """After this many healthy steps `explain` calls the run healthy: half the window of the

@@ -75,6 +75,7 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
         )
     for label, state in states.items():
         check_one_run(label, state)
+    # NaN there outlives every skipped step.
     for accumulator in _accumulators(opt_state):
         if name := _nonfinite_leaf(accumulator):
             raise ExplosionError(
@@ -97,32 +98,7 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
     )
     for label, state in states.items():
         if isinstance(state, SkipExplosionsState):
-            is_broken = int(count(noticed_of(state), "gave_up")) == BROKEN
-            if is_broken or _is_stuck(state, params):
-                raise ExplosionError(
-                    f"{label}: the parameters hold NaN, which no update can mend. No "
-                    "step that was taken has made it: go back to a checkpoint."
-                )
-            if bool(state.gave_up):
-                num = int(count(noticed_of(state), "nonfinite_updates_in_a_row"))
-                what = (
-                    f"gave up after {num} non-finite steps in a row, none of which was "
-                    "taken"
-                )
-                kept = history({label: state}, params, label=label)
-                story = story_of(noticed_of(state), kept, params)
-                raise ExplosionError(
-                    f"{label}: {what}. {story} Try a smaller learning rate, "
-                    "rollback=True or an earlier checkpoint, and look at the data and "
-                    "the precision of that step."
-                )
-            if name := _nonfinite_leaf(state.inner_state):
-                raise ExplosionError(
-                    f"{label}: the inner state {name!r} holds inf or NaN, although no "
-                    "step that was not finite was taken: the optimizer made it out of "
-                    "finite gradients. Try larger constants in its denominators, or a "
-                    "clip before it."
-                )
+            _check_skipping(label, state, params)
         elif num_nonfinite[label] > num_skipped:
             kept = history({label: state}, params, label=label)
             story = story_of(state, kept, params)
@@ -131,6 +107,31 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
                 "optaxclip.stabilize(optimizer), a smaller learning rate, or a clip, "
                 "and look at the data and the precision of that step."
             )
+
+
+def _check_skipping(label: str, state: SkipExplosionsState, params: Any) -> None:
+    """Raises if `skip_explosions` could not save the run."""
+    is_broken = int(count(noticed_of(state), "gave_up")) == BROKEN
+    if is_broken or _is_stuck(state, params):
+        raise ExplosionError(
+            f"{label}: the parameters hold NaN, which no update can mend. No "
+            "step that was taken has made it: go back to a checkpoint."
+        )
+    if bool(state.gave_up):
+        num = int(count(noticed_of(state), "nonfinite_updates_in_a_row"))
+        kept = history({label: state}, params, label=label)
+        story = story_of(noticed_of(state), kept, params)
+        raise ExplosionError(
+            f"{label}: gave up after {num} non-finite steps in a row, none of which "
+            f"was taken. {story} Try a smaller learning rate, rollback=True or an "
+            "earlier checkpoint, and look at the data and the precision of that step."
+        )
+    if name := _nonfinite_leaf(state.inner_state):
+        raise ExplosionError(
+            f"{label}: the inner state {name!r} holds inf or NaN, although every "
+            "applied gradient was finite: the optimizer produced it. Try larger "
+            "constants in its denominators, or a clip before it."
+        )
 
 
 def _accumulators(opt_state: Any) -> list[Any]:

@@ -1,0 +1,152 @@
+"""The steps of a response: look, move between snapshots, apply, count. Internal."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip.explosions.deciding import (
+    Decision,
+    is_look_in,
+)
+from optaxclip.explosions.moments import are_spoiled, mend
+from optaxclip.explosions.snapshots import (
+    compare,
+    move,
+    snapshot_of,
+    widen_snapshots,
+)
+from optaxclip.explosions.state import (
+    BROKEN,
+    DetectExplosionsState,
+    SkipExplosionsState,
+    Snapshots,
+    Verdict,
+    count,
+)
+from optaxclip.norms.scopes import Scopes
+from optaxclip.numerics import add, is_gradient, scaled
+from optaxclip.xla import once
+
+CHECK_EVERY = 3
+"""Steps between two looks at the moments of the inner state. Each look reads them once
+more, and until the next one an element that is not finite stands still."""
+
+
+def look(
+    state: SkipExplosionsState,
+    seen: Verdict,
+    now: dict[str, jax.Array],
+    params: Any,
+    updates: Any,
+    scopes: Scopes,
+) -> tuple[jax.Array, jax.Array]:
+    """Whether a look is not at the snapshot's parameters, and whether they hold NaN."""
+    if not isinstance(state.snapshots, Snapshots):
+        return jnp.zeros([], bool), jnp.zeros([], bool)
+    is_due = is_look_in(now["phase"]) | seen.has_nonfinite_updates
+    return compare(is_due, params, state.snapshots.older[0], updates, scopes)
+
+
+class Moved(NamedTuple):
+    """Inner state and snapshots before the inner optimizer is updated."""
+
+    is_spoiled: jax.Array
+    is_skipped: jax.Array
+    inner_state: Any
+    snapshots: Snapshots | tuple[()]
+
+
+def move_between(
+    decision: Decision,
+    state: SkipExplosionsState,
+    params: Any,
+    updates: Any,
+    scopes: Scopes,
+) -> Moved:
+    """Moves between snapshots, and resets moments that are not finite."""
+    num_steps = count(state.explosions, "steps")
+    inner_state, snapshots = state.inner_state, state.snapshots
+    is_due = decision.is_copied | (num_steps % CHECK_EVERY == CHECK_EVERY - 1)
+    is_spoiled = are_spoiled(is_due & (num_steps > 0), inner_state, updates, scopes)
+    if isinstance(snapshots, Snapshots):
+        done, inner_state, snapshots = move(
+            decision, is_spoiled, num_steps, params, inner_state, snapshots
+        )
+    else:
+        done, inner_state = mend(is_spoiled, inner_state, updates)
+    is_skipped = once(decision.is_skipped | is_spoiled | done)
+    return Moved(is_spoiled, is_skipped, inner_state, snapshots)
+
+
+def apply(
+    updates: Any,
+    params: Any,
+    inner_state: Any,
+    moved: Moved,
+    decision: Decision,
+    scale: jax.Array | None,
+) -> tuple[Any, Snapshots | tuple[()]]:
+    """The updates to apply: cooled down, zero if skipped, or the way to a snapshot."""
+
+    def respond(u, param=None, snapshot=None):
+        if not is_gradient(u):
+            return u
+        # They may be Python numbers, or NumPy's float64.
+        u = jnp.asarray(u)
+        param = None if param is None else jnp.asarray(param)
+        if scale is not None:
+            u = scaled(u, scale.astype(u.real.dtype))
+        # A finite update may still overflow the dtype of its parameter.
+        after = u if param is None else add(param, u).astype(param.dtype)
+        is_taken = ~moved.is_skipped & jnp.isfinite(after)
+        u = jnp.where(is_taken, u, jnp.zeros_like(u))
+        if snapshot is None or param is None:
+            return u
+        # An update, so that whoever applies updates rolls back without knowing it.
+        way_back = add(snapshot, -param).astype(u.dtype)
+        return jnp.where(decision.is_at_snapshot, way_back, u)
+
+    snapshots = moved.snapshots
+    trees = [updates] if params is None else [updates, params]
+    if isinstance(snapshots, Snapshots):
+        present = snapshot_of(params, inner_state)
+        snapshots = widen_snapshots(snapshots, present)
+        trees.append(snapshots.older[0])
+    return jax.tree.map(respond, *trees), snapshots
+
+
+def count_response(
+    now: dict[str, jax.Array],
+    decision: Decision,
+    is_spoiled: jax.Array,
+    is_broken: jax.Array,
+) -> dict[str, jax.Array]:
+    """The `COUNTS` after the response."""
+    counts = now | decision.counts
+    gave_up = counts["gave_up"].astype(jnp.int32)
+    counts["gave_up"] = jnp.where(is_broken, BROKEN, gave_up)
+    # The rules may have flagged this step already, which then counts once.
+    is_new = is_spoiled & (counts["last"] < counts["steps"] - 1)
+    counts["exploded"] += is_new.astype(jnp.int32)
+    counts["skipped"] += (is_spoiled & ~decision.is_skipped).astype(jnp.int32)
+    counts["mended"] += is_spoiled.astype(jnp.int32)
+    counts["last"] = jnp.where(is_new, counts["steps"] - 1, counts["last"])
+    return counts
+
+
+def unlearn(
+    explosions: DetectExplosionsState, before: DetectExplosionsState, when: jax.Array
+) -> DetectExplosionsState:
+    """The state without what the rules learned, `when` the step is skipped.
+
+    What comes of bad parameters would soon look healthy.
+    """
+
+    def keep(new, old):
+        return jnp.where(when, old, new)
+
+    kept = jax.tree.map(keep, explosions.rule_states, before.rule_states)
+    return explosions._replace(rule_states=kept)

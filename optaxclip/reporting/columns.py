@@ -1,0 +1,208 @@
+"""What `metrics` reads out of each kind of state. Internal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optaxclip.clipping.by_norm import ClipByNormState
+from optaxclip.explosions.leading import fitted_growth
+from optaxclip.explosions.rules import RULES
+from optaxclip.explosions.state import (
+    SkipExplosionsState,
+    count,
+    read_step,
+)
+from optaxclip.norms.measuring import measure_leaves
+from optaxclip.norms.names import (
+    Layout,
+    LeafLayout,
+    PerLeaf,
+    PerTree,
+    PerUnit,
+    leaf_layouts,
+    scope_leaves,
+    scope_names,
+)
+from optaxclip.norms.scopes import find_scopes
+from optaxclip.numerics import divided, shares_of, total_of
+from optaxclip.recording import NO_LOSS, RecordState, rows_of
+from optaxclip.reporting.history import totals_of
+from optaxclip.reporting.states import (
+    noticed_of,
+    record_of,
+    runs_of,
+)
+
+VANISHED = 1e-6
+"""A leaf has vanished if its norm is at most this share of the norm of all updates."""
+
+
+def columns_of(
+    states: dict[str, Any], leaves: list[jax.Array], structure: Any
+) -> list[tuple[list[str], jax.Array]]:
+    """(names, values `[..., num_names]`) for all that is told; `[...]` are the runs.
+
+    Args:
+      states: By their label.
+      leaves: Of the parameters, of as many runs; none where they are not known.
+      structure: Of the parameters; None where it is not known.
+    """
+    params = None
+    if structure is not None:
+        params = structure.unflatten(leaves or [0] * structure.num_leaves)
+    found = []
+    for label, state in states.items():
+        runs = runs_of(state)
+
+        def read(state, params, label=label):
+            if isinstance(state, ClipByNormState):
+                return _clip_metrics(state)
+            parts = _record_metrics(label, record_of(state), params)
+            if not isinstance(state, RecordState):
+                parts.append(_explosion_metrics(state))
+            return parts
+
+        has_params = leaves and all(x.shape[: len(runs)] == runs for x in leaves)
+        over = params if has_params or not runs else None
+        for _ in runs:
+            read = jax.vmap(read)
+        is_clip = isinstance(state, ClipByNormState)
+        layout = (state if is_clip else record_of(state)).layout
+        for part in read(state, over):
+            for column, values in part.items():
+                names = [f"{label}/{column}"]
+                if values.ndim > len(runs):
+                    scopes = scope_names(layout, values.shape[-1], label, params)
+                    names = [f"{names[0]}/{scope}" for scope in scopes]
+                else:
+                    values = values[..., None]
+                found.append((names, values))
+    return found
+
+
+def _record_metrics(
+    label: str, state: RecordState, params: Any
+) -> list[dict[str, jax.Array]]:
+    last, norms = rows_of(state, state.counts[0] - 1)
+    result = {
+        "norm": total_of(norms),
+        "loss": jnp.where(last["loss"] == NO_LOSS, jnp.inf, last["loss"]),
+        "largest": last["largest"],
+        "nonfinite": state.counts[1],
+    }
+    if isinstance(state.layout, PerTree):
+        return [result]
+    shares = jnp.square(shares_of(norms)[0])
+    has_vanished = have_vanished(state).astype(jnp.int32)
+    result |= {
+        "share": jnp.max(shares, initial=0),
+        "vanished": jnp.sum(has_vanished),
+    }
+    columns = {"norm": norms, "share": shares, "vanished": has_vanished}
+    ratios = _ratios(norms, state.layout, label, params)
+    if ratios is not None:
+        result["ratio"], columns["ratio"] = ratios
+    return [result, columns]
+
+
+@jax.jit
+def have_vanished(state: RecordState) -> jax.Array:
+    """Which scopes had nearly no norm in a whole window."""
+    totals = totals_of(state.norms)
+    # On a step that is not finite no norm is small but 0.
+    totals = jnp.where(totals < jnp.inf, totals, 0)
+    is_small = state.norms <= VANISHED * totals[:, None]
+    return jnp.all(is_small, axis=0) & (state.counts[0] >= len(state.norms))
+
+
+def _ratios(norms: jax.Array, layout: Layout, label: str, params: Any):
+    """Norms in units of those of the parameters; None where these are not known."""
+    leaves = jax.tree.leaves(params)
+    is_known = all(isinstance(x, jax.Array | np.ndarray) for x in leaves)
+    if params is None or not is_known or not isinstance(layout, PerLeaf):
+        return None
+    found = scope_leaves(layout, len(norms), label, params)
+    tree = [leaves[i] for i, _ in found]
+    scopes = find_scopes(tree, "leaf", stacked=lambda i: found[int(i)][1] > 0)
+    param_norms, param_norm = measure_leaves(tree, scopes)
+
+    def ratio(norm, unit):
+        quotient = divided(norm, jnp.where(unit > 0, unit, 1))
+        return jnp.where((unit > 0) | (norm == 0), quotient, jnp.inf)
+
+    unit = param_norm.astype(norms.dtype)
+    units = param_norms.astype(norms.dtype)
+    return ratio(total_of(norms), unit), ratio(norms, units)
+
+
+def _explosion_metrics(state: Any) -> dict[str, jax.Array]:
+    result, noticed = {}, noticed_of(state)
+    if isinstance(state, SkipExplosionsState):
+        num_skipped = count(noticed, "skipped")
+        num_steps = jnp.maximum(count(noticed, "steps"), 1)
+        result = {
+            "num_skipped": num_skipped,
+            "skipped": num_skipped.astype(jnp.float32) / num_steps.astype(jnp.float32),
+            "gave_up": state.gave_up.astype(jnp.int32),
+            "scale": state.scale,
+            "rollbacks": count(noticed, "rollbacks"),
+            "mended": count(noticed, "mended"),
+            "blocked_rollbacks": count(noticed, "blocked_rollbacks"),
+        }
+    last_step = count(noticed, "steps") - 1
+    last, _ = rows_of(noticed.record, last_step)
+    has_exploded = (count(noticed, "last") == last_step) & (last_step >= 0)
+    began = read_step(noticed, "began")
+    return {
+        "exploded": has_exploded.astype(jnp.int32),
+        "count": count(noticed, "exploded"),
+        **{f"count/{rule}": count(noticed, rule) for rule in RULES},
+        "in_a_row": count(noticed, "in_a_row"),
+        "began": began.step,
+        "leaf": began.leaf,
+        "growth": fitted_growth(noticed.record),
+        "norm_limit": last["limit"],
+        "loss_limit": last["loss_limit"],
+    } | result
+
+
+def _clip_metrics(state: ClipByNormState) -> list[dict[str, jax.Array]]:
+    fields = state.norm, state.limit, state.num_clipped, state.num_nonfinite
+    norm, limit, num_clipped, num_nonfinite = map(jax.tree.leaves, fields)
+    (num_steps,) = jax.tree.leaves(state.num_steps)
+    num_steps = jnp.maximum(num_steps, 1).astype(jnp.float32)
+    columns = {
+        "norm": norm,
+        "norm_after": list(map(_norm_after, norm, limit)),
+        "limit": limit,
+        "fraction": [n.astype(jnp.float32) / num_steps for n in num_clipped],
+        "nonfinite": num_nonfinite,
+    }
+    if isinstance(state.layout, PerTree):
+        return [{column: value for column, (value,) in columns.items()}]
+    columns = {
+        column: _per_name(values, state.layout) for column, values in columns.items()
+    }
+    largest = {name: jnp.max(values, initial=0) for name, values in columns.items()}
+    return [largest, columns]
+
+
+def _norm_after(norm: jax.Array, limit: jax.Array) -> jax.Array:
+    fits = ~jnp.isfinite(norm) | (norm <= limit)
+    return jnp.where(fits, norm, jnp.where(limit > 0, limit, 0))
+
+
+def _per_name(arrays: list[jax.Array], layout: Layout) -> jax.Array:
+    """One number for each name; per unit the largest of a leaf, or of each layer."""
+    if not isinstance(layout, PerUnit):
+        return jnp.asarray(arrays[0])
+    leaves = leaf_layouts(layout.tree) or [LeafLayout(())] * len(arrays)
+    rows = [
+        jnp.max(jnp.reshape(array, (max(len(leaf.layers), 1), -1)), axis=1, initial=0)
+        for array, leaf in zip(arrays, leaves, strict=True)
+    ]
+    return jnp.concatenate(rows) if rows else jnp.zeros(0)

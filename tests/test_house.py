@@ -1,0 +1,116 @@
+"""The floor plan: what a module may import, and how long a file or function may be."""
+
+import ast
+import io
+import tokenize
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "optaxclip"
+# The folders and modules on each floor; a module imports from its own folder and from
+# lower floors only.
+FLOORS = [
+    ["checks"],
+    ["numerics"],
+    ["xla"],
+    ["norms"],
+    ["limits", "recording"],
+    ["clipping"],
+    ["explosions"],
+    ["reporting"],
+]
+FLOOR_OF = {name: i for i, names in enumerate(FLOORS) for name in names}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
+MODULES += sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+ALL = [*MODULES, PACKAGE / "__init__.py"]
+
+
+def part_of(path: Path) -> str:
+    """The folder, or the module outside of folders, to which a file belongs."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def imported_by(path: Path) -> set[str]:
+    """The folders and modules of the package that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "optaxclip":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            package, *parts = node.module.split(".")
+            if package == "optaxclip":
+                found.add(parts[0])
+    return found
+
+
+def test_every_module_has_a_floor():
+    assert {part_of(path) for path in MODULES} == set(FLOOR_OF)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_module_imports_from_its_folder_and_from_lower_floors(path):
+    own = part_of(path)
+    for other in imported_by(path) - {own}:
+        assert FLOOR_OF[other] < FLOOR_OF[own], f"{name_of(path)} imports {other}"
+
+
+@pytest.mark.parametrize("path", ALL, ids=name_of)
+def test_no_file_has_more_than_300_lines(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def num_lines_of_code(source: str) -> int:
+    """Lines that hold something other than a comment or a docstring."""
+    tree = ast.parse(source)
+    docstrings: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            docstrings |= set(range(node.lineno, (node.end_lineno or 0) + 1))
+    nothing = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT}
+    nothing |= {tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    lines: set[int] = set()
+    for token in tokens:
+        if token.type not in nothing:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - docstrings)
+
+
+@pytest.mark.parametrize("path", ALL, ids=name_of)
+def test_no_function_has_more_than_60_lines_of_code(path):
+    """Without those of the functions defined in it, as `init` and `update` are."""
+    for function in ast.walk(ast.parse(path.read_text())):
+        if isinstance(function, ast.FunctionDef):
+            inner = [
+                node
+                for node in ast.walk(function)
+                if isinstance(node, ast.FunctionDef) and node is not function
+            ]
+            directly = [
+                node
+                for node in inner
+                if not any(node is not x and node in ast.walk(x) for x in inner)
+            ]
+            num_inner = sum(num_lines_in(path, node) for node in directly)
+            assert num_lines_in(path, function) - num_inner <= 60, function.name
+
+
+def num_lines_in(path: Path, function: ast.FunctionDef) -> int:
+    lines = path.read_text().splitlines()[function.lineno - 1 : function.end_lineno]
+    indent = len(lines[0]) - len(lines[0].lstrip())
+    return num_lines_of_code("\n".join(line[indent:] for line in lines))
+
+
+def test_comments_are_at_least_a_twentieth_of_the_code():
+    sources = [path.read_text() for path in ALL]
+    num_comments = sum(
+        line.lstrip().startswith("#") or "  # " in line
+        for source in sources
+        for line in source.splitlines()
+    )
+    assert num_comments >= 0.05 * sum(map(num_lines_of_code, sources))
