@@ -147,7 +147,9 @@ def fit(
         "accuracy": float(accuracy(carry[0], *test)),
         "steps": len(skipped) - 1,
         "skipped": np.flatnonzero(np.diff(skipped)).tolist(),
-        "rollbacks": int(optaxclip.metrics(carry[1]).get("explosions/rollbacks", 0)),
+        "rollbacks": int(
+            optaxclip.metrics(carry[1]).get("explosions/num_rollbacks", 0)
+        ),
         "params": carry[0],
         "error": error,
         "history": recorder.history,

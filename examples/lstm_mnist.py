@@ -228,7 +228,7 @@ def main(
         raise cli.InputError("the loss is not finite: try a smaller --learning-rate")
     result = {
         "accuracy": recorder.last("accuracy"),
-        "clipped": float(optaxclip.metrics(carry[1]).get("clip/fraction", 0)),
+        "clipped": float(optaxclip.metrics(carry[1]).get("clip/clipped_fraction", 0)),
         "norm_ratio": recorder.mean_ratio("norm/after", "norm/before"),
         "steps_per_second": speed,
         "history": recorder.history,

@@ -24,7 +24,7 @@ precision, and cost one read of the gradients. Everything is an
 ...     params, opt_state = step(params, opt_state, x)
 ...     optaxclip.raise_if_exploded(opt_state, params)  # not if it was survived
 >>> metrics = optaxclip.metrics(opt_state)
->>> print(metrics["explosions/skipped"], jnp.isfinite(params["w"]).all())
+>>> print(metrics["explosions/skipped_fraction"], jnp.isfinite(params["w"]).all())
 0.5 True
 
 ```

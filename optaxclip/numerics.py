@@ -26,13 +26,13 @@ def accumulator(leaves: list) -> np.dtype:
     return np.dtype(np.float64 if is_wide else np.float32)
 
 
-def promoted(*dtypes: Any) -> np.dtype:
+def promote(*dtypes: Any) -> np.dtype:
     """The dtype that holds them all, also where a user forbids implicit promotion."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
 
 
-def widened(x: jax.Array, dtype: Any) -> jax.Array:
+def widen(x: jax.Array, dtype: Any) -> jax.Array:
     """Casts to a real dtype, or to the complex dtype made of it."""
     if is_complex(x):
         dtype = {np.dtype("float32"): np.complex64}.get(dtype, np.complex128)
@@ -52,14 +52,14 @@ def where(condition: Any, x: Any, y: Any) -> jax.Array:
     return jnp.where(condition, x, y)
 
 
-def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+def scale(x: jax.Array, factor: jax.Array) -> jax.Array:
     """Multiplies by a real factor: a complex one would turn inf into NaN."""
     if is_complex(x):
         return lax.complex(x.real * factor, x.imag * factor)
     return x * factor
 
 
-def divided(x: jax.Array, divisor: jax.Array) -> jax.Array:
+def divide(x: jax.Array, divisor: jax.Array) -> jax.Array:
     """Divides by a real divisor, also where its reciprocal would be subnormal.
 
     XLA divides by multiplying with the reciprocal.
@@ -67,7 +67,7 @@ def divided(x: jax.Array, divisor: jax.Array) -> jax.Array:
     # 2**64 keeps the reciprocal of every finite divisor a normal number.
     is_large = divisor > jnp.finfo(divisor.dtype).max / 2.0**32
     shrink = where(is_large, 2.0**-64, jnp.ones_like(divisor))
-    x, divisor = scaled(x, shrink), divisor * shrink
+    x, divisor = scale(x, shrink), divisor * shrink
     if is_complex(x):
         return lax.complex(x.real / divisor, x.imag / divisor)
     return x / divisor
@@ -85,28 +85,28 @@ def saturating_cast(norm: jax.Array, dtype: Any) -> jax.Array:
     return saturated.astype(dtype)
 
 
-def divisor(largest: jax.Array) -> jax.Array:
+def safe_unit(largest: jax.Array) -> jax.Array:
     """What to divide norms by: XLA multiplies with 1 / x, which must not underflow."""
     return jnp.minimum(largest, jnp.finfo(largest.dtype).max / 4)
 
 
-def shares_of(norms: jax.Array) -> tuple[jax.Array, jax.Array]:
+def normalize_norms(norms: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(norms / total, total) for the root of the sum of the norms' squares.
 
     Both without the norms that are not finite, whose shares are 0.
     """
     finite = jnp.where(norms < jnp.inf, norms, 0)  # NaN is not
     # Squares of ratios to the largest norm neither overflow nor underflow.
-    unit = divisor(jnp.max(finite, initial=0))
+    unit = safe_unit(jnp.max(finite, initial=0))
     ratios = finite / jnp.where(unit > 0, unit, 1)
     squares = jnp.sum(jnp.square(ratios))
     root = jnp.sqrt(jnp.where(unit > 0, squares, 1))
     return ratios / root, unit * root
 
 
-def total_of(norms: jax.Array) -> jax.Array:
+def root_sum_squares(norms: jax.Array) -> jax.Array:
     """The root of the sum of the norms' squares; inf or NaN where one of them is."""
-    total = jnp.minimum(shares_of(norms)[1], jnp.finfo(norms.dtype).max)
+    total = jnp.minimum(normalize_norms(norms)[1], jnp.finfo(norms.dtype).max)
     return jnp.where(jnp.all(norms < jnp.inf), total, jnp.sum(norms))
 
 
@@ -120,12 +120,12 @@ def next_count(count):
     return jnp.asarray(optax.safe_increment(count))
 
 
-def counted(total, increment):
-    """One more where `increment` is True; stays at the largest integer."""
-    return where(increment, next_count(total), total)
+def increment(total, when):
+    """One more where `when` is True; stays at the largest integer."""
+    return where(when, next_count(total), total)
 
 
 def add(x: jax.Array, y: jax.Array) -> jax.Array:
     """The sum, also of two dtypes where a user forbids implicit promotion."""
-    dtype = promoted(x.dtype, y.dtype)
+    dtype = promote(x.dtype, y.dtype)
     return x.astype(dtype) + y.astype(dtype)

@@ -73,7 +73,7 @@ from optaxclip.checks import (
 from optaxclip.norms.measuring import measure, measure_leaves
 from optaxclip.norms.names import Layout, Per, Stacked, layout_of
 from optaxclip.norms.scopes import Scopes, check_per, find_scopes
-from optaxclip.numerics import counted, promoted, saturating_cast, total_of
+from optaxclip.numerics import increment, promote, root_sum_squares, saturating_cast
 
 WINDOW = 256
 """Number of steps that a recorder keeps."""
@@ -190,9 +190,9 @@ def record(
         is_finite = norm < jnp.inf
         if value is not None:
             is_finite &= jnp.isfinite(loss)
-        counts = counted(before.counts, jnp.stack([jnp.ones([], bool), ~is_finite]))
+        counts = increment(before.counts, jnp.stack([jnp.ones([], bool), ~is_finite]))
         none = jnp.full_like(norm, jnp.inf)
-        new = pushed(
+        new = append(
             before,
             {"loss": loss, "loss_limit": none, "limit": none, "fired": ~is_finite},
             norms,
@@ -217,7 +217,7 @@ def empty(
     )
 
 
-def pushed(
+def append(
     state: RecordState,
     columns: dict[str, jax.Array],
     norms: jax.Array,
@@ -274,7 +274,7 @@ def loss_of(value: Any, dtype: Any) -> jax.Array:
         raise ValueError(
             f"value= must be a single number, the loss, not of shape {value.shape}"
         )
-    wide = value.astype(promoted(value.dtype, jnp.float32))
+    wide = value.astype(promote(value.dtype, jnp.float32))
     return saturating_cast(wide, dtype)
 
 
@@ -286,4 +286,4 @@ def _measure(tree: Any, scopes: Scopes) -> tuple[jax.Array, jax.Array]:
     norms = lax.stop_gradient(norms)
     if scopes.kind == "tree":
         return norms[None], norms
-    return norms, total_of(norms)
+    return norms, root_sum_squares(norms)

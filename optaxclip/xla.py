@@ -13,17 +13,17 @@ from jax import lax
 from optaxclip.numerics import where
 
 
-def once(x: jax.Array) -> jax.Array:
+def materialize(x: jax.Array) -> jax.Array:
     """The numbers or flags themselves.
 
     XLA computes again what is cheap in every loop that reads it, but no division.
     """
     if x.dtype == bool:
-        return once(x.astype(jnp.float32)) > 0
+        return materialize(x.astype(jnp.float32)) > 0
     return x / where(jnp.isnan(x), 2, jnp.ones_like(x))
 
 
-def side_by_side(values: Sequence[jax.Array]) -> jax.Array:
+def stack_scalars(values: Sequence[jax.Array]) -> jax.Array:
     """As `jnp.stack` of single numbers, with which XLA would not fuse."""
     place = lax.iota(jnp.int32, len(values))
     found = jnp.zeros(len(values), values[0].dtype)

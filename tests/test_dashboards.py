@@ -138,13 +138,13 @@ def test_the_curves_are_of_a_run_with_inf_and_nan(written):
     assert np.isfinite(finite).all()
     assert np.unique(finite).size > NUM_STEPS // 2
     assert np.isfinite(head).all()
-    assert list(read[f"{label}/nonfinite"].values()) == [0] * 7 + [1] * 6 + [2] * 7
+    assert list(read[f"{label}/num_nonfinite"].values()) == [0] * 7 + [1] * 6 + [2] * 7
     if name == "recorded":
         assert read["clip/norm"][0] == pytest.approx(total[0], rel=1e-6)
         updates = np.array(list(read["updates/norm"].values()))
         assert np.isfinite(updates[:7]).all()
         assert (updates[:7] < total[:7]).all()
-        assert list(read["updates/nonfinite"].values())[:8] == [0] * 7 + [1]
+        assert list(read["updates/num_nonfinite"].values())[:8] == [0] * 7 + [1]
     else:
         assert read["explosions/norm_limit"][0] == np.inf
         assert list(read["explosions/num_skipped"].values())[-1] == 2

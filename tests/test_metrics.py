@@ -149,8 +149,8 @@ def test_the_metrics_of_a_tree():
         "clip/norm": norms[-1],
         "clip/norm_after": after,
         "clip/limit": max_norm,
-        "clip/fraction": fraction,
-        "clip/nonfinite": 0,
+        "clip/clipped_fraction": fraction,
+        "clip/num_nonfinite": 0,
     }
     for names in (None, params()):
         assert_metrics_close(optaxclip.metrics(state, names), expected)
@@ -254,7 +254,7 @@ def test_a_limit_that_leaves_nothing_shows_as_zero_after(limit):
     chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, updates))
     found = optaxclip.metrics(state)
     assert float(found["clip/norm_after"]) == 0
-    assert float(found["clip/fraction"]) == 1
+    assert float(found["clip/clipped_fraction"]) == 1
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
@@ -268,16 +268,16 @@ def test_an_update_that_is_not_finite_shows(bad, per):
     found = optaxclip.metrics(state, params())
     assert not np.isfinite(found["clip/norm"])
     assert not np.isfinite(found["clip/norm_after"])
-    assert int(found["clip/nonfinite"]) == 1
+    assert int(found["clip/num_nonfinite"]) == 1
     if per != "tree":
         assert not np.isfinite(found["clip/norm/dense/kernel"])
-        assert int(found["clip/nonfinite/dense/kernel"]) == 1
+        assert int(found["clip/num_nonfinite/dense/kernel"]) == 1
         assert np.isfinite(found["clip/norm/dense/bias"])
-        assert int(found["clip/nonfinite/dense/bias"]) == 0
+        assert int(found["clip/num_nonfinite/dense/bias"]) == 0
     _, state = tx.update(grads_of(2), state)
     found = optaxclip.metrics(state, params())
     assert np.isfinite(found["clip/norm"])
-    assert int(found["clip/nonfinite"]) == 1
+    assert int(found["clip/num_nonfinite"]) == 1
 
 
 # --- Wherever the state is
@@ -462,7 +462,7 @@ def test_two_labels_side_by_side():
     assert {name.split("/")[0] for name in found} == {"first", "second"}
     first = expected_of(FLAT_GRADS, "first")
     assert_metrics_close({n: x for n, x in found.items() if n in first}, first)
-    assert float(found["second/fraction"]) == 0, "the first has clipped already"
+    assert float(found["second/clipped_fraction"]) == 0, "the first has clipped already"
 
 
 @pytest.mark.parametrize(
@@ -500,7 +500,7 @@ def test_tensorboard_takes_the_metrics_as_they_are(scope, tmp_path):
             writer.add_scalar(name, value, STEPS)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert len(events.Tags()["scalars"]) == len(found)
-    for name in ("clip/norm", "clip/fraction", "clip/norm_after/dense/kernel"):
+    for name in ("clip/norm", "clip/clipped_fraction", "clip/norm_after/dense/kernel"):
         (event,) = events.Scalars(name)
         assert event.step == STEPS
         np.testing.assert_allclose(event.value, found[name], rtol=1e-6)

@@ -68,7 +68,9 @@ def test_the_last_256_steps_come_back_in_order(num_steps):
     metrics = optaxclip.metrics(state, PARAMS)
     if num_steps:
         largest = total(norms).max()
-        np.testing.assert_allclose(metrics["gradients/largest"], largest, rtol=1e-6)
+        np.testing.assert_allclose(
+            metrics["gradients/largest_norm"], largest, rtol=1e-6
+        )
         np.testing.assert_allclose(metrics["gradients/loss"], losses[-1], rtol=1e-6)
 
 
@@ -82,8 +84,8 @@ def test_what_is_not_finite_is_kept_and_counted():
     assert found.fired[:, 0].tolist() == [False, True, True, False, True]
     assert not found.fired[:, 1:].any()
     metrics = optaxclip.metrics(state)
-    assert metrics["gradients/nonfinite"] == 3
-    assert metrics["gradients/largest"] == 5
+    assert metrics["gradients/num_nonfinite"] == 3
+    assert metrics["gradients/largest_norm"] == 5
 
 
 def test_before_the_first_step_there_is_no_limit():
@@ -111,8 +113,8 @@ def test_norms_of_any_size(size):
     np.testing.assert_allclose(found.norm, [expected], rtol=1e-6)
     metrics = optaxclip.metrics(state)
     np.testing.assert_allclose(metrics["gradients/norm"], expected, rtol=1e-6)
-    np.testing.assert_allclose(metrics["gradients/share/0"], 0.8, rtol=1e-5)
-    np.testing.assert_allclose(metrics["gradients/share/1"], 0.2, rtol=1e-5)
+    np.testing.assert_allclose(metrics["gradients/squared_share/0"], 0.8, rtol=1e-5)
+    np.testing.assert_allclose(metrics["gradients/squared_share/1"], 0.2, rtol=1e-5)
 
 
 def test_recorders_before_and_after_a_clip_and_after_the_optimizer():
@@ -177,11 +179,11 @@ def test_a_leaf_has_vanished_when_it_was_small_in_a_whole_window():
         ([(1, 0), (1, 0), (math.nan, 0), (1, 0)], 1),
     ]:
         metrics = optaxclip.metrics(run(tx, norms), PARAMS)
-        assert metrics["gradients/vanished/b/c"] == expected, norms
-        assert metrics["gradients/vanished/a"] == 0
+        assert metrics["gradients/is_vanished/b/c"] == expected, norms
+        assert metrics["gradients/is_vanished/a"] == 0
     # The leaf of integers has no norm, and so has vanished as soon as one can.
     state = run(tx, small)
-    assert optaxclip.metrics(state, PARAMS)["gradients/vanished"] == 2
+    assert optaxclip.metrics(state, PARAMS)["gradients/num_vanished"] == 2
     assert "2 of 3 norms have vanished" in optaxclip.explain(state, PARAMS)
     assert "'b/c', 'n'." in optaxclip.explain(state, PARAMS)
 
@@ -196,7 +198,7 @@ def test_per_tree_leaf_or_group(per, expected):
     np.testing.assert_allclose(found.norms, expected, rtol=1e-6)
     np.testing.assert_allclose(found.norm, [5], rtol=1e-6)
     np.testing.assert_allclose(optaxclip.metrics(state)["gradients/norm"], 5, rtol=1e-6)
-    largest = optaxclip.metrics(state)["gradients/largest"]
+    largest = optaxclip.metrics(state)["gradients/largest_norm"]
     np.testing.assert_allclose(largest, 5, rtol=1e-6)
 
 
@@ -242,7 +244,7 @@ def test_stabilize_has_a_recorder_that_sees_skipped_steps_limits_and_rules():
     np.testing.assert_allclose(found.limit[100], 3 * math.sqrt(7), rtol=1e-5)
     metrics = optaxclip.metrics(state, params)
     np.testing.assert_allclose(metrics["explosions/norm/a"], math.sqrt(3), rtol=1e-6)
-    assert metrics["explosions/nonfinite"] == 1
+    assert metrics["explosions/num_nonfinite"] == 1
     text = optaxclip.explain(state, params)
     for part in (
         "2 of 103 steps exploded: 1 not finite, 1 by the norm, 1 by the loss.",
@@ -292,7 +294,7 @@ def test_a_tree_without_leaves_is_told(loss):
     _, state = jax.jit(tx.update)({}, tx.init({}), value=loss)
     for params in (None, {}):
         assert "1 of 1 steps exploded" in optaxclip.explain(state, params)
-    assert optaxclip.metrics(state, {})["explosions/count"] == 1
+    assert optaxclip.metrics(state, {})["explosions/num_exploded"] == 1
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from optaxclip.limits.limit import LimitLike, as_limit
 from optaxclip.norms.measuring import check_ord, measure
 from optaxclip.norms.names import Layout, Per, Stacked, layout_of
 from optaxclip.norms.scopes import check_per, find_scopes
-from optaxclip.numerics import counted, next_count, saturating_cast, widened
+from optaxclip.numerics import increment, next_count, saturating_cast, widen
 
 
 class ClipByNormState(NamedTuple):
@@ -164,13 +164,13 @@ def clip_by_norm(
             norm=seen,
             limit=limits,
             num_clipped=jax.tree.map(
-                lambda total, fit, n: counted(total, ~fit & jnp.isfinite(n)),
+                lambda total, fit, n: increment(total, ~fit & jnp.isfinite(n)),
                 state.num_clipped,
                 fits,
                 norms,
             ),
             num_nonfinite=jax.tree.map(
-                lambda total, n: counted(total, ~jnp.isfinite(n)),
+                lambda total, n: increment(total, ~jnp.isfinite(n)),
                 state.num_nonfinite,
                 norms,
             ),
@@ -186,7 +186,7 @@ def clip_by_norm(
             # Without the barrier XLA shares the conversion of a bfloat16 leaf with the
             # norm, and stores the whole leaf in float32.
             x = lax.optimization_barrier(jnp.asarray(x))
-            return rescale(widened(x, numbers[0].dtype), *numbers).astype(x.dtype)
+            return rescale(widen(x, numbers[0].dtype), *numbers).astype(x.dtype)
 
         leaves, structure = jax.tree.flatten(updates)
         numbers = map(scopes.spread, (pre, post, norms, excess, limits))

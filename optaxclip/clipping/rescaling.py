@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip.numerics import accumulator, divided, is_gradient, scaled, where, widened
+from optaxclip.numerics import accumulator, divide, is_gradient, scale, where, widen
 
 
 def fits_limit(norm, excess, limit):
@@ -46,7 +46,7 @@ def clip_factor(norm, excess, limit, fits, pre):
 @jax.custom_jvp
 def rescale(x, pre, post, norm, excess, limit):
     """Multiplies by pre * post, which is 1 or limit / (norm * excess)."""
-    return scaled(scaled(x, pre), post)
+    return scale(scale(x, pre), post)
 
 
 @rescale.defjvp
@@ -55,12 +55,10 @@ def _rescale_jvp(primals, tangents):
     x, pre, post, norm, excess, _ = primals
     d_x, _, _, d_norm, _, d_limit = tangents
     is_clipped = (pre < 1) | (post < 1)
-    direction = divided(divided(x, where(norm > 0, norm, 1)), excess)
+    direction = divide(divide(x, where(norm > 0, norm, 1)), excess)
     direction = where(is_clipped & jnp.isfinite(norm), direction, 0)
-    d_x = d_x - scaled(direction, d_norm)
-    d_out = scaled(scaled(d_x, pre), post) + scaled(
-        direction, d_limit.astype(norm.dtype)
-    )
+    d_x = d_x - scale(direction, d_norm)
+    d_out = scale(scale(d_x, pre), post) + scale(direction, d_limit.astype(norm.dtype))
     return rescale(*primals), d_out
 
 
@@ -72,7 +70,7 @@ def limit_updates(
     # Zeros if the limit is bad, or the norm not known: beyond the largest float.
     is_good = (limit > 0) & (norm < jnp.finfo(norm.dtype).max)
     dividend = jnp.where(is_large, jnp.where(is_good, limit, 0), 1)
-    factor = dividend / jnp.where(is_large, norm, 1)  # computed once, see `once`
+    factor = dividend / jnp.where(is_large, norm, 1)  # computed once, see `materialize`
 
     def limited(u):
         if not is_gradient(u):
@@ -80,6 +78,6 @@ def limit_updates(
         # The barrier is that of `clip_by_norm`.
         u = lax.optimization_barrier(jnp.asarray(u))
         dtype = accumulator([u])
-        return scaled(widened(u, dtype), factor.astype(dtype)).astype(u.dtype)
+        return scale(widen(u, dtype), factor.astype(dtype)).astype(u.dtype)
 
     return jax.tree.map(limited, updates)

@@ -72,7 +72,7 @@ ten steps apart count as one explosion (`max_gap`).
    dtype of its parameter, those elements become 0.
 5. Where the optimizer makes its own moments non-finite out of finite gradients, they
    are reset within 3 steps: to the snapshot, or without rollback to 0. That step is
-   skipped, and counted as an explosion (`explosions/mended`).
+   skipped, and counted as an explosion (`explosions/num_mended`).
 
 With `rollback=True` also:
 
@@ -110,20 +110,20 @@ Without `rollback`, the third explosion in a row multiplies the updates by `cool
 | the run was given up | an earlier checkpoint, a smaller learning rate |
 | the parameters hold NaN | an earlier checkpoint |
 | the optimizer's state holds NaN or inf | larger constants in its denominators |
-| `explosions/blocked_rollbacks` above 0 | put `stabilize` around everything else |
+| `explosions/num_blocked_rollbacks` above 0 | put `stabilize` around everything else |
 | `optax.MultiSteps` has accumulated NaN | put `stabilize` around it |
 
 `raise_if_exploded` is for the training loop, outside of `jit`. It raises only where the
 run cannot go on: on a non-finite step that nothing skipped, on a run that was given up,
 and on NaN in parameters, optimizer state or accumulated gradients. It does not raise on
-a finite explosion that `detect_explosions` noticed; read `explosions/exploded` for
+a finite explosion that `detect_explosions` noticed; read `explosions/is_exploded` for
 that. It waits for the step, so call it every some steps.
 
 ## In your trainer
 
 **Order.** `stabilize` goes around everything that makes the update. A rollback is an
 update, so nothing may change it afterwards. `metrics` counts those that something
-changed as `explosions/blocked_rollbacks`.
+changed as `explosions/num_blocked_rollbacks`.
 
 ```python
 >>> def train(tx, sizes, state=None):  # gradients and losses of these sizes
@@ -136,11 +136,11 @@ changed as `explosions/blocked_rollbacks`.
 ...     return params, state
 >>> returns = [1.0] * 4 + [1e3] * 3 + [1.0] * 3  # three explosions, two trials
 >>> _, state = train(optaxclip.stabilize(optax.adam(1e-3)), returns)
->>> print(optaxclip.metrics(state)["explosions/rollbacks"])
+>>> print(optaxclip.metrics(state)["explosions/num_rollbacks"])
 1
 >>> behind = optax.chain(optaxclip.stabilize(optax.scale_by_adam()), optax.scale(-1e-3))
 >>> _, state = train(behind, returns)
->>> print(optaxclip.metrics(state)["explosions/blocked_rollbacks"])
+>>> print(optaxclip.metrics(state)["explosions/num_blocked_rollbacks"])
 1
 
 ```
@@ -183,7 +183,7 @@ leaves their counts as they are.
 >>> _, state = train(by_hand, [1.0] * 4)
 >>> state["explosions"].inner_state.hyperparams["learning_rate"] = jnp.array(0.01)
 >>> _, state = train(by_hand, returns[4:], state)
->>> print(optaxclip.metrics(state)["explosions/rollbacks"])
+>>> print(optaxclip.metrics(state)["explosions/num_rollbacks"])
 1
 >>> print(state["explosions"].inner_state.hyperparams["learning_rate"])
 0.01

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optaxclip.explosions.state import Verdict
-from optaxclip.xla import once
+from optaxclip.xla import materialize
 
 PHASES = ("training", "first look", "second look", "accepting")
 """Of a rollback: none; the next batch is the first, or the second, at the snapshot; it
@@ -132,12 +132,12 @@ def decide(
     last = jnp.where(is_confirmed, now["steps"], now["last_rollback"])
     return Decision(
         is_accepted=is_accepted,
-        is_skipped=once(is_skipped),
-        is_started=once(is_started),
-        is_returned=once(is_returned),
-        is_at_snapshot=once(is_started | (is_look & ~is_confirmed)),
-        is_copied=once(is_copied),
-        is_replaced=once(is_second | is_returned),
+        is_skipped=materialize(is_skipped),
+        is_started=materialize(is_started),
+        is_returned=materialize(is_returned),
+        is_at_snapshot=materialize(is_started | (is_look & ~is_confirmed)),
+        is_copied=materialize(is_copied),
+        is_replaced=materialize(is_second | is_returned),
         counts={
             "phase": following,
             "age": age,
@@ -248,5 +248,5 @@ def _cool(settings, cooling, strikes, is_early, is_cut, is_quiet) -> Cooling:
         lower = jnp.minimum(lower, cooling.scale)
     growth = jnp.clip(settings.recovery, 1, 1 / LEAST_SCALE)
     grown = jnp.minimum(cooling.scale * jnp.where(is_quiet, growth, 1), 1)
-    scale = once(jnp.where(is_cut, jnp.maximum(lower, LEAST_SCALE), grown))
+    scale = materialize(jnp.where(is_cut, jnp.maximum(lower, LEAST_SCALE), grown))
     return Cooling(scale=scale.astype(jnp.float32), least=cooling.least)

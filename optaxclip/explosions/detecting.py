@@ -29,7 +29,7 @@ from optaxclip.explosions.rules import (
 from optaxclip.explosions.state import (
     COUNTS,
     DetectExplosionsState,
-    Step,
+    Event,
     Verdict,
     as_bits,
     count,
@@ -38,9 +38,9 @@ from optaxclip.limits.limit import LimitLike, as_limit
 from optaxclip.norms.measuring import measure_leaves
 from optaxclip.norms.names import Stacked, layout_of
 from optaxclip.norms.scopes import Scopes, find_scopes
-from optaxclip.numerics import counted, divided, promoted, saturating_cast
-from optaxclip.recording import WINDOW, empty, loss_of, pushed, rows_of
-from optaxclip.xla import once, side_by_side
+from optaxclip.numerics import divide, increment, promote, saturating_cast
+from optaxclip.recording import WINDOW, append, empty, loss_of, rows_of
+from optaxclip.xla import materialize, stack_scalars
 
 
 def detect_explosions(
@@ -98,7 +98,7 @@ def detect_explosions(
       >>> for size in [1.0, 1.1, 0.9, 50.0]:
       ...     grads = {"w": jnp.array([size, size])}
       ...     _, state = update(grads, state, value=jnp.array(0.5))
-      >>> print(optaxclip.metrics(state)["explosions/count/norm"])
+      >>> print(optaxclip.metrics(state)["explosions/num_exploded/norm"])
       1
     """
     detector = Detector(
@@ -149,7 +149,7 @@ class Detector:
         counts = jnp.asarray(counts, jnp.int32)
         layout = layout_of(params, "leaf", self.stacked)
         return DetectExplosionsState(
-            told=jnp.asarray([step] * 2, jnp.int32),
+            events=jnp.asarray([step] * 2, jnp.int32),
             rule_states=self._rule_states(sizes),
             record=empty(norms.size, self.window, counts, layout),
         )
@@ -171,7 +171,7 @@ class Detector:
         dtype = _dtype_of(state.rule_states, norm)
         norms, norm = (saturating_cast(x, dtype) for x in (norms, norm))
         is_positive = (norm > 0) & (norm < jnp.inf)
-        shares = divided(norms, jnp.where(is_positive, norm, 1))
+        shares = divide(norms, jnp.where(is_positive, norm, 1))
         loss = loss_of(value, dtype)
         is_finite = norm < jnp.inf
         # Nothing of a step enters a rule when any of its leaves is not finite.
@@ -200,7 +200,7 @@ class Detector:
         norm_limit, _, loss_limit = highest
         bits = jnp.asarray(sum(jnp.where(x, 2**i, 0) for i, x in enumerate(fired)))
         numbers = norm, leaf_share, loss, norm_limit, leaf_limit, loss_limit
-        step = Step(now, leaf, bits, *map(as_bits, numbers))
+        step = Event(now, leaf, bits, *map(as_bits, numbers))
         is_first = is_exploded & ((last < 0) | (now - last > self.max_gap))
         is_nonfinite_first = ~is_finite & (count(state, "nonfinite_in_a_row") == 0)
         row = lax.broadcasted_iota(jnp.int32, (2, 1), 0)
@@ -220,12 +220,12 @@ class Detector:
         )
         columns = {"loss": loss, "loss_limit": loss_limit, "limit": norm_limit}
         columns |= {"fired": bits, "leaf": leaf}
-        told = jnp.where(is_told, side_by_side(step), state.told)
-        record = pushed(state.record, columns, norms, norm, counts)
+        events = jnp.where(is_told, stack_scalars(step), state.events)
+        record = append(state.record, columns, norms, norm, counts)
         signal, limit = (loss, loss_limit) if has_loss_rule else (norm, norm_limit)
         evidence = (saturating_cast(x, jnp.float32) for x in (signal, limit))
         verdict = Verdict(is_bad, has_nonfinite_updates, norm, norm_limit, *evidence)
-        return DetectExplosionsState(told, rule_states, record), verdict
+        return DetectExplosionsState(events, rule_states, record), verdict
 
     def _limits_of(self, signals, rule_states, value):
         """The limit of each signal, +inf for none, and the next states of the rules."""
@@ -237,7 +237,7 @@ class Detector:
             if limit is not None and not (value is None and signal is signals[2]):
                 found, rule_state = limit.update(signal, rule_state, None)
                 bound = jnp.broadcast_to(found, signal.shape).astype(signal.dtype)
-            highest.append(once(bound))
+            highest.append(materialize(bound))
             states.append(rule_state)
         return highest, (states[0], states[1], states[2])
 
@@ -249,12 +249,14 @@ def _dtype_of(rule_states: Any, norm: jax.Array) -> Any:
     """
     kept = [x.dtype for x in jax.tree.leaves(rule_states)]
     floats = [dtype for dtype in kept if jnp.issubdtype(dtype, jnp.floating)]
-    return promoted(jnp.float32, *floats) if floats else norm.dtype
+    return promote(jnp.float32, *floats) if floats else norm.dtype
 
 
 def _counted(counts, flags, in_a_row):
     """The next `COUNTS`, before any response."""
-    grown = counted(counts, _by_count(flags | in_a_row | {"steps": jnp.ones([], bool)}))
+    grown = increment(
+        counts, _by_count(flags | in_a_row | {"steps": jnp.ones([], bool)})
+    )
     is_reset = _by_count({name: ~flag for name, flag in in_a_row.items()})
     is_last = _by_count({"last": flags["exploded"]})
     return jnp.where(is_reset, 0, jnp.where(is_last, counts[0], grown))
@@ -262,4 +264,4 @@ def _counted(counts, flags, in_a_row):
 
 def _by_count(flags: dict[str, jax.Array]) -> jax.Array:
     """bool, one for each of the `COUNTS`."""
-    return side_by_side([flags.get(name, jnp.zeros([], bool)) for name in COUNTS])
+    return stack_scalars([flags.get(name, jnp.zeros([], bool)) for name in COUNTS])

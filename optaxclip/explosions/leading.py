@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip.explosions.rules import MIN_GROWTH, MIN_KNOWN
-from optaxclip.numerics import total_of
+from optaxclip.numerics import root_sum_squares
 from optaxclip.recording import RecordState, rows_of
 
 NUM_FITTED = 8
@@ -26,7 +26,7 @@ def fitted_growth(record: RecordState) -> jax.Array:
     `exp` of the slope of a line fitted to the logarithms.
     """
     steps = record.counts[0] - NUM_FITTED + jnp.arange(NUM_FITTED, dtype=jnp.int32)
-    norms = jax.vmap(total_of)(rows_of(record, steps)[1])
+    norms = jax.vmap(root_sum_squares)(rows_of(record, steps)[1])
     is_known = (norms > 0) & (norms < jnp.inf)  # 0 in rows without a step yet
     logs = jnp.log(jnp.where(is_known, norms, 1))
     times = jnp.arange(norms.size, dtype=norms.dtype)

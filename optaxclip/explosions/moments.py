@@ -15,7 +15,7 @@ from optaxclip.explosions.nodes import LEAF, is_like, num_leaves, split_node
 from optaxclip.explosions.snapshots import CLOCKS
 from optaxclip.explosions.state import SkipExplosionsState
 from optaxclip.norms.scopes import Scopes
-from optaxclip.numerics import accumulator, is_gradient, widened
+from optaxclip.numerics import accumulator, is_gradient, widen
 
 
 def are_spoiled(
@@ -34,7 +34,7 @@ def are_spoiled(
             axes = tuple(set(range(x.ndim)) - set(scopes.leaves[i].kept))
             # A sum, as in `_compared`: inf - inf is NaN. 0 * x would be a product with
             # an array of zeros.
-            x = widened(x, accumulator([x]))
+            x = widen(x, accumulator([x]))
             total = jnp.sum(x - x, axes)
             levels[i] = jnp.where(jnp.isnan(total), 1, levels[i])
         level: Any = scopes.collapse(levels, "max")

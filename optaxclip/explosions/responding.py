@@ -27,8 +27,8 @@ from optaxclip.explosions.state import (
     count,
 )
 from optaxclip.norms.scopes import Scopes
-from optaxclip.numerics import add, is_gradient, scaled
-from optaxclip.xla import once
+from optaxclip.numerics import add, is_gradient, scale
+from optaxclip.xla import materialize
 
 CHECK_EVERY = 3
 """Steps between two looks at the moments of the inner state. Each look reads them once
@@ -77,7 +77,7 @@ def move_between(
         )
     else:
         done, inner_state = mend(is_spoiled, inner_state, updates)
-    is_skipped = once(decision.is_skipped | is_spoiled | done)
+    is_skipped = materialize(decision.is_skipped | is_spoiled | done)
     return Moved(is_spoiled, is_skipped, inner_state, snapshots)
 
 
@@ -87,7 +87,7 @@ def apply(
     inner_state: Any,
     moved: Moved,
     decision: Decision,
-    scale: jax.Array | None,
+    factor: jax.Array | None,
 ) -> tuple[Any, Snapshots | tuple[()]]:
     """The updates to apply: cooled down, zero if skipped, or the way to a snapshot."""
 
@@ -97,8 +97,8 @@ def apply(
         # They may be Python numbers, or NumPy's float64.
         u = jnp.asarray(u)
         param = None if param is None else jnp.asarray(param)
-        if scale is not None:
-            u = scaled(u, scale.astype(u.real.dtype))
+        if factor is not None:
+            u = scale(u, factor.astype(u.real.dtype))
         # A finite update may still overflow the dtype of its parameter.
         after = u if param is None else add(param, u).astype(param.dtype)
         is_taken = ~moved.is_skipped & jnp.isfinite(after)

@@ -46,7 +46,7 @@ from optaxclip.explosions.state import (
 from optaxclip.limits.limit import LimitLike
 from optaxclip.norms.names import Stacked
 from optaxclip.recording import WINDOW
-from optaxclip.xla import side_by_side
+from optaxclip.xla import stack_scalars
 
 
 def skip_explosions(
@@ -82,7 +82,7 @@ def skip_explosions(
     dtype of its parameter, those elements become 0. Where what it made stands in its
     moments, and so would stay, the inner state goes back to the snapshot's within 3
     steps, without rollback those moments to 0; that is an explosion too, and its step
-    is skipped (`explosions/mended`).
+    is skipped (`explosions/num_mended`).
 
     Put it around `optax.MultiSteps`, so that a bad micro-batch alone is lost. Within
     it, NaN would stay in what is accumulated, which `raise_if_exploded` tells; that
@@ -101,7 +101,7 @@ def skip_explosions(
     as it is. So put `skip_explosions` around everything that changes updates, also
     `optax.contrib.schedule_free`; behind a learning rate of its own, as in
     `chain(skip_explosions(scale_by_adam()), scale(-1e-3))`, it undoes nothing, which
-    `explosions/blocked_rollbacks` counts and `explain` tells. That takes the memory
+    `explosions/num_blocked_rollbacks` counts and `explain` tells. That takes the memory
     of two copies of both, and on healthy steps one read of one copy of the parameters.
     What the optimizer has learned goes back; what the user or the clock decides stays:
     the counts of schedules, the `hyperparams` of `optax.inject_hyperparams`, random
@@ -148,7 +148,7 @@ def skip_explosions(
       >>> tx = optaxclip.skip_explosions(optax.adam(1e-3))
       >>> params, grads = {"w": jnp.ones(2)}, {"w": jnp.array([1.0, jnp.nan])}
       >>> updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
-      >>> print(updates["w"], optaxclip.metrics(state)["explosions/skipped"])
+      >>> print(updates["w"], optaxclip.metrics(state)["explosions/skipped_fraction"])
       [0. 0.] 1.0
     """
     detector = Detector(
@@ -212,13 +212,15 @@ def skip_explosions(
         updates, inner_state = update_or_keep(
             update_inner, moved.inner_state, moved.is_skipped
         )
-        scale = decision.cooling.scale if cool_down is not None else None
-        updates, snapshots = apply(updates, params, inner_state, moved, decision, scale)
+        factor = decision.cooling.scale if cool_down is not None else None
+        updates, snapshots = apply(
+            updates, params, inner_state, moved, decision, factor
+        )
         counts = count_response(now, decision, moved.is_spoiled, is_broken)
         state = SkipExplosionsState(
             explosions=with_values(explosions, counts),
             inner_state=inner_state,
-            cooling=side_by_side(decision.cooling),
+            cooling=stack_scalars(decision.cooling),
             snapshots=snapshots,
         )
         return updates, {label: state}

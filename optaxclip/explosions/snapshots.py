@@ -17,7 +17,7 @@ from optaxclip.explosions.nodes import LEAF, is_like, num_leaves, split_node
 from optaxclip.explosions.state import DetectExplosionsState, Snapshots
 from optaxclip.limits.limit import ScheduleState
 from optaxclip.norms.scopes import Scopes
-from optaxclip.numerics import accumulator, is_gradient, promoted, widened
+from optaxclip.numerics import accumulator, is_gradient, promote, widen
 from optaxclip.recording import RecordState
 from optaxclip.xla import replace_where
 
@@ -77,7 +77,7 @@ def compare(
         x, y, u = map(jnp.asarray, (x, y, u))  # they may be Python numbers
         eps = max(float(jnp.finfo(z.dtype).eps) for z in (x, u) if is_gradient(z))
         axes = tuple(i for i in range(x.ndim) if i not in leaf.kept)
-        x, y = (widened(z, accumulator([x, y])) for z in (x, y))
+        x, y = (widen(z, accumulator([x, y])) for z in (x, y))
         # Sums, since for them alone XLA stores nothing for every element.
         distance, size = (jnp.sum((z * z.conj()).real, axes) for z in (x - y, y))
         is_away = ~(distance <= (4 * eps) ** 2 * size)
@@ -169,10 +169,10 @@ def widen_snapshots(snapshots: Snapshots, present: Any) -> Snapshots:
     enough keeps its type, so that a state whose type `lax.scan` can carry keeps that.
     """
 
-    def widened(x, y):
+    def widen(x, y):
         if x.dtype == y.dtype:
             return x
-        return x.astype(promoted(x.dtype, y.dtype))
+        return x.astype(promote(x.dtype, y.dtype))
 
-    older, newer = (jax.tree.map(widened, copy, present) for copy in snapshots)
+    older, newer = (jax.tree.map(widen, copy, present) for copy in snapshots)
     return Snapshots(older, newer)

@@ -65,7 +65,7 @@ def stabilize(
       >>> for g in [jnp.ones(2), jnp.full(2, jnp.inf)]:
       ...     updates, state = update({"w": g}, state, params, value=jnp.array(1.0))
       ...     params = optax.apply_updates(params, updates)
-      >>> print(params["w"] < 1, optaxclip.metrics(state)["explosions/exploded"])
+      >>> print(params["w"] < 1, optaxclip.metrics(state)["explosions/is_exploded"])
       [ True  True] 1
     """
     check_transformation("optimizer", optimizer)

@@ -12,7 +12,7 @@ from jax import lax
 from optaxclip.explosions.rules import RULES
 from optaxclip.numerics import saturating_cast
 from optaxclip.recording import RecordState
-from optaxclip.xla import side_by_side
+from optaxclip.xla import stack_scalars
 
 COUNTS = (
     "steps",
@@ -43,7 +43,7 @@ class DetectExplosionsState(NamedTuple):
     `raise_if_exploded` name what they hold.
     """
 
-    told: jax.Array
+    events: jax.Array
     """int32 `[2, 9]`: two steps, which are the one on which the last explosion began
     (after ten without one), and the first of the last non-finite ones in a row. Of each
     its index (-1 for none); the leaf that led (the first that was not finite, or else
@@ -78,11 +78,11 @@ def with_values(
     counts = state.record.counts
     # All in one array: each array of a state costs a small step microseconds.
     new = [values.get(name, counts[i]) for i, name in enumerate(COUNTS)]
-    counts = side_by_side([jnp.asarray(x, jnp.int32) for x in new])
+    counts = stack_scalars([jnp.asarray(x, jnp.int32) for x in new])
     return state._replace(record=state.record._replace(counts=counts))
 
 
-class Step(NamedTuple):
+class Event(NamedTuple):
     """What is known of one step; see `DetectExplosionsState`."""
 
     step: jax.Array
@@ -96,12 +96,12 @@ class Step(NamedTuple):
     loss_limit: jax.Array
 
 
-def read_step(state: DetectExplosionsState, which: str) -> Step:
+def read_step(state: DetectExplosionsState, which: str) -> Event:
     """The step "began" or "nonfinite" of a state."""
-    row = state.told[("began", "nonfinite").index(which)]
+    row = state.events[("began", "nonfinite").index(which)]
     step, leaf, fired, *numbers = row
     numbers = (lax.bitcast_convert_type(x, jnp.float32) for x in numbers)
-    return Step(step, leaf, flags_of(fired), *numbers)
+    return Event(step, leaf, flags_of(fired), *numbers)
 
 
 def flags_of(fired: Any) -> Any:

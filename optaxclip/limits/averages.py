@@ -14,8 +14,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from optaxclip.checks import check_length, check_number
-from optaxclip.limits.limit import Limit, keep_finite, like, refuse_units
-from optaxclip.numerics import divisor, shares_of
+from optaxclip.limits.limit import Limit, cast_like, keep_finite, refuse_units
+from optaxclip.numerics import normalize_norms, safe_unit
 
 
 class ZScoreState(NamedTuple):
@@ -108,7 +108,7 @@ def zscore(
     def update(norms, state, param_norms=None):
         del param_norms
         mean, std, num_seen = state
-        max_z, rate = like(norms, max_zscore, 1 - decay)
+        max_z, rate = cast_like(norms, max_zscore, 1 - decay)
         is_warmup = num_seen < warmup
         # The reference adds 1e-6 to std; relative to the mean, units do not matter.
         distance = max_z * (std + 1e-6 * mean)
@@ -198,9 +198,9 @@ def ema(
 
     def update(norms, state, param_norms=None):
         del param_norms
-        factor, rate, cap = like(norms, multiple, 1 - decay, max_warmup_norm)
+        factor, rate, cap = cast_like(norms, multiple, 1 - decay, max_warmup_norm)
         info = jnp.finfo(norms.dtype)
-        shares, total = shares_of(norms)
+        shares, total = normalize_norms(norms)
         is_capped = (total > cap) & (shares > 0)  # 0: not finite, or zero
         warm_limits = jnp.minimum(cap, info.max) * shares
         warm_limits = jnp.where(is_capped, warm_limits, jnp.inf)
@@ -275,7 +275,7 @@ def quantile(
     def update(norms, state, param_norms=None):
         del param_norms
         limits = state.limit
-        share, speed = like(norms, target, rate)
+        share, speed = cast_like(norms, target, rate)
         change = jnp.exp(speed * (share - (norms <= limits).astype(norms.dtype)))
         info = jnp.finfo(norms.dtype)
         learned = QuantileState(jnp.clip(limits * change, info.tiny, info.max))
@@ -286,7 +286,7 @@ def quantile(
 
 def _root_mean_square(first: jax.Array, second: jax.Array, share: jax.Array):
     """`sqrt((1 - share) * first**2 + share * second**2)`; the squares may overflow."""
-    unit = divisor(jnp.maximum(first, second))
+    unit = safe_unit(jnp.maximum(first, second))
     unit = jnp.where(unit > 0, unit, 1)
     first, second = jnp.square(first / unit), jnp.square(second / unit)
     mean = first + share * (second - first)

@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip.checks import check_number
-from optaxclip.limits.limit import Limit, LimitLike, as_limit, like
+from optaxclip.limits.limit import Limit, LimitLike, as_limit, cast_like
 
 
 class RmsState(NamedTuple):
@@ -63,7 +63,7 @@ def params(max_ratio: ArrayLike = 0.01, *, eps: ArrayLike = 1e-3) -> Limit:
             )
 
         def limit_of(norm, param_norm):
-            ratio, least = like(norm, max_ratio, eps)
+            ratio, least = cast_like(norm, max_ratio, eps)
             return ratio * jnp.maximum(param_norm, least)
 
         return jax.tree.map(limit_of, norms, param_norms), state
@@ -104,7 +104,7 @@ def rms(max_rms: ArrayLike = 1.0) -> Limit:
         del param_norms
 
         def limit_of(norm, root):
-            (largest,) = like(norm, max_rms)
+            (largest,) = cast_like(norm, max_rms)
             return largest * root.astype(norm.dtype)
 
         return jax.tree.map(limit_of, norms, state.sqrt_size), state

@@ -131,7 +131,7 @@ def as_limit(max_norm: LimitLike) -> Limit:
     return schedule(max_norm) if callable(max_norm) else constant(max_norm)
 
 
-def like(norms: jax.Array, *values: Any) -> list[jax.Array]:
+def cast_like(norms: jax.Array, *values: Any) -> list[jax.Array]:
     """The values in the dtype of the norms."""
     return [jnp.asarray(value, norms.dtype) for value in values]
 

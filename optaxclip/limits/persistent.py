@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optaxclip.checks import check_length, check_number
-from optaxclip.limits.limit import Limit, keep_finite, like, refuse_units
+from optaxclip.limits.limit import Limit, cast_like, keep_finite, refuse_units
 from optaxclip.limits.windowed import _log
 
 
@@ -77,7 +77,7 @@ def drift(max_ratio: ArrayLike = 5.0, *, window: int = 64, patience: int = 3) ->
         mean, change, previous, num_seen, num_above = (
             state.memory[..., i] for i in range(5)
         )
-        (least,) = like(norms, max_ratio)
+        (least,) = cast_like(norms, max_ratio)
         # 2.5 mean changes are about two standard deviations of normal noise.
         limits = jnp.exp(mean + jnp.maximum(2.5 * change, jnp.log(least)))
         is_above = (num_seen > 0) & (norms > limits)
@@ -155,7 +155,7 @@ def above_lowest(
     def update(norms, state, param_norms=None):
         del param_norms
         mean, lowest, num_seen, num_above = (state.memory[..., i] for i in range(4))
-        ratio, least = like(norms, max_ratio, min_level)
+        ratio, least = cast_like(norms, max_ratio, min_level)
         limits = ratio * jnp.maximum(lowest, least)
         limits = jnp.where(lowest > 0, limits, jnp.inf)
         num_above = jnp.where(norms > limits, num_above + 1, 0)

@@ -10,8 +10,8 @@ from jax.typing import ArrayLike
 
 from optaxclip.checks import check_length, check_number
 from optaxclip.limits import windows
-from optaxclip.limits.limit import Limit, keep_finite, like, refuse_units
-from optaxclip.numerics import divisor
+from optaxclip.limits.limit import Limit, cast_like, keep_finite, refuse_units
+from optaxclip.numerics import safe_unit
 
 
 class PercentileState(NamedTuple):
@@ -73,7 +73,7 @@ def percentile(percent: ArrayLike = 10.0, *, window: int = 1024) -> Limit:
         del param_norms
         learned = PercentileState(windows.push_in_order(state.window, norms))
         state = keep_finite(norms, learned, state)
-        (percents,) = like(norms, [percent])
+        (percents,) = cast_like(norms, [percent])
         low, high, share = windows.percentiles_of(state.window, percents)
         rise = jnp.where(high > low, high, 0) - jnp.where(high > low, low, 0)
         return (low + share * rise)[..., 0], state
@@ -130,13 +130,13 @@ def window_sigma(sigmas: ArrayLike = 3.0, *, window: int = 128) -> Limit:
         num = jnp.sum(is_known, axis=-1, keepdims=True).astype(norms.dtype)
         values = jnp.where(is_known, state.window, 0)
         # In units of the largest: squares of norms overflow.
-        unit = divisor(jnp.max(jnp.abs(values), axis=-1, keepdims=True))
+        unit = safe_unit(jnp.max(jnp.abs(values), axis=-1, keepdims=True))
         values = values / jnp.where(num > 0, unit, 1)
         mean = jnp.sum(values, axis=-1, keepdims=True) / jnp.maximum(num, 1)
         squares = jnp.where(is_known, jnp.square(values - mean), 0)
         variance = jnp.sum(squares, axis=-1, keepdims=True) / jnp.maximum(num, 1)
         variance = jnp.maximum(variance, jnp.square(0.01 * mean))
-        (factor,) = like(norms, sigmas)
+        (factor,) = cast_like(norms, sigmas)
         std = jnp.sqrt(jnp.where(num > 0, variance, 1))
         limits = jnp.where(
             num >= max(2, window // 2), (mean + factor * std) * unit, jnp.inf
@@ -217,7 +217,7 @@ def log_quantile(
 
     def update(norms, state, param_norms=None):
         del param_norms
-        exponent, least, jump, early, level = like(
+        exponent, least, jump, early, level = cast_like(
             norms, power, min_ratio, max_jump, early_jump, min_level
         )
         num = windows.num_known(state.window)

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from optaxclip.norms.scopes import Scopes
-from optaxclip.numerics import accumulator, divided, is_complex, scaled, where, widened
+from optaxclip.numerics import accumulator, divide, is_complex, scale, where, widen
 
 
 # Jitted on its own, so that a loop without jit compiles it once and not on every step.
@@ -48,7 +48,7 @@ def reduce_scopes(gradients: list[jax.Array], *, scopes: Scopes, ord: float):
             sums, units = _sums_of_powers(gradients, scopes, ord, dtype)
             roots = jax.tree.map(lambda x: _root(x, ord), sums)
         else:
-            values = [widened(x, dtype) for x in gradients]
+            values = [widen(x, dtype) for x in gradients]
             roots, units = _relative_to_peak(values, scopes, ord, dtype)
         largest = float(jnp.finfo(dtype).max)
 
@@ -69,7 +69,7 @@ def reduce_scopes(gradients: list[jax.Array], *, scopes: Scopes, ord: float):
         norms, excess = norms_and_excess(gradients)
         slopes = _slopes(gradients, norms, excess, scopes, ord, dtype)
         products = [
-            (slope.conj() * widened(tangent, dtype)).real
+            (slope.conj() * widen(tangent, dtype)).real
             for slope, tangent in zip(slopes, d_gradients, strict=True)
         ]
         d_norms = _total(products, scopes, "sum", dtype)
@@ -93,26 +93,26 @@ def _sums_of_powers(
     shift, low = 11 * maxexp // 16, 2.0 ** (-maxexp // 2)
     up, down = jnp.asarray(2.0**shift, dtype), jnp.asarray(2.0**-shift, dtype)
     narrow = iter([4 * jnp.finfo(x.dtype).maxexp <= maxexp for x in gradients])
-    can_leave = scopes.any_of(
+    may_overflow = scopes.any_of(
         [leaf.is_gradient and not next(narrow) for leaf in scopes.leaves]
     )
-    shapes = can_leave
+    shapes = may_overflow
     if one_unit:
-        can_leave = np.any(can_leave)
+        may_overflow = np.any(may_overflow)
 
     def sums_of(values):
         return _total([_power(x, ord) for x in values], scopes, "sum", dtype)
 
-    def is_safe(sums, can_leave):
-        return ~can_leave | ((sums >= low) & (sums < jnp.inf))
+    def is_safe(sums, may_overflow):
+        return ~may_overflow | ((sums >= low) & (sums < jnp.inf))
 
     def to_judge(sums: Any) -> Any:
         return jnp.sum(sums) if one_unit else sums
 
-    def goes_on(state):
+    def needs_rescue(state):
         sums, _, _, num_reads = state
         sums = to_judge(sums)
-        safe = jax.tree.leaves(jax.tree.map(is_safe, sums, can_leave))
+        safe = jax.tree.leaves(jax.tree.map(is_safe, sums, may_overflow))
         is_unsafe = functools.reduce(jnp.logical_or, [~jnp.all(x) for x in safe])
         return (num_reads == 0) | ((num_reads == 1) & scopes.anywhere(is_unsafe))
 
@@ -123,17 +123,17 @@ def _sums_of_powers(
                 is_safe(total, can), 1, where(total < low, down, up)
             ),
             to_judge(sums),
-            can_leave,
+            may_overflow,
         )
         # Divided, since XLA does not compute a division again for every leaf.
-        scale = jax.tree.map(lambda unit: 1 / unit, units)
+        inverses = jax.tree.map(lambda unit: 1 / unit, units)
         # The barrier ties the gradients to the loop's state: XLA would otherwise hoist
         # their conversion to float32 out of the loop and into every healthy step.
         values = []
-        factors = [scale] * len(gradients) if one_unit else _spread(scale, scopes)
+        factors = [inverses] * len(gradients) if one_unit else _spread(inverses, scopes)
         for x, factor in zip(gradients, factors, strict=True):
             x, factor = lax.optimization_barrier((x, factor))
-            values.append(scaled(widened(x, dtype), factor))
+            values.append(scale(widen(x, dtype), factor))
         sums = sums_of(values)
         if one_unit and starts_in_loop:
             first = where(num_reads == 0, sums, first)
@@ -150,13 +150,13 @@ def _sums_of_powers(
         # The barrier keeps an optimizer from sharing the squares, which XLA would then
         # store; with the 0 it is another than the barrier of the clip.
         values = [lax.optimization_barrier((x, np.float32(0)))[0] for x in gradients]
-        sums = sums_of([widened(x, dtype) for x in values])
+        sums = sums_of([widen(x, dtype) for x in values])
     first: Any = sums if one_unit else ()
     units = jax.tree.map(jnp.ones_like, to_judge(sums))
-    if starts_in_loop or any(can.any() for can in jax.tree.leaves(can_leave)):
+    if starts_in_loop or any(can.any() for can in jax.tree.leaves(may_overflow)):
         # A loop and not a `cond`, of which `vmap` runs both sides.
         state = sums, first, units, jnp.asarray(not starts_in_loop, jnp.int32)
-        sums, first, units, _ = lax.while_loop(goes_on, read, state)
+        sums, first, units, _ = lax.while_loop(needs_rescue, read, state)
     if not one_unit:
         return sums, units
     # Beside one that overflows, or is not finite, small ones would be lost.
@@ -170,7 +170,7 @@ def _relative_to_peak(values: list, scopes: Scopes, ord: float, dtype: Any):
     peaks = _total([_largest_part(x) for x in values], scopes, "max", dtype)
     units = jax.tree.map(lambda p: where((p > 0) & (p < jnp.inf), p, 1), peaks)
     ratios = [
-        jnp.abs(divided(x, unit))
+        jnp.abs(divide(x, unit))
         for x, unit in zip(values, _spread(units, scopes), strict=True)
     ]
     if any(map(is_complex, values)):  # |z| may exceed its larger part by sqrt(2)
@@ -189,7 +189,7 @@ def _slopes(gradients, norms, excess, scopes: Scopes, ord: float, dtype: Any) ->
     """The derivative of the norm by each element; 0 where the norm is 0."""
     norms = jax.tree.map(lambda n: where(n > 0, n, 1), norms)
     ratios = [
-        divided(divided(widened(x, dtype), n), e)
+        divide(divide(widen(x, dtype), n), e)
         for x, n, e in zip(
             gradients, _spread(norms, scopes), _spread(excess, scopes), strict=True
         )
@@ -203,10 +203,10 @@ def _slopes(gradients, norms, excess, scopes: Scopes, ord: float, dtype: Any) ->
         counts = _total(is_peak, scopes, "sum", dtype)
         counts = _spread(jax.tree.map(lambda n: jnp.maximum(n, 1), counts), scopes)
         return [
-            scaled(jnp.sign(r), p / n)
+            scale(jnp.sign(r), p / n)
             for r, p, n in zip(ratios, is_peak, counts, strict=True)
         ]
-    return [scaled(jnp.sign(r), jnp.abs(r) ** (ord - 1)) for r in ratios]
+    return [scale(jnp.sign(r), jnp.abs(r) ** (ord - 1)) for r in ratios]
 
 
 def _total(values: list, scopes: Scopes, reduce: Literal["sum", "max"], dtype: Any):

@@ -19,11 +19,12 @@ their names; without it they are numbered.
 >>> grads = {"w": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
 >>> _, opt_state = tx.update(grads, opt_state, params, value=jnp.array(0.5))
 >>> metrics = optaxclip.metrics(opt_state, params)
->>> for name in ["clip/norm", "clip/norm_after", "clip/fraction", "gradients/norm/b"]:
+>>> names = ["clip/norm", "clip/norm_after", "clip/clipped_fraction"]
+>>> for name in [*names, "gradients/norm/b"]:
 ...     print(name, metrics[name])
 clip/norm 5.0
 clip/norm_after 1.0
-clip/fraction 1.0
+clip/clipped_fraction 1.0
 gradients/norm/b 4.0
 
 ```

@@ -28,11 +28,11 @@ from optaxclip.norms.names import (
     scope_names,
 )
 from optaxclip.norms.scopes import find_scopes
-from optaxclip.numerics import divided, shares_of, total_of
+from optaxclip.numerics import divide, normalize_norms, root_sum_squares
 from optaxclip.recording import NO_LOSS, RecordState, rows_of
 from optaxclip.reporting.history import totals_of
 from optaxclip.reporting.states import (
-    noticed_of,
+    detection_of,
     record_of,
     runs_of,
 )
@@ -89,20 +89,20 @@ def _record_metrics(
 ) -> list[dict[str, jax.Array]]:
     last, norms = rows_of(state, state.counts[0] - 1)
     result = {
-        "norm": total_of(norms),
+        "norm": root_sum_squares(norms),
         "loss": jnp.where(last["loss"] == NO_LOSS, jnp.inf, last["loss"]),
-        "largest": last["largest"],
-        "nonfinite": state.counts[1],
+        "largest_norm": last["largest"],
+        "num_nonfinite": state.counts[1],
     }
     if isinstance(state.layout, PerTree):
         return [result]
-    shares = jnp.square(shares_of(norms)[0])
+    shares = jnp.square(normalize_norms(norms)[0])
     has_vanished = have_vanished(state).astype(jnp.int32)
     result |= {
-        "share": jnp.max(shares, initial=0),
-        "vanished": jnp.sum(has_vanished),
+        "squared_share": jnp.max(shares, initial=0),
+        "num_vanished": jnp.sum(has_vanished),
     }
-    columns = {"norm": norms, "share": shares, "vanished": has_vanished}
+    columns = {"norm": norms, "squared_share": shares, "is_vanished": has_vanished}
     ratios = _ratios(norms, state.layout, label, params)
     if ratios is not None:
         result["ratio"], columns["ratio"] = ratios
@@ -131,39 +131,40 @@ def _ratios(norms: jax.Array, layout: Layout, label: str, params: Any):
     param_norms, param_norm = measure_leaves(tree, scopes)
 
     def ratio(norm, unit):
-        quotient = divided(norm, jnp.where(unit > 0, unit, 1))
+        quotient = divide(norm, jnp.where(unit > 0, unit, 1))
         return jnp.where((unit > 0) | (norm == 0), quotient, jnp.inf)
 
     unit = param_norm.astype(norms.dtype)
     units = param_norms.astype(norms.dtype)
-    return ratio(total_of(norms), unit), ratio(norms, units)
+    return ratio(root_sum_squares(norms), unit), ratio(norms, units)
 
 
 def _explosion_metrics(state: Any) -> dict[str, jax.Array]:
-    result, noticed = {}, noticed_of(state)
+    result, noticed = {}, detection_of(state)
     if isinstance(state, SkipExplosionsState):
         num_skipped = count(noticed, "skipped")
         num_steps = jnp.maximum(count(noticed, "steps"), 1)
         result = {
             "num_skipped": num_skipped,
-            "skipped": num_skipped.astype(jnp.float32) / num_steps.astype(jnp.float32),
+            "skipped_fraction": num_skipped.astype(jnp.float32)
+            / num_steps.astype(jnp.float32),
             "gave_up": state.gave_up.astype(jnp.int32),
             "scale": state.scale,
-            "rollbacks": count(noticed, "rollbacks"),
-            "mended": count(noticed, "mended"),
-            "blocked_rollbacks": count(noticed, "blocked_rollbacks"),
+            "num_rollbacks": count(noticed, "rollbacks"),
+            "num_mended": count(noticed, "mended"),
+            "num_blocked_rollbacks": count(noticed, "blocked_rollbacks"),
         }
     last_step = count(noticed, "steps") - 1
     last, _ = rows_of(noticed.record, last_step)
     has_exploded = (count(noticed, "last") == last_step) & (last_step >= 0)
     began = read_step(noticed, "began")
     return {
-        "exploded": has_exploded.astype(jnp.int32),
-        "count": count(noticed, "exploded"),
-        **{f"count/{rule}": count(noticed, rule) for rule in RULES},
-        "in_a_row": count(noticed, "in_a_row"),
+        "is_exploded": has_exploded.astype(jnp.int32),
+        "num_exploded": count(noticed, "exploded"),
+        **{f"num_exploded/{rule}": count(noticed, rule) for rule in RULES},
+        "num_in_a_row": count(noticed, "in_a_row"),
         "began": began.step,
-        "leaf": began.leaf,
+        "leading_leaf": began.leaf,
         "growth": fitted_growth(noticed.record),
         "norm_limit": last["limit"],
         "loss_limit": last["loss_limit"],
@@ -179,8 +180,8 @@ def _clip_metrics(state: ClipByNormState) -> list[dict[str, jax.Array]]:
         "norm": norm,
         "norm_after": list(map(_norm_after, norm, limit)),
         "limit": limit,
-        "fraction": [n.astype(jnp.float32) / num_steps for n in num_clipped],
-        "nonfinite": num_nonfinite,
+        "clipped_fraction": [n.astype(jnp.float32) / num_steps for n in num_clipped],
+        "num_nonfinite": num_nonfinite,
     }
     if isinstance(state.layout, PerTree):
         return [{column: value for column, (value,) in columns.items()}]

@@ -10,15 +10,15 @@ import numpy as np
 from optaxclip.explosions.rules import RULES
 from optaxclip.explosions.state import (
     DetectExplosionsState,
+    Event,
     SkipExplosionsState,
-    Step,
     count,
     read_step,
 )
 from optaxclip.recording import RecordState
 from optaxclip.reporting.columns import VANISHED, have_vanished
 from optaxclip.reporting.history import History, explosions_of, history
-from optaxclip.reporting.states import find_recorders, noticed_of, record_of
+from optaxclip.reporting.states import detection_of, find_recorders, record_of
 
 SKIPPING = "stabilize or skip_explosions"
 
@@ -119,7 +119,7 @@ def _sentences(kept: History, state: Any, params: Any) -> list[str]:
         if kept.began is not None:
             found += [_first_nonfinite(kept, kept.began), *_growth(kept, kept.began)]
     else:
-        noticed = noticed_of(state)
+        noticed = detection_of(state)
         found = [_counted(state)]
         if count(noticed, "exploded"):
             found += [story_of(noticed, kept, params), *_aftermath(state)]
@@ -140,7 +140,7 @@ def _sentences(kept: History, state: Any, params: Any) -> list[str]:
 
 
 def _counted(state: Any) -> str:
-    noticed = noticed_of(state)
+    noticed = detection_of(state)
     numbers = {rule: int(count(noticed, rule)) for rule in RULES}
     words = ["not finite", "by the norm", "by the share of a leaf", "by the loss"]
     reasons = [
@@ -175,7 +175,7 @@ def _times(num: int) -> str:
 
 def _aftermath(state: Any) -> list[str]:
     """Whether the run went on as a healthy one."""
-    noticed = noticed_of(state)
+    noticed = detection_of(state)
     num_since = int(count(noticed, "steps") - 1 - count(noticed, "last"))
     if num_since < NUM_HEALTHY_AFTER or count(noticed, "rollbacks"):
         return []
@@ -263,7 +263,7 @@ def story_of(state: DetectExplosionsState, kept: History, params: Any) -> str:
     state = jax.device_get(state)
     began, bad = (read_step(state, which) for which in ("began", "nonfinite"))
 
-    def leaf_of(step: Step) -> str:
+    def leaf_of(step: Event) -> str:
         return _leaf_name(kept, step.leaf, params)
 
     story = []

@@ -21,8 +21,8 @@ from optaxclip.reporting.history import history
 from optaxclip.reporting.states import (
     STATES,
     check_one_run,
+    detection_of,
     find_states,
-    noticed_of,
     record_of,
 )
 
@@ -111,16 +111,16 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
 
 def _check_skipping(label: str, state: SkipExplosionsState, params: Any) -> None:
     """Raises if `skip_explosions` could not save the run."""
-    is_broken = int(count(noticed_of(state), "gave_up")) == BROKEN
+    is_broken = int(count(detection_of(state), "gave_up")) == BROKEN
     if is_broken or _is_stuck(state, params):
         raise ExplosionError(
             f"{label}: the parameters hold NaN, which no update can mend. No "
             "step that was taken has made it: go back to a checkpoint."
         )
     if bool(state.gave_up):
-        num = int(count(noticed_of(state), "nonfinite_updates_in_a_row"))
+        num = int(count(detection_of(state), "nonfinite_updates_in_a_row"))
         kept = history({label: state}, params, label=label)
-        story = story_of(noticed_of(state), kept, params)
+        story = story_of(detection_of(state), kept, params)
         raise ExplosionError(
             f"{label}: gave up after {num} non-finite steps in a row, none of which "
             f"was taken. {story} Try a smaller learning rate, rollback=True or an "
@@ -145,7 +145,7 @@ def _is_stuck(state: SkipExplosionsState, params: Any) -> bool:
     """Whether the last step was not finite since parameters are NaN."""
     leaves = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
     arrays = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
-    if not int(count(noticed_of(state), "nonfinite_updates_in_a_row")):
+    if not int(count(detection_of(state), "nonfinite_updates_in_a_row")):
         return False
     return any(bool(jnp.any(jnp.isnan(x))) for x in arrays)
 

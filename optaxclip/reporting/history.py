@@ -11,7 +11,7 @@ import numpy as np
 from optaxclip.explosions.rules import MAX_GAP, RULES
 from optaxclip.explosions.state import flags_of
 from optaxclip.norms.names import scope_names
-from optaxclip.numerics import total_of
+from optaxclip.numerics import root_sum_squares
 from optaxclip.recording import NO_LOSS, rows_of
 from optaxclip.reporting.states import (
     check_one_run,
@@ -139,7 +139,7 @@ def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> 
 @jax.jit
 def totals_of(norms: Any) -> jax.Array:
     """The norm of all updates on each step, `[num_steps]`."""
-    return jax.vmap(total_of)(jnp.asarray(norms))
+    return jax.vmap(root_sum_squares)(jnp.asarray(norms))
 
 
 def by_name(columns: dict[str, Any], names: list[str]) -> dict[str, Any]:

@@ -38,8 +38,8 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     | `clip/norm` | the norm before the clip, in the last step |
     | `clip/norm_after` | the norm after it; inf or NaN where the update was |
     | `clip/limit` | the limit; +inf for none, as in a warm-up |
-    | `clip/fraction` | the share of all steps so far that were clipped |
-    | `clip/nonfinite` | the number of steps so far with inf or NaN |
+    | `clip/clipped_fraction` | the share of all steps so far that were clipped |
+    | `clip/num_nonfinite` | the number of steps so far with inf or NaN |
 
     With more than one scope a clip gives the largest of them, and each scope its own
     under its name: `clip/norm/rnn/hh/kernel`; per unit, a leaf's largest. Groups are
@@ -49,21 +49,21 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
 
     | name | value |
     |---|---|
-    | `explosions/exploded` | 1 if the last step exploded, else 0 |
-    | `explosions/count` | the number of steps so far that did |
-    | `explosions/count/nonfinite`, `norm`, `share`, `loss` | the same for each rule |
-    | `explosions/in_a_row` | how many steps in a row, up to the last, were no good |
+    | `explosions/is_exploded` | 1 if the last step exploded, else 0 |
+    | `explosions/num_exploded` | the number of steps so far that did |
+    | `explosions/num_exploded/<rule>` | the same for nonfinite, norm, share and loss |
+    | `explosions/num_in_a_row` | how many steps in a row exploded, up to the last |
     | `explosions/began` | the step on which the last explosion began; -1 for none |
-    | `explosions/leaf` | the index of the leaf that led then; -1 for none |
+    | `explosions/leading_leaf` | the index of the leaf that led then; -1 for none |
     | `explosions/growth` | the growth of the norm per step, in the last eight |
     | `explosions/norm_limit`, `loss_limit` | the limits in the last step |
-    | `explosions/skipped` | skip only: the share of all steps so far it skipped |
-    | `explosions/num_skipped` | skip only: their number |
+    | `explosions/skipped_fraction` | skip only: the share of all steps so far |
+    | `explosions/num_skipped` | skip only: the number of skipped steps |
     | `explosions/gave_up` | skip only: 1 if it gave up after non-finite steps |
     | `explosions/scale` | skip only: the factor of the updates, below 1 to cool down |
-    | `explosions/rollbacks` | skip only: the number of rollbacks |
-    | `explosions/mended` | skip only: how often the optimizer's state went back alone |
-    | `explosions/blocked_rollbacks` | skip only: of those that something undid |
+    | `explosions/num_rollbacks` | skip only: the number of rollbacks |
+    | `explosions/num_mended` | skip only: how often non-finite moments were reset |
+    | `explosions/num_blocked_rollbacks` | skip only: of those that something undid |
 
     Each `record` gives, under its label, and `detect_explosions` and `skip_explosions`
     besides the above:
@@ -72,15 +72,16 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     |---|---|
     | `gradients/norm` | the norm of all updates, in the last step |
     | `gradients/norm/<scope>` | the norm of that scope |
-    | `gradients/share/<scope>` | its share of the sum of the squares |
-    | `gradients/vanished/<scope>` | 1 if at most 1e-6 of all in the whole window |
+    | `gradients/squared_share/<scope>` | its share of the sum of the squares |
+    | `gradients/is_vanished/<scope>` | 1 if at most 1e-6 of all in the whole window |
     | `gradients/ratio`, `gradients/ratio/<leaf>` | the norm / that of the parameters |
     | `gradients/loss` | the loss; +inf if it was not given |
-    | `gradients/largest` | the largest finite norm of all updates so far |
-    | `gradients/nonfinite` | the number of steps so far that were not finite |
+    | `gradients/largest_norm` | the largest finite norm of all updates so far |
+    | `gradients/num_nonfinite` | the number of steps so far that were not finite |
 
-    `gradients/share` is the largest of them, `gradients/vanished` their number. Ratios
-    are known per leaf, where `params` holds the parameters; +inf for one that is zero.
+    `gradients/squared_share` is the largest of them, `gradients/num_vanished` their
+    number. Ratios are known per leaf, where `params` holds the parameters; +inf for one
+    that is zero.
 
     Outside `jit` it compiles one program for each structure of states and parameters.
 
@@ -105,7 +106,8 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
       >>> params = {"w": jnp.array([3.0, 4.0])}
       >>> tx = optax.chain(optaxclip.clip_by_norm(1.0), optax.adam(1e-3))
       >>> _, opt_state = tx.update(params, tx.init(params), params)
-      >>> print(metrics(opt_state)["clip/norm"], metrics(opt_state)["clip/fraction"])
+      >>> found = metrics(opt_state)
+      >>> print(found["clip/norm"], found["clip/clipped_fraction"])
       5.0 1.0
     """
     states = {

@@ -33,10 +33,10 @@ def find_recorders(opt_state: Any) -> dict[str, Any]:
 
 def record_of(state: Any) -> RecordState:
     """The recorder of a `record`, `detect_explosions` or `skip_explosions`."""
-    return state if isinstance(state, RecordState) else noticed_of(state).record
+    return state if isinstance(state, RecordState) else detection_of(state).record
 
 
-def noticed_of(state: Any) -> DetectExplosionsState:
+def detection_of(state: Any) -> DetectExplosionsState:
     """What a `detect_explosions` or `skip_explosions` noticed."""
     return state.explosions if isinstance(state, SkipExplosionsState) else state
 
