@@ -88,7 +88,7 @@ def spikes(losses: np.ndarray, *, factor: float = 1.2, window: int = 50) -> np.n
     """Counts the steps whose loss exceeds `factor` times the median of those before.
 
     The median is of the `window` steps before, or of as many as there are; a loss that
-    is not finite is +inf. From `[steps, seeds]` to `[seeds]`.
+    is non-finite is +inf. From `[steps, seeds]` to `[seeds]`.
     """
     losses = np.where(np.isfinite(losses), losses.astype(float), np.inf)
     before = (losses[max(0, i - window) : i or 1] for i in range(len(losses)))

@@ -182,7 +182,7 @@ def draw(path: Path, runs: dict[str, Any], corrupted: list[int]) -> None:
             axis.spines[["top", "right"]].set_visible(False)
         for name, run in runs.items():
             values, skipped, color = run["history"][what], run["skipped"], COLORS[name]
-            # What was not finite has no height: its mark stands above all others.
+            # What was non-finite has no height: its mark stands above all others.
             heights = [values.get(step, 3 * highest) for step in skipped]
             steps, values = np.array(list(values.items())).T
             blocks = np.lib.stride_tricks.sliding_window_view(values, 15)
@@ -195,7 +195,7 @@ def draw(path: Path, runs: dict[str, Any], corrupted: list[int]) -> None:
         f"{run['title']}: test accuracy {run['accuracy']:.1%}": {"color": COLORS[name]}
         for name, run in runs.items()
     }
-    legend[f"plain is not finite from step {end}"] = {"color": COLORS["plain"], **ends}
+    legend[f"plain is non-finite from step {end}"] = {"color": COLORS["plain"], **ends}
     legend["corrupted batch"] = bands
     marks["color"] = COLORS["stabilized"]
     legend["skipped (at the top: not finite)"] = marks

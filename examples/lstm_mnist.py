@@ -225,7 +225,7 @@ def main(
     recorder.draw(title.removesuffix(" --max inf"), limit=limit, per=config.per)
     print(f"events and picture are in {logdir.resolve()}")
     if not math.isfinite(recorder.last("loss")):
-        raise cli.InputError("the loss is not finite: try a smaller --learning-rate")
+        raise cli.InputError("the loss is non-finite: try a smaller --learning-rate")
     result = {
         "accuracy": recorder.last("accuracy"),
         "clipped": float(optaxclip.metrics(carry[1]).get("clip/clipped_fraction", 0)),

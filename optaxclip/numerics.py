@@ -93,7 +93,7 @@ def safe_unit(largest: jax.Array) -> jax.Array:
 def normalize_norms(norms: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(norms / total, total) for the root of the sum of the norms' squares.
 
-    Both without the norms that are not finite, whose shares are 0.
+    Both without the norms that are non-finite, whose shares are 0.
     """
     finite = jnp.where(norms < jnp.inf, norms, 0)  # NaN is not
     # Squares of ratios to the largest norm neither overflow nor underflow.

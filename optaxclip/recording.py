@@ -99,7 +99,7 @@ class RecordState(NamedTuple):
     """float32 `[window, 6 + num_scopes]`: the `COLUMNS` and the norm of each scope. One
     array, since every array of a state costs a small step some microseconds."""
     counts: jax.Array
-    """int32 `[2]`: number of steps so far, and of those that were not finite;
+    """int32 `[2]`: number of steps so far, and of those that were non-finite;
     `detect_explosions` appends what it counts."""
     layout: Layout
     """No arrays: what kind of scopes these are, and how `params` names them."""
@@ -127,7 +127,7 @@ def record(
 
     Also the loss, where the training loop gives it: `update(grads, state, params,
     value=loss)`. `metrics` reads the last step, `history` all that are kept, `explain`
-    tells of them and `plot` draws them. What is not finite is kept as it is.
+    tells of them and `plot` draws them. What is non-finite is kept as it is.
 
     Several recorders may stand in a chain, under different labels: before a clip, after
     it, after the optimizer. `detect_explosions`, `skip_explosions` and `stabilize` have

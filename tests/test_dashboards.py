@@ -204,7 +204,7 @@ def test_a_restored_recorder_has_the_history_and_goes_on(name, tmp_path):
 
     kept = histories(restored)
     chex.assert_trees_all_equal(kept, histories(saved))
-    # The ring of eight has gone round once, and step 7 was not finite.
+    # The ring of eight has gone round once, and step 7 was non-finite.
     assert list(kept.step) == list(range(2 if name == "recorded" else 0, 10))
     assert kept.step[kept.fired[:, 0]].tolist() == [7]
     assert kept.names == ["head", "rnn/bias", "rnn/kernel"]

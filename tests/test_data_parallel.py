@@ -127,7 +127,7 @@ def test_a_run_that_is_done_only_tells(example, one_process, data, capsys):
     assert not len(found["losses"])
     assert not differing(arrays_of(found), arrays_of(expected))
     told = capsys.readouterr().out
-    assert "1 of 200 steps exploded: 1 not finite. 1 were skipped" in told
+    assert "1 of 200 steps exploded: 1 non-finite. 1 was skipped" in told
     assert f"accuracy {expected['accuracy']:.4f}, 2 dev" in told
 
 
@@ -226,7 +226,7 @@ def test_two_of_which_one_was_killed_do_what_one_does(
     assert not differing(first, second)
     assert not differing(first, expected)
     log, other_log = (path.read_text() for path in processes.logs)
-    assert "1 of 200 steps exploded: 1 not finite. 1 were skipped" in log
+    assert "1 of 200 steps exploded: 1 non-finite. 1 was skipped" in log
     assert "exploded" not in other_log  # only one of them talks
 
     last = tmp_path / "checkpoints" / str(NUM_STEPS)

@@ -91,7 +91,7 @@ def test_explain_names_the_leaf_and_the_step(detection, traces):
 def naive_scalar(signal, power, ratio, early_jump=5.0, min_level=0.0):
     """How far above its limit each value is, on a logarithmic scale.
 
-    NaN for those that are not finite, of which the rule need not say anything.
+    NaN for those that are non-finite, of which the rule need not say anything.
     """
     margins = np.where(np.isfinite(signal), -np.inf, np.nan)
     known = np.flatnonzero((signal > 0) & (signal < np.inf))

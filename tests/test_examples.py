@@ -433,7 +433,7 @@ def test_a_learned_limit_takes_no_max(lstm, mnist, digits, tmp_path):
 
 def test_divergence_ends_with_a_message(lstm, mnist, digits, tmp_path):
     flags = {"hidden": 12, "clip": "nothing", "optimizer": "sgd", "learning_rate": 1e38}
-    with pytest.raises(mnist.InputError, match="the loss is not finite"):
+    with pytest.raises(mnist.InputError, match="the loss is non-finite"):
         lstm.main(data=digits, logdir=tmp_path, steps=50, batch_size=20, **flags)
     assert (tmp_path / "curves.png").exists()
 
@@ -452,7 +452,7 @@ def test_an_explosion_that_kills_one_run_is_survived_by_the_other(
     result = lstm.main(data=digits, logdir=tmp_path, **flags)
     plain, stabilized = result["plain"], result["stabilized"]
     fatal = result["corrupted"][7]  # the one with inf
-    assert f"step {fatal} was not finite: leaf 'head/bias' held inf" in plain["error"]
+    assert f"step {fatal} was non-finite: leaf 'head/bias' held inf" in plain["error"]
     assert plain["error"] in capsys.readouterr().out
     assert plain["steps"] == 48  # the end of the dispatch
     assert max(plain["history"]["loss"]) == fatal - 1
@@ -579,6 +579,13 @@ def test_a_scan_without_an_explosion_names_none(scan, tmp_path):
     for run in result.values():
         assert (run["began"], run["leaf"]) == (None, None)
         assert len(run["history"].step) == 3
+
+
+def test_the_shortest_example_survives_its_bad_batch(capsys):
+    params = importlib.import_module("clip_and_log").main(120)
+    np.testing.assert_allclose(params["slope"], 3, atol=0.2)
+    np.testing.assert_allclose(params["offset"], -1, atol=0.2)
+    assert "Step 60 was non-finite" in capsys.readouterr().out
 
 
 def test_a_scan_needs_steps(scan, mnist):

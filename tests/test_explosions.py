@@ -109,7 +109,7 @@ def test_the_leaf_that_led():
         grads = grads_of(1.0) | {name: grads_of(100.0)[name]}
         _, after, _ = run(DETECT, [grads], state=state)
         assert read_step(after["explosions"], "began").leaf == leaf
-        # Beside one that is not finite no growth counts.
+        # Beside one that is non-finite no growth counts.
         other = "ba"[leaf]
         grads = grads | {other: grads_of(math.nan)[other]}
         _, after, _ = run(DETECT, [grads], state=state)
@@ -695,7 +695,7 @@ def test_the_message_of_an_explosion_names_step_rule_leaf_and_numbers():
         optaxclip.raise_if_exploded(state, PARAMS)
     message = str(error.value)
     for part in (
-        "step 22 was not finite: leaf 'b/c' held inf or NaN",
+        "step 22 was non-finite: leaf 'b/c' held inf or NaN",
         "It began on step 20: the norm was 70.7, above its limit",
         "had grown most. The norm had grown by",
         "optaxclip.stabilize",

@@ -168,7 +168,7 @@ each_kind_of_limit = pytest.mark.parametrize(
 
 
 def expected(name, norms) -> Any:
-    """The naive limits `[steps, ...]`, NaN where a norm is not finite or zero."""
+    """The naive limits `[steps, ...]`, NaN where a norm is non-finite or zero."""
     norms = np.asarray(norms, np.float64)
     is_good = (norms > 0) & (norms < np.inf)
     totals = np.linalg.norm(np.where(is_good, norms, 0).reshape(len(norms), -1), axis=1)

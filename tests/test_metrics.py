@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import optaxclip
 
-COLUMNS = ("norm", "norm_after", "limit", "fraction", "nonfinite")
+COLUMNS = ("norm", "norm_after", "limit", "clipped_fraction", "num_nonfinite")
 STEPS = 4
 NAMES = ["dense/bias", "dense/kernel", "layers/w", "scale"]
 
@@ -107,8 +107,8 @@ def naive_metrics(parts_by_name, gradients, max_norm: float) -> dict[str, float]
         found[f"norm/{name}"] = norms[-1].max()
         found[f"norm_after/{name}"] = np.minimum(norms[-1], max_norm).max()
         found[f"limit/{name}"] = max_norm
-        found[f"fraction/{name}"] = (norms > max_norm).mean(axis=0).max()
-        found[f"nonfinite/{name}"] = 0
+        found[f"clipped_fraction/{name}"] = (norms > max_norm).mean(axis=0).max()
+        found[f"num_nonfinite/{name}"] = 0
     return found
 
 
@@ -166,7 +166,7 @@ def test_the_metrics_of_many_scopes(scope):
         column: max(v for n, v in each.items() if n.startswith(f"{column}/"))
         for column in COLUMNS
     }
-    assert any(0 < v < 1 for n, v in each.items() if n.startswith("fraction"))
+    assert any(0 < v < 1 for n, v in each.items() if n.startswith("clipped_fraction"))
     expected = {f"clip/{n}": value for n, value in (each | largest).items()}
     assert_metrics_close(optaxclip.metrics(state, params()), expected)
     for name, parts in parts_by_name(updates).items():
@@ -194,7 +194,7 @@ def test_a_leaf_of_units_with_different_limits():
         "norm_after/w": 0.5,
         "norm_after/b": 0.5,
         "norm_after": 0.5,
-        "fraction/w": 1.0,
+        "clipped_fraction/w": 1.0,
     }
     found = {name: found[f"clip/{name}"] for name in expected}
     assert_metrics_close(found, expected)
@@ -238,7 +238,7 @@ def test_shapes_can_stand_for_the_params(scope):
 def test_before_the_first_step_nothing_has_happened():
     state = optaxclip.clip_by_norm(1.0, per="leaf").init(params())
     found = optaxclip.metrics(state, params())
-    values = {"norm": 0, "norm_after": 0, "limit": np.inf, "fraction": 0}
+    values = {"norm": 0, "norm_after": 0, "limit": np.inf, "clipped_fraction": 0}
     expected = {
         f"clip/{column}{suffix}": values.get(column, 0)
         for column in COLUMNS

@@ -153,16 +153,16 @@ def test_leader_stands_out(num_scopes):
         assert other.get_linewidth() < leader.get_linewidth() / 2
         assert other.get_zorder() < leader.get_zorder()
         assert other.get_color() != ALARM
-    assert steps(axes, "it is not finite") == [128, 129]
+    assert steps(axes, "it is non-finite") == [128, 129]
 
 
 def test_few_scopes_have_each_a_color_and_many_none():
     few = panels(plot(exploding(7, 3)))["scopes"]
     others = [f"layer_{i}/kernel" for i in range(7) if i != 3]
-    assert labels(few) == [*others, "layer_3/kernel led", "it is not finite"]
+    assert labels(few) == [*others, "layer_3/kernel led", "it is non-finite"]
     assert len({line(few, label).get_color() for label in labels(few)[:-1]}) == 7
     many = panels(plot(exploding(8, 3)))["scopes"]
-    assert labels(many) == ["layer_3/kernel led", "it is not finite"]
+    assert labels(many) == ["layer_3/kernel led", "it is non-finite"]
     greys = {x.get_color() for x in many.get_lines()} - {ALARM}
     assert len(greys) == 1
 
@@ -380,7 +380,7 @@ def test_draws_what_a_detector_kept():
     assert steps(axes["norm"], "above its limit") == [3]
     assert steps(axes["norm"], "not finite") == [4]
     assert leading(history) == 1
-    assert labels(axes["scopes"]) == ["a", "b led", "it is not finite"]
+    assert labels(axes["scopes"]) == ["a", "b led", "it is non-finite"]
 
 
 def test_leading_is_that_of_the_first_step_of_the_last_explosion():

@@ -433,7 +433,7 @@ def test_every_explosion_that_is_kept_is_told_in_a_line():
     limit = r"above its limit [\d.]+"
     expected = [
         rf"- step 40: the norm was 50, {limit}; leaf 'a' had grown most\.",
-        r"- steps 70 to 72: leaf 'b' was not finite\.",
+        r"- steps 70 to 72: leaf 'b' was non-finite\.",
         rf"- step 100: the loss was 200, {limit}\.",
     ]
     assert len(lines) == len(expected), text

@@ -247,9 +247,9 @@ def test_stabilize_has_a_recorder_that_sees_skipped_steps_limits_and_rules():
     assert metrics["explosions/num_nonfinite"] == 1
     text = optaxclip.explain(state, params)
     for part in (
-        "2 of 103 steps exploded: 1 not finite, 1 by the norm, 1 by the loss.",
+        "2 of 103 steps exploded: 1 non-finite, 1 by the norm, 1 by the loss.",
         "2 were skipped, and parameters went back 0 times.",
-        "Step 101 was not finite: leaf 'a' held inf or NaN.",
+        "Step 101 was non-finite: leaf 'a' held inf or NaN.",
         "It began on step 100: the norm was 132, above its limit 7.94; the loss was 50",
         "The norm had grown by 50x per step since step 99, from 2.65 to 132",
     ):
@@ -270,11 +270,11 @@ def test_the_first_leaf_that_is_not_finite_is_told():
     norms[40:45] *= 4.0 ** np.arange(1, 6)[:, None]
     norms[45, 1] = math.inf
     text = optaxclip.explain(run(optaxclip.record(), norms), PARAMS)
-    assert "1 of 50 steps were not finite." in text
-    assert "On step 45 that of 'b/c' was the first not finite." in text
+    assert "1 of 50 steps were non-finite." in text
+    assert "On step 45 that of 'b/c' was the first non-finite." in text
     assert re.search(r"grown by [34]\.\d*x per step since step 3[89]", text), text
     quiet = optaxclip.explain(run(optaxclip.record(), noise(50)), PARAMS)
-    assert quiet == "gradients: 0 of 50 steps were not finite."
+    assert quiet == "gradients: 0 of 50 steps were non-finite."
 
 
 def test_names_are_told_as_they_are_and_large_norms_without_overflow():

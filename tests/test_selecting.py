@@ -850,7 +850,7 @@ def test_skipping_would_copy_by_where_after(optimized, monkeypatch, rollback):
     assert cost.temporaries > 1
 
 
-# `skip_explosions`: nothing that is not finite gets through.
+# `skip_explosions`: nothing that is non-finite gets through.
 
 NUM_STEPS = 20
 NUM_ELEMENTS = 10

@@ -319,7 +319,7 @@ def test_inf_that_the_optimizer_makes_out_of_finite_gradients_is_mended(rollback
     params, state = train(tx, FINE * 3, params, state)  # here a snapshot is due
     chex.assert_tree_all_finite(optax.tree.get(state, "nu"))
     metrics = optaxclip.metrics(state)
-    for name in ("mended", "count", "num_skipped"):
+    for name in ("num_mended", "num_exploded", "num_skipped"):
         assert metrics[f"explosions/{name}"] == 1
     chex.assert_tree_all_finite(jax.tree.leaves(state["explosions"].snapshots))
     after, state = train(tx, FINE * 12, params, state)

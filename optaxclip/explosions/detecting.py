@@ -56,7 +56,7 @@ def detect_explosions(
 ) -> optax.GradientTransformationExtraArgs:
     """Notices exploding updates, and remembers when and where it began.
 
-    A step explodes if it is not finite, in any leaf or in the loss, or if one of three
+    A step explodes if it is non-finite, in any leaf or in the loss, or if one of three
     signals exceeds its limit: the norm of all updates, the share of a leaf in it, and
     the loss, where the training loop gives it: `update(grads, state, params,
     value=loss)`. A share counts only in a leaf whose own norm has grown twentyfold
@@ -174,7 +174,7 @@ class Detector:
         shares = divide(norms, jnp.where(is_positive, norm, 1))
         loss = loss_of(value, dtype)
         is_finite = norm < jnp.inf
-        # Nothing of a step enters a rule when any of its leaves is not finite.
+        # Nothing of a step enters a rule when any of its leaves is non-finite.
         signals = norm, jnp.where(is_finite, shares, 0), loss
         if value is not None:
             is_finite &= jnp.isfinite(loss)

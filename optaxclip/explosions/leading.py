@@ -38,7 +38,7 @@ def fitted_growth(record: RecordState) -> jax.Array:
 
 
 def leading_leaf(norms, before):
-    """The first that is not finite, or has grown most; -1 if none has.
+    """The first that is non-finite, or has grown most; -1 if none has.
 
     Args:
       norms: `[num_leaves]`.
@@ -53,7 +53,7 @@ def leading_leaf(norms, before):
 
 
 def have_grown(norms, before):
-    """Which leaves have by `MIN_GROWTH`; of steps that were not finite none counts."""
+    """Which leaves have by `MIN_GROWTH`; of steps that were non-finite none counts."""
     is_finite = jnp.all(before < jnp.inf, axis=1, keepdims=True)  # NaN is not
     before = jnp.where(is_finite, before, 0)
     num = jnp.sum(before > 0, axis=0)

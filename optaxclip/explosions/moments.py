@@ -21,7 +21,7 @@ from optaxclip.numerics import accumulator, is_gradient, widen
 def are_spoiled(
     when: jax.Array, inner_state: Any, updates: Any, scopes: Scopes
 ) -> jax.Array:
-    """Whether a moment is not finite. Costs nothing unless `when`."""
+    """Whether a moment is non-finite. Costs nothing unless `when`."""
     places = _moments(inner_state, updates)
     leaves = jax.tree.leaves(inner_state)
     moments = lax.stop_gradient([leaves[i] for i in places])
@@ -47,7 +47,7 @@ def are_spoiled(
 
 
 def mend(when: jax.Array, inner_state: Any, updates: Any) -> tuple[jax.Array, Any]:
-    """(False, the inner state with 0 for moments that are not finite).
+    """(False, the inner state with 0 for moments that are non-finite).
 
     Costs nothing unless `when`. What follows must depend on the False, see `_replaced`.
     """

@@ -32,7 +32,7 @@ from optaxclip.xla import materialize
 
 CHECK_EVERY = 3
 """Steps between two looks at the moments of the inner state. Each look reads them once
-more, and until the next one an element that is not finite stands still."""
+more, and until the next one an element that is non-finite stands still."""
 
 
 def look(
@@ -66,7 +66,7 @@ def move_between(
     updates: Any,
     scopes: Scopes,
 ) -> Moved:
-    """Moves between snapshots, and resets moments that are not finite."""
+    """Moves between snapshots, and resets moments that are non-finite."""
     num_steps = count(state.explosions, "steps")
     inner_state, snapshots = state.inner_state, state.snapshots
     is_due = decision.is_copied | (num_steps % CHECK_EVERY == CHECK_EVERY - 1)

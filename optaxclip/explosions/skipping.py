@@ -72,13 +72,13 @@ def skip_explosions(
 
     A step is skipped if `detect_explosions` would notice an explosion: the updates are
     zeros, the inner state stays, bit for bit, and the rules learn nothing from it. A
-    loss that is not finite while the gradients are is counted, and its step is taken.
+    loss that is non-finite while the gradients are is counted, and its step is taken.
     If explosions persist, that is a change of regime: from the `max_consecutive`-th in
     a row on the finite ones are taken and learned, with gradients clipped to the limit
     on the norm, until the rules find them usual. A non-finite step is never taken;
     after `give_up_after` in a row the run is given up, as `metrics` and
     `raise_if_exploded` say; with `rollback` at once where the parameters are NaN. Where
-    `inner` itself makes something that is not finite, or an update would overflow the
+    `inner` itself makes something that is non-finite, or an update would overflow the
     dtype of its parameter, those elements become 0. Where what it made stands in its
     moments, and so would stay, the inner state goes back to the snapshot's within 3
     steps, without rollback those moments to 0; that is an explosion too, and its step

@@ -49,7 +49,7 @@ def move(
     present = snapshot_of(params, inner_state)
     older, newer = widen_snapshots(snapshots, present)
     done, older = replace_where(decision.is_replaced | (num_steps == 1), newer, older)
-    # A snapshot of moments that are not finite would be of no use.
+    # A snapshot of moments that are non-finite would be of no use.
     is_copied = decision.is_copied & ~is_spoiled
     is_copied |= decision.is_started | (num_steps == 0)
     done, newer = replace_where(is_copied | done, present, newer)

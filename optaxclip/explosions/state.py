@@ -46,7 +46,7 @@ class DetectExplosionsState(NamedTuple):
     events: jax.Array
     """int32 `[2, 9]`: two steps, which are the one on which the last explosion began
     (after ten without one), and the first of the last non-finite ones in a row. Of each
-    its index (-1 for none); the leaf that led (the first that was not finite, or else
+    its index (-1 for none); the leaf that led (the first that was non-finite, or else
     the one that had grown most since every eighth of the 64 steps before; -1 if none
     had); as bits, which of the four rules fired; and, as the bits of a float32, the
     norm, the share of the leaf that led, the loss (`NO_LOSS` where not given), and the
@@ -59,7 +59,7 @@ class DetectExplosionsState(NamedTuple):
     many any; how many `skip_explosions` skipped, its rollbacks, those that did not
     reach the parameters, and how often it mended the inner state; how many in a row, up
     to the last step, were no good (exploded, and not by a loss alone that is not
-    finite), were not finite, had updates that were not, and spoke against the
+    finite), were non-finite, had updates that were not, and spoke against the
     parameters (by the loss, or without one by the norm); whether it gave up, 2 for NaN
     in the parameters; where it stands in a rollback (`deciding.PHASES`), quiet steps
     since the older snapshot, rollbacks in succession, the step of the last; and the
@@ -113,7 +113,7 @@ class Verdict(NamedTuple):
     """What is known of one step; all are scalars."""
 
     is_bad: jax.Array
-    """Whether it exploded, and not by a loss alone that is not finite: with finite
+    """Whether it exploded, and not by a loss alone that is non-finite: with finite
     gradients that says nothing, as where float16 overflows in the loss."""
     has_nonfinite_updates: jax.Array
     norm: jax.Array
@@ -168,5 +168,5 @@ class SkipExplosionsState(NamedTuple):
 
     @property
     def gave_up(self) -> jax.Array:
-        """Whether too many steps in a row were not finite, or parameters: bool `[]`."""
+        """Whether too many steps in a row were non-finite, or parameters: bool `[]`."""
         return count(self.explosions, "gave_up") > 0

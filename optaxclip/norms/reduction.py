@@ -159,7 +159,7 @@ def _sums_of_powers(
         sums, first, units, _ = lax.while_loop(needs_rescue, read, state)
     if not one_unit:
         return sums, units
-    # Beside one that overflows, or is not finite, small ones would be lost.
+    # Beside one that overflows, or is non-finite, small ones would be lost.
     is_kept = is_safe(first, np.True_)
     each = where(is_kept, first, sums), where(is_kept, 1, units)
     return (each[0], to_judge(sums)), (each[1], units)

@@ -70,8 +70,8 @@ than seven leaves it adds a map of all. Give the history of a recorder behind a 
 that is kept, if there are several. This is the report on a recorded run in which one
 part of the network explodes under another:
 
-    explosions: 90 of 695 steps exploded: 20 not finite, 9 by the norm, 90 by the share
-    of a leaf, 24 by the loss. Step 675 was not finite: the loss was inf, with finite
+    explosions: 90 of 695 steps exploded: 20 non-finite, 9 by the norm, 90 by the share
+    of a leaf, 24 by the loss. Step 675 was non-finite: the loss was inf, with finite
     gradients. It began on step 605: the share of that leaf in it was 6.14e-05, above
     its limit 6.48e-06. Leaf 'aux.l00.W' had grown most. The norm had grown by 1.92x per
     step since step 618, from 962 to 1.29e+19. In the end that of 'aux.l00.W' had grown

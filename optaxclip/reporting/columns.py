@@ -113,7 +113,7 @@ def _record_metrics(
 def have_vanished(state: RecordState) -> jax.Array:
     """Which scopes had nearly no norm in a whole window."""
     totals = totals_of(state.norms)
-    # On a step that is not finite no norm is small but 0.
+    # On a step that is non-finite no norm is small but 0.
     totals = jnp.where(totals < jnp.inf, totals, 0)
     is_small = state.norms <= VANISHED * totals[:, None]
     return jnp.all(is_small, axis=0) & (state.counts[0] >= len(state.norms))

@@ -95,7 +95,7 @@ def draw_scopes(axes: Axes, history: History, leader: int | None) -> None:
         style = {"color": ALARM, "linewidth": 2.5, "zorder": 3, "label": label}
         _draw_line(axes, history.step, norms[:, leader], **style)
         is_nonfinite = ~np.isfinite(history.norms[:, leader])
-        _mark_above(axes, history.step[is_nonfinite], "it is not finite")
+        _mark_above(axes, history.step[is_nonfinite], "it is non-finite")
 
 
 def draw_map(axes: Axes, history: History, leader: int | None) -> None:

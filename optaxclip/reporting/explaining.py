@@ -85,7 +85,7 @@ def _line(kept: History, first: int, last: int, params: Any) -> str:
     scopes = np.flatnonzero(~np.isfinite(kept.norms[first]))
     if nonfinite:
         where = _leaf_name(kept, scopes[0], params) if len(scopes) else "the loss"
-        reasons.append(f"{where} was not finite")
+        reasons.append(f"{where} was non-finite")
     if norm:
         reasons.append(
             f"the norm was {kept.norm[first]:.3g}, above its limit "
@@ -115,7 +115,7 @@ def _sentences(kept: History, state: Any, params: Any) -> list[str]:
     state = jax.device_get(state)
     num_steps, num_nonfinite = map(int, record_of(state).counts[:2])
     if isinstance(state, RecordState):
-        found = [f"{num_nonfinite} of {num_steps} steps were not finite."]
+        found = [f"{num_nonfinite} of {num_steps} steps were non-finite."]
         if kept.began is not None:
             found += [_first_nonfinite(kept, kept.began), *_growth(kept, kept.began)]
     else:
@@ -142,7 +142,7 @@ def _sentences(kept: History, state: Any, params: Any) -> list[str]:
 def _counted(state: Any) -> str:
     noticed = detection_of(state)
     numbers = {rule: int(count(noticed, rule)) for rule in RULES}
-    words = ["not finite", "by the norm", "by the share of a leaf", "by the loss"]
+    words = ["non-finite", "by the norm", "by the share of a leaf", "by the loss"]
     reasons = [
         f"{number} {how}"
         for how, number in zip(words, numbers.values(), strict=True)
@@ -153,12 +153,13 @@ def _counted(state: Any) -> str:
     if isinstance(state, SkipExplosionsState) and count(noticed, "exploded"):
         num_skipped = int(count(noticed, "skipped"))
         num_rollbacks = int(count(noticed, "rollbacks"))
-        text += f" {num_skipped} were skipped, and parameters went back "
+        was = "was" if num_skipped == 1 else "were"
+        text += f" {num_skipped} {was} skipped, and parameters went back "
         text += f"{_times(num_rollbacks)}."
         if num_mended := int(count(noticed, "mended")):
             text += (
                 f" {_times(num_mended)} the optimizer had made inf or NaN out of "
-                "finite gradients, and its state went back alone."
+                "finite gradients, and these moments were reset."
             )
         if num_blocked := int(count(noticed, "blocked_rollbacks")):
             text += (
@@ -193,7 +194,7 @@ def _first_nonfinite(kept: History, first: int) -> str:
     if len(scopes) == len(kept.names):
         return f"On step {kept.step[first]} all norms became non-finite."
     name = kept.names[scopes[0]]
-    return f"On step {kept.step[first]} that of {name!r} was the first not finite."
+    return f"On step {kept.step[first]} that of {name!r} was the first non-finite."
 
 
 def _growth(kept: History, began: int) -> list[str]:
@@ -272,14 +273,14 @@ def story_of(state: DetectExplosionsState, kept: History, params: Any) -> str:
             where = f"the loss was {bad.loss:g}, with finite gradients"
         else:
             where = f"{leaf_of(bad)} held inf or NaN"
-        story.append(f"Step {int(bad.step)} was not finite: {where}.")
+        story.append(f"Step {int(bad.step)} was non-finite: {where}.")
     if began.step not in (-1, bad.step):
         signals = [
             ("norm", "the norm", began.norm, began.norm_limit),
             ("share", "the share of that leaf in it", began.share, began.share_limit),
             ("loss", "the loss", began.loss, began.loss_limit),
         ]
-        reasons = ["it was not finite"] * bool(began.fired[0]) + [
+        reasons = ["it was non-finite"] * bool(began.fired[0]) + [
             f"{what} was {value:.3g}, above its limit {limit:.3g}"
             if value > limit and (rule != "share" or began.leaf >= 0)
             else "the share of a leaf in it exceeded its limit"

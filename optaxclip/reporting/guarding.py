@@ -62,7 +62,7 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
       >>> raise_if_exploded(opt_state, params)
       Traceback (most recent call last):
       ...
-      optaxclip.ExplosionError: explosions: step 0 was not finite...
+      optaxclip.ExplosionError: explosions: step 0 was non-finite...
     """
     states = {
         label: state
@@ -142,7 +142,7 @@ def _accumulators(opt_state: Any) -> list[Any]:
 
 
 def _is_stuck(state: SkipExplosionsState, params: Any) -> bool:
-    """Whether the last step was not finite since parameters are NaN."""
+    """Whether the last step was non-finite since parameters are NaN."""
     leaves = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
     arrays = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
     if not int(count(detection_of(state), "nonfinite_updates_in_a_row")):

@@ -35,7 +35,7 @@ class History(NamedTuple):
     limit: np.ndarray
     """float32 `[num_steps]`: the limit of that norm; +inf for none, and in `record`."""
     fired: np.ndarray
-    """bool `[num_steps, 4]`: whether the step was not finite, and whether norm, share
+    """bool `[num_steps, 4]`: whether the step was non-finite, and whether norm, share
     and loss exceeded their limits, which `record` does not judge."""
     leaf: np.ndarray
     """int `[num_steps]`: the index in `names` of the leaf that led: the first not

@@ -77,7 +77,7 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     | `gradients/ratio`, `gradients/ratio/<leaf>` | the norm / that of the parameters |
     | `gradients/loss` | the loss; +inf if it was not given |
     | `gradients/largest_norm` | the largest finite norm of all updates so far |
-    | `gradients/num_nonfinite` | the number of steps so far that were not finite |
+    | `gradients/num_nonfinite` | the number of steps so far that were non-finite |
 
     `gradients/squared_share` is the largest of them, `gradients/num_vanished` their
     number. Ratios are known per leaf, where `params` holds the parameters; +inf for one

@@ -43,7 +43,7 @@ def plot(
 
     The total norm with its limit and the steps that exploded; with several scopes the
     norm of each, the one that led thick; with more than seven also a map of all. What
-    is not finite stands as a triangle at the upper edge. Needs matplotlib.
+    is non-finite stands as a triangle at the upper edge. Needs matplotlib.
 
     Args:
       history: As `history` reads it, at least one step.
@@ -124,7 +124,7 @@ def plot(
 def leading(history: History) -> int | None:
     """The scope that led on the first step of the last explosion; None for none.
 
-    In `record` the first that was not finite.
+    In `record` the first that was non-finite.
     """
     first = history.began
     if first is None:

@@ -13,7 +13,7 @@ is healthy if it is at most
     reference + max(0.2 * |reference|, (start - reference) / 2)
 
 A seed counts as exploding if it ends unhealthy without protection and, on the way, the
-loss or a gradient was not finite or the loss exceeded three times its first. A healthy
+loss or a gradient was non-finite or the loss exceeded three times its first. A healthy
 run is harmed if the mean of its measure over the seeds ends more than 10 % higher; for
 measures of either sign, 10 % of what was learned.
 

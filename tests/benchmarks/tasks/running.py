@@ -38,7 +38,7 @@ class Run:
         dtype: In which the loss is computed; parameters are float32.
         loss_scale: Multiplies the loss, and divides its gradients.
         is_dynamic: Whether the loss scale is halved, and the step left out by the loop
-            itself, where a gradient is not finite.
+            itself, where a gradient is non-finite.
         steps: How many.
     """
 
@@ -59,7 +59,7 @@ class Trained(NamedTuple):
 
     end: Any
     """Median of the measure over the last tenth of the steps; +inf if it or a
-    parameter is not finite."""
+    parameter is non-finite."""
     start: Any
     """The measure at the first parameters."""
     loss: Any
