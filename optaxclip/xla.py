@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,24 +32,48 @@ def stack_scalars(values: Sequence[jax.Array]) -> jax.Array:
     return found
 
 
+def run_if(
+    when: jax.Array, function: Callable[[jax.Array, Any], Any], start: Any
+) -> tuple[jax.Array, Any]:
+    """(False, `function(True, start)` if `when`, else `start`); free if not.
+
+    A loop of at most one turn: `vmap` would run both sides of a `cond`, and a select
+    would read and write all. `start` is replaced in place if what follows depends on
+    the False, since XLA then runs that after the loop. What the function reads besides
+    it has to be tied to the True.
+    """
+
+    def body(carry):
+        flag, value = carry
+        value = function(flag, value)
+        return jnp.zeros_like(flag), value
+
+    return lax.while_loop(lambda carry: carry[0], body, (when, start))
+
+
+def tie(flag: jax.Array, tree: Any) -> Any:
+    """The tree as it is, read in the loop of `run_if` whose flag this is.
+
+    XLA would otherwise compute what depends on it alone before the loop, on each step.
+    """
+    return lax.optimization_barrier((flag, tree))[1]
+
+
 def replace_where(when, new, old):
     """(False, `new` if `when`, else `old`): two trees; costs nothing if not.
 
-    A loop of at most one turn, since a select would read and write all. What reads
-    `new`, or takes its place, must depend on the False: XLA then runs it after the
-    loop, and need not copy it. Derivatives are those of the select.
+    What reads `new`, or takes its place, must depend on the False, see `run_if`.
+    Derivatives are those of the select.
     """
 
     @jax.custom_jvp
     def choose(when, new, old):
-        def body(carry):
-            flag, old = carry
-            old = jax.tree.map(
+        def replace(flag, old):
+            return jax.tree.map(
                 lambda x, y: jnp.where(flag, x.astype(y.dtype), y), new, old
             )
-            return jnp.zeros_like(flag), old
 
-        return lax.while_loop(lambda carry: carry[0], body, (when, old))
+        return run_if(when, replace, old)
 
     @choose.defjvp
     def _(primals, tangents):

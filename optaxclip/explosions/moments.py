@@ -16,6 +16,7 @@ from optaxclip.explosions.snapshots import CLOCKS
 from optaxclip.explosions.state import SkipExplosionsState
 from optaxclip.norms.scopes import Scopes
 from optaxclip.numerics import accumulator, is_gradient, widen
+from optaxclip.xla import run_if, tie
 
 
 def are_spoiled(
@@ -26,41 +27,37 @@ def are_spoiled(
     leaves = jax.tree.leaves(inner_state)
     moments = lax.stop_gradient([leaves[i] for i in places])
 
-    def body(carry):
-        # Tied to the loop's state, or XLA would compute all before the loop.
-        flag, found = lax.optimization_barrier((carry[0], moments))
+    def highest_level(flag, _):
         levels = [jnp.zeros(leaf.part_shape, jnp.float32) for leaf in scopes.leaves]
-        for x, i in zip(found, places.values(), strict=True):
+        for x, i in zip(tie(flag, moments), places.values(), strict=True):
             axes = tuple(set(range(x.ndim)) - set(scopes.leaves[i].kept))
-            # A sum, as in `_compared`: inf - inf is NaN. 0 * x would be a product with
+            # A sum, as in `compare`: inf - inf is NaN. 0 * x would be a product with
             # an array of zeros.
             x = widen(x, accumulator([x]))
             total = jnp.sum(x - x, axes)
             levels[i] = jnp.where(jnp.isnan(total), 1, levels[i])
         level: Any = scopes.collapse(levels, "max")
-        return jnp.zeros_like(flag), jnp.max(level, initial=0)
+        return jnp.max(level, initial=0)
 
     if not places:
         return jnp.zeros([], bool)
-    none = jnp.zeros([], jnp.float32)
-    return lax.while_loop(lambda carry: carry[0], body, (when, none))[1] > 0
+    _, level = run_if(when, highest_level, jnp.zeros([], jnp.float32))
+    return level > 0
 
 
 def mend(when: jax.Array, inner_state: Any, updates: Any) -> tuple[jax.Array, Any]:
     """(False, the inner state with 0 for moments that are non-finite).
 
-    Costs nothing unless `when`. What follows must depend on the False, see `_replaced`.
+    Costs nothing unless `when`. What follows must depend on the False, see `run_if`.
     """
     leaves, structure = jax.tree.flatten(inner_state)
     places = _moments(inner_state, updates)
 
-    def body(carry):
-        flag, moments = carry
-        finite = [jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)) for x in moments]
-        return jnp.zeros_like(flag), finite
+    def without_nonfinite(_, moments):
+        return [jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)) for x in moments]
 
     moments = [jnp.asarray(leaves[i]) for i in places]
-    done, moments = lax.while_loop(lambda carry: carry[0], body, (when, moments))
+    done, moments = run_if(when, without_nonfinite, moments)
     for i, x in zip(places, moments, strict=True):
         leaves[i] = x
     return done, jax.tree.unflatten(structure, leaves)

@@ -7,17 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaxclip.explosions.deciding import (
-    Decision,
-    is_look_in,
-)
+from optaxclip.explosions.deciding import Decision, is_look_in
 from optaxclip.explosions.moments import are_spoiled, mend
-from optaxclip.explosions.snapshots import (
-    compare,
-    move,
-    snapshot_of,
-    widen_snapshots,
-)
+from optaxclip.explosions.snapshots import compare, move, snapshot_of, widen_snapshots
 from optaxclip.explosions.state import (
     BROKEN,
     DetectExplosionsState,

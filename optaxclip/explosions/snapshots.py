@@ -19,7 +19,7 @@ from optaxclip.limits.limit import ScheduleState
 from optaxclip.norms.scopes import Scopes
 from optaxclip.numerics import accumulator, is_gradient, promote, widen
 from optaxclip.recording import RecordState
-from optaxclip.xla import replace_where
+from optaxclip.xla import replace_where, run_if, tie
 
 CLOCKS = (
     optax.ScaleByScheduleState,
@@ -84,18 +84,15 @@ def compare(
         has_nan = jnp.isnan(jnp.sum(x, axes))
         return jnp.where(has_nan, 2, is_away.astype(jnp.float32))
 
-    def body(carry):
-        # Tied to the loop's state, or XLA would compute all before the loop.
-        flag, *trees = lax.optimization_barrier((carry[0], params, snapshot))
-        leaves = map(jax.tree.leaves, (*trees, updates))
+    def highest_level(flag, _):
+        leaves = map(jax.tree.leaves, (*tie(flag, (params, snapshot)), updates))
         levels = list(map(level_of, scopes.leaves, *leaves))
         level: Any = scopes.collapse(levels, "max")
-        return jnp.zeros_like(flag), jnp.max(level, initial=0)
+        return jnp.max(level, initial=0)
 
     params, _ = snapshot_of(params, ())
     params, snapshot = lax.stop_gradient((params, snapshot))
-    none = jnp.zeros([], jnp.float32)
-    _, level = lax.while_loop(lambda carry: carry[0], body, (when, none))
+    _, level = run_if(when, highest_level, jnp.zeros([], jnp.float32))
     return level > 0, level > 1
 
 
