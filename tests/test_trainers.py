@@ -79,8 +79,7 @@ def test_gradients_of_another_type_than_the_parameters(dtypes):
     assert rollbacks(later) == 1
     chex.assert_trees_all_equal_shapes_and_dtypes(later, state)
     chex.assert_trees_all_equal(again, params)
-    learned = optax.tree.get(later, "mu")
-    chex.assert_trees_all_equal(learned, jax.tree.map(jnp.zeros_like, learned))
+    chex.assert_trees_all_equal(later["explosions"].inner_state, inner)
     num_compiled = update_of(tx)._cache_size()
     assert num_compiled == update_of(bare)._cache_size()
 
@@ -212,9 +211,7 @@ def test_specs_of_the_parameters_are_those_of_the_snapshots(masks):
         is_leaf=lambda x: isinstance(x, optax.MaskedNode),
     )
     found = jax.tree.leaves(state["explosions"].snapshots.older)
-    masked = [] if masks else ["spec of b"]
-    moments = [*(masked or ["spec of b"]), "spec of w"]
-    assert found == ["spec of b", "spec of w", "none", *moments * 2]
+    assert found == ["spec of b", "spec of w"]
 
 
 # What a rollback takes back.
@@ -243,23 +240,24 @@ def test_a_rollback_leaves_what_the_user_and_the_clock_decided():
     assert scheduled.count == clip["clip"].limit_state.num_steps == 5
     assert clip["clip"].num_steps == record["gradients"].counts[0] == 5
     assert noise.rng_key == before[0].rng_key
-    # What the optimizer had learned.
-    adam = injected.inner_state[0]
-    assert adam.count == 0
-    assert not np.any(adam.mu["w"])
+    # And what the optimizer has learned: nothing of a skipped step is in it.
+    assert injected.inner_state[0].count == 5
+    assert np.all(injected.inner_state[0].mu["w"] > 0)
 
 
 def test_a_run_that_was_saved_without_it_goes_on_from_its_moments():
-    """Put into `inner_state` before the first step, they are the first snapshot."""
+    """Put into `inner_state` before the first step; the first snapshot is made then."""
     bare = optax.adam(0.1)
     params, saved = train(optax.with_extra_args_support(bare), FINE * 5)
     tx = stabilize(bare)
     state = tx.init(PARAMS)
     state["explosions"] = state["explosions"]._replace(inner_state=saved)
     later, state = train(tx, FINE * 3, params, state)
+    inner = state["explosions"].inner_state
+    assert inner[0].count == 8
     after, state = train(tx, [*BAD, *FINE * 2], later, state)
     assert rollbacks(state) == 1
-    chex.assert_trees_all_equal(state["explosions"].inner_state, saved)
+    chex.assert_trees_all_equal(state["explosions"].inner_state, inner)
     chex.assert_trees_all_close(after, params, rtol=2e-7)
 
 
@@ -390,5 +388,7 @@ def test_derivatives_through_a_rollback():
         (params, _), _ = lax.scan(step, (params, tx.init(params)), losses)
         return params[0]
 
-    # One step from the snapshot, which is where it began.
-    np.testing.assert_allclose(jax.jit(jax.grad(end))(1.0), 0.75, rtol=1e-6)
+    # One step from the snapshot, which is where it began, with the moment of two more.
+    moment = 0.5 * (0.5 + 0.75) + 1
+    expected = 1 - 0.25 * moment
+    np.testing.assert_allclose(jax.jit(jax.grad(end))(1.0), expected, rtol=1e-6)

@@ -11,12 +11,24 @@ import optax
 from jax import lax
 
 from optaxclip.clipping.by_norm import ClipByNormState
+from optaxclip.clipping.by_value import ClipByValueState
 from optaxclip.explosions.nodes import LEAF, is_like, num_leaves, split_node
-from optaxclip.explosions.snapshots import CLOCKS
-from optaxclip.explosions.state import SkipExplosionsState
+from optaxclip.explosions.state import DetectExplosionsState, SkipExplosionsState
+from optaxclip.limits.limit import ScheduleState
 from optaxclip.norms.scopes import Scopes
-from optaxclip.numerics import accumulator, is_gradient, widen
+from optaxclip.numerics import accumulator, add, is_gradient, widen
+from optaxclip.recording import RecordState
 from optaxclip.xla import run_if, tie
+
+OURS = (
+    ClipByNormState,
+    ClipByValueState,
+    DetectExplosionsState,
+    RecordState,
+    ScheduleState,
+    SkipExplosionsState,
+)
+"""States that hold inf and NaN on purpose: no limit yet, or what was recorded."""
 
 
 def are_spoiled(
@@ -28,15 +40,19 @@ def are_spoiled(
     moments = lax.stop_gradient([leaves[i] for i in places])
 
     def highest_level(flag, _):
-        levels = [jnp.zeros(leaf.part_shape, jnp.float32) for leaf in scopes.leaves]
+        found: list[Any] = [
+            jnp.zeros(leaf.part_shape, jnp.float32) for leaf in scopes.leaves
+        ]
+        sums: dict[int, jax.Array] = {}
         for x, i in zip(tie(flag, moments), places.values(), strict=True):
-            axes = tuple(set(range(x.ndim)) - set(scopes.leaves[i].kept))
             # A sum, as in `compare`: inf - inf is NaN. 0 * x would be a product with
             # an array of zeros.
             x = widen(x, accumulator([x]))
-            total = jnp.sum(x - x, axes)
-            levels[i] = jnp.where(jnp.isnan(total), 1, levels[i])
-        level: Any = scopes.collapse(levels, "max")
+            sums[i] = add(sums[i], x - x) if i in sums else x - x
+        for i, x in sums.items():
+            axes = tuple(set(range(x.ndim)) - set(scopes.leaves[i].kept))
+            found[i] = jnp.isnan(jnp.sum(x, axes)).astype(jnp.float32)
+        level: Any = scopes.collapse(found, "max")
         return jnp.max(level, initial=0)
 
     if not places:
@@ -45,22 +61,14 @@ def are_spoiled(
     return level > 0
 
 
-def mend(when: jax.Array, inner_state: Any, updates: Any) -> tuple[jax.Array, Any]:
-    """(False, the inner state with 0 for moments that are non-finite).
-
-    Costs nothing unless `when`. What follows must depend on the False, see `run_if`.
-    """
+def mended(when: jax.Array, inner_state: Any, updates: Any) -> Any:
+    """The inner state, `when` it is spoiled with 0 for moments that are non-finite."""
     leaves, structure = jax.tree.flatten(inner_state)
-    places = _moments(inner_state, updates)
-
-    def without_nonfinite(_, moments):
-        return [jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)) for x in moments]
-
-    moments = [jnp.asarray(leaves[i]) for i in places]
-    done, moments = run_if(when, without_nonfinite, moments)
-    for i, x in zip(places, moments, strict=True):
-        leaves[i] = x
-    return done, jax.tree.unflatten(structure, leaves)
+    for i in _moments(inner_state, updates):
+        x = jnp.asarray(leaves[i])
+        finite = lax.select(jnp.isfinite(x), x, jnp.zeros_like(x))
+        leaves[i] = lax.select(when, finite, x)
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _moments(state: Any, updates: Any) -> dict[int, int]:
@@ -89,8 +97,7 @@ def _moments(state: Any, updates: Any) -> dict[int, int]:
 
     def visit(tree, place):
         children, structure = split_node(tree)
-        # Their inf and NaN are on purpose: no limit yet, or what was recorded.
-        if isinstance(tree, (ClipByNormState, SkipExplosionsState, *CLOCKS)):
+        if isinstance(tree, OURS):
             return
         if is_like(tree, updates):
             collect(tree, updates, place, 0)

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from optaxclip.explosions.deciding import Decision, is_look_in
-from optaxclip.explosions.moments import are_spoiled, mend
+from optaxclip.explosions.moments import are_spoiled, mended
 from optaxclip.explosions.snapshots import compare, move, snapshot_of, widen_snapshots
 from optaxclip.explosions.state import (
     BROKEN,
@@ -39,15 +40,16 @@ def look(
     if not isinstance(state.snapshots, Snapshots):
         return jnp.zeros([], bool), jnp.zeros([], bool)
     is_due = is_look_in(now["phase"]) | seen.has_nonfinite_updates
-    return compare(is_due, params, state.snapshots.older[0], updates, scopes)
+    return compare(is_due, params, state.snapshots.older, updates, scopes)
 
 
 class Moved(NamedTuple):
-    """Inner state and snapshots before the inner optimizer is updated."""
+    """What is known before the inner optimizer is updated."""
 
     is_spoiled: jax.Array
     is_skipped: jax.Array
-    inner_state: Any
+    kept: Any
+    """The inner state of a step that is skipped."""
     snapshots: Snapshots | tuple[()]
 
 
@@ -58,25 +60,26 @@ def move_between(
     updates: Any,
     scopes: Scopes,
 ) -> Moved:
-    """Moves between snapshots, and resets moments that are non-finite."""
+    """Moves between snapshots, and resets moments that are non-finite.
+
+    A rollback leaves the inner state as it is. The steps that exploded were skipped, so
+    they are not in its moments; and what the user or the clock decides stays, such as
+    hyperparameters and the counts of schedules.
+    """
     num_steps = count(state.explosions, "steps")
-    inner_state, snapshots = state.inner_state, state.snapshots
-    is_due = decision.is_copied | (num_steps % CHECK_EVERY == CHECK_EVERY - 1)
-    is_spoiled = are_spoiled(is_due & (num_steps > 0), inner_state, updates, scopes)
+    is_due = num_steps % CHECK_EVERY == CHECK_EVERY - 1
+    is_spoiled = are_spoiled(is_due, state.inner_state, updates, scopes)
+    is_skipped, snapshots = decision.is_skipped | is_spoiled, state.snapshots
     if isinstance(snapshots, Snapshots):
-        done, inner_state, snapshots = move(
-            decision, is_spoiled, num_steps, params, inner_state, snapshots
-        )
-    else:
-        done, inner_state = mend(is_spoiled, inner_state, updates)
-    is_skipped = materialize(decision.is_skipped | is_spoiled | done)
-    return Moved(is_spoiled, is_skipped, inner_state, snapshots)
+        done, snapshots = move(decision, num_steps, params, snapshots)
+        is_skipped |= done
+    kept = mended(is_spoiled, state.inner_state, updates)
+    return Moved(is_spoiled, materialize(is_skipped), kept, snapshots)
 
 
 def apply(
     updates: Any,
     params: Any,
-    inner_state: Any,
     moved: Moved,
     decision: Decision,
     factor: jax.Array | None,
@@ -93,20 +96,19 @@ def apply(
             u = scale(u, factor.astype(u.real.dtype))
         # A finite update may still overflow the dtype of its parameter.
         after = u if param is None else add(param, u).astype(param.dtype)
-        is_taken = ~moved.is_skipped & jnp.isfinite(after)
-        u = jnp.where(is_taken, u, jnp.zeros_like(u))
-        if snapshot is None or param is None:
-            return u
-        # An update, so that whoever applies updates rolls back without knowing it.
-        way_back = add(snapshot, -param).astype(u.dtype)
-        return jnp.where(decision.is_at_snapshot, way_back, u)
+        nothing = jnp.zeros_like(u)
+        u = lax.select(jnp.isfinite(after), u, nothing)
+        if snapshot is not None and param is not None:
+            # An update, so that whoever applies updates rolls back without knowing it.
+            way_back = add(snapshot, -param).astype(u.dtype)
+            nothing = lax.select(decision.is_at_snapshot, way_back, nothing)
+        return lax.select(moved.is_skipped, nothing, u)
 
     snapshots = moved.snapshots
     trees = [updates] if params is None else [updates, params]
     if isinstance(snapshots, Snapshots):
-        present = snapshot_of(params, inner_state)
-        snapshots = widen_snapshots(snapshots, present)
-        trees.append(snapshots.older[0])
+        snapshots = widen_snapshots(snapshots, snapshot_of(params))
+        trees.append(snapshots.older)
     return jax.tree.map(respond, *trees), snapshots
 
 

@@ -8,13 +8,17 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+from jax import lax
 from jax.core import Tracer
 
 
 def update_or_keep(
-    update: Callable[[Any], tuple[Any, Any]], state: Any, keep: jax.Array
+    update: Callable[[Any], tuple[Any, Any]],
+    state: Any,
+    keep: jax.Array,
+    kept: Any = None,
 ) -> tuple[Any, Any]:
-    """`update(state)`, with the old state where `keep` is True.
+    """`update(state)`, with the state `kept` where `keep` is True.
 
     To select between the old and the new state at the end is right but slow: XLA copies
     every moment of Adam, because the updates still read the new one when the selected
@@ -27,14 +31,16 @@ def update_or_keep(
       update: state -> (updates, new state); the new state has the type of the old.
       state: A tree of arrays.
       keep: bool `[]`.
+      kept: A tree of the type of `state`, by default itself.
 
     Returns:
       (updates, state); the updates mean nothing where the state is kept.
     """
+    kept = state if kept is None else kept
     is_traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((state, keep)))
     if not is_traced:
         updates, new = update(state)
-        return updates, jax.tree.map(lambda x, y: _select(keep, x, y), state, new)
+        return updates, jax.tree.map(lambda x, y: _select(keep, x, y), kept, new)
     old, structure = jax.tree.flatten(state)
     other: list = []  # what is no array, and so cannot leave a traced function
 
@@ -53,7 +59,8 @@ def update_or_keep(
 
     jaxpr = jax.make_jaxpr(flat_update)(*old)
     num_arrays = len(jaxpr.out_avals) - len(old)
-    outputs = _evaluate(jaxpr, old, [*old, *[None] * num_arrays], keep)
+    wanted = [*jax.tree.leaves(kept), *[None] * num_arrays]
+    outputs = _evaluate(jaxpr, old, wanted, keep)
     arrays = iter(outputs[len(old) :])
     updates_structure, leaves = other
     leaves = [next(arrays) if x is None else x for x in leaves]
@@ -134,4 +141,7 @@ def _is_plain_jit(eqn: Any) -> bool:
 def _select(keep: jax.Array, old: Any, new: Any) -> jax.Array:
     if old is new:
         return old
+    if jax.typeof(old) == jax.typeof(new):
+        # What `jnp.where` traces for each leaf takes much of the time to compile.
+        return lax.select(keep, old, new)
     return jnp.where(keep, old, new)

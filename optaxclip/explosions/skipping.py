@@ -80,9 +80,8 @@ def skip_explosions(
     `raise_if_exploded` say; with `rollback` at once where the parameters are NaN. Where
     `inner` itself makes something that is non-finite, or an update would overflow the
     dtype of its parameter, those elements become 0. Where what it made stands in its
-    moments, and so would stay, the inner state goes back to the snapshot's within 3
-    steps, without rollback those moments to 0; that is an explosion too, and its step
-    is skipped (`explosions/num_mended`).
+    moments, and so would stay, it becomes 0 within 3 steps; that is an explosion too,
+    and its step is skipped (`explosions/num_mended`).
 
     Put it around `optax.MultiSteps`, so that a bad micro-batch alone is lost. Within
     it, NaN would stay in what is accumulated, which `raise_if_exploded` tells; that
@@ -93,7 +92,7 @@ def skip_explosions(
     To roll back: skipped steps leave the parameters as they are, so when the loss (the
     norm, if no loss is given) exceeds its limit `rollback_after` times in a row, these
     are no odd batches: the data have changed, or the parameters are bad. To tell which,
-    parameters and inner state go back to those of a quiet step, `snapshot_every` to
+    the parameters go back to those of a quiet step, `snapshot_every` to
     `2 * snapshot_every` quiet steps ago, for two batches. If the excess is gone, or at
     least half of it, that is the rollback; if not, they come back as they were, and the
     explosions are accepted. Ten non-finite steps in a row do the same. The update is
@@ -102,12 +101,11 @@ def skip_explosions(
     `optax.contrib.schedule_free`; behind a learning rate of its own, as in
     `chain(skip_explosions(scale_by_adam()), scale(-1e-3))`, it undoes nothing, which
     `explosions/num_blocked_rollbacks` counts and `explain` tells. That takes the memory
-    of two copies of both, and on healthy steps one read of one copy of the parameters.
-    What the optimizer has learned goes back; what the user or the clock decides stays:
-    the counts of schedules, the `hyperparams` of `optax.inject_hyperparams`, random
-    keys, and records. The first snapshot is of what the first step is given, so that
-    the moments of a run without `skip_explosions` may be put in before it:
-    `state[label] = state[label]._replace(inner_state=saved)`.
+    of two copies of the parameters, and on healthy steps one read of one of them. The
+    inner state stays as it is: its moments, which know nothing of the steps that were
+    skipped, and what the user or the clock decides, as hyperparameters and the counts
+    of schedules. The moments of a run without `skip_explosions` may be put in before
+    the first step: `state[label] = state[label]._replace(inner_state=saved)`.
 
     To cool down: a rollback within the first 64 steps reduces the updates to
     `cool_down`, a later one to 1/16 at most, since the steps were right for some time;
@@ -172,7 +170,7 @@ def skip_explosions(
 
     def init(params):
         inner_state = inner.init(params)
-        snapshots = empty_snapshots(params, inner_state) if rollback else ()
+        snapshots = empty_snapshots(params) if rollback else ()
         return {
             label: SkipExplosionsState(
                 explosions=detector.init(params),
@@ -210,12 +208,10 @@ def skip_explosions(
             return found, new
 
         updates, inner_state = update_or_keep(
-            update_inner, moved.inner_state, moved.is_skipped
+            update_inner, state.inner_state, moved.is_skipped, moved.kept
         )
         factor = decision.cooling.scale if cool_down is not None else None
-        updates, snapshots = apply(
-            updates, params, inner_state, moved, decision, factor
-        )
+        updates, snapshots = apply(updates, params, moved, decision, factor)
         counts = count_response(now, decision, moved.is_spoiled, is_broken)
         state = SkipExplosionsState(
             explosions=with_values(explosions, counts),

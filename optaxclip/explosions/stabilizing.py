@@ -41,8 +41,8 @@ def stabilize(
       norm: As in `detect_explosions`; None for no such rule.
       share: Likewise.
       loss: Likewise.
-      rollback: Whether to keep two copies of parameters and optimizer state to return
-        to. Without them it only skips, and far fewer runs are saved.
+      rollback: Whether to keep two copies of the parameters to return to. Without them
+        it only skips, and far fewer runs are saved.
       specs: As in `detect_explosions`.
       stacked: As in `clip_by_norm`.
       label: Under which name the state and the metrics appear.

@@ -129,13 +129,7 @@ def as_bits(x: jax.Array) -> jax.Array:
 
 
 class Snapshots(NamedTuple):
-    """Two copies of the parameters and the inner state, each a pair.
-
-    Zeros before the first step, which copies what it is given. In the copy of the inner
-    state plain tuples stand for all nodes but those like the parameters, so that
-    nothing is found in it by a name: `optax.tree.get(state, "count")` is the present
-    one.
-    """
+    """Two copies of the parameters; zeros before the first step."""
 
     older: Any
     """The copy that a rollback returns to, from a quiet step."""
