@@ -571,7 +571,8 @@ def test_what_outlasts_the_snapshot_is_accepted(looks):
 def test_rollback_returns_to_a_quiet_step():
     tx = optaxclip.skip_explosions(optax.adam(0.1), rollback=True, snapshot_every=5)
     history = []
-    params, state = PARAMS, None
+    params: Any = PARAMS
+    state: Any = None
     for size in healthy(17):
         history.append(params)
         params, state, _ = explode(tx, [size], state=state, params=params)

@@ -215,7 +215,7 @@ snapshot is of what the first step is given.
   `python tests/benchmarks/detection.py --split heldout` (x86-64, JAX 0.10.2,
   2026-11-28).
 * On the test half of the benchmark runs it harms 1 of 51 healthy ones, and does not
-  save 9 % of those that explode. `tests/benchmarks/README.md` names both.
+  save 8 % of those that explode. `tests/benchmarks/README.md` names both.
 """
 
 from optaxclip.explosions.detecting import detect_explosions as detect_explosions
