@@ -11,6 +11,7 @@ The same command runs on CPU, GPU and TPU.
 import datetime
 import importlib.util
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 import optaxclip
 
@@ -124,6 +124,34 @@ def compile_step(name: str, arrays: tuple) -> tuple[Any, Any]:
     return lowered.compile(), rest
 
 
+class Size(NamedTuple):
+    """What a compiled step is made of."""
+
+    arrays: int
+    """That go in and come out, but for the gradients."""
+    kernels: int
+    """Fusions, wherever they stand."""
+    loops: int
+    """Whether to enter one is decided on the device."""
+    temporaries: int
+    """Bytes."""
+    state: int
+    """Bytes beyond the state of Adam."""
+
+
+def size_of(step: Any, arrays: tuple, rest: Any) -> Size:
+    """The size of a compiled step of `(params, adam_state, gradients)` and the rest."""
+    hlo = step.as_text() or ""
+    params, adam_state, _ = arrays
+    return Size(
+        arrays=len(jax.tree.leaves((params, adam_state, rest))),
+        kernels=len(re.findall(r" fusion\(", hlo)),
+        loops=len(re.findall(r" while\(", hlo)),
+        temporaries=step.memory_analysis().temp_size_in_bytes,
+        state=sum(x.nbytes for x in jax.tree.leaves(rest)),
+    )
+
+
 def alternating(names: list[str], num_rounds: int):
     """Each round visits all names, once forward and once backward in turn."""
     for i in range(num_rounds):
@@ -167,7 +195,9 @@ def main(
     torch: bool = False,
     arms: tuple[str, ...] = (),
 ) -> None:
-    """Prints what each clip adds to a jitted Adam step: time, memory and compilation.
+    """Prints what each clip adds to a jitted Adam step.
+
+    Time, compilation, arrays, kernels, loops, temporaries and state.
 
     All clips share one set of parameters, gradients and Adam states, which each step
     donates to the next: with buffers of their own, equal steps differ by up to 20 %.
@@ -199,7 +229,7 @@ def main(
     others = [name for name in names[2:] if any(arm in name for arm in arms or [""])]
     names = [*names[:2], *others]
     compile_times: dict[str, list[float]] = {name: [] for name in names}
-    steps, rests = {}, {}
+    steps, rests, sizes = {}, {}, {}
     for order in alternating(names, compilations):
         for name in order:
             jax.clear_caches()
@@ -207,6 +237,7 @@ def main(
             arrays = params, adam_state, gradients
             steps[name], rests[name] = compile_step(name, arrays)
             compile_times[name].append(time.perf_counter() - start)
+            sizes[name] = size_of(steps[name], arrays, rests[name])
 
     times: dict[str, list[float]] = {name: [] for name in names}
     for order in alternating(names, repetitions + 1):
@@ -234,15 +265,22 @@ def main(
         f"{statistics.median(compile_times['Adam']):.3g} s, against itself "
         f"x{compile_noise:.2f}."
     )
+    parameters = 4 * size
+    for name in names:
+        found = sizes[name]
+        print(
+            f"{name}: {found.arrays} arrays, {found.kernels} kernels, {found.loops} "
+            f"loops, {found.temporaries} bytes of temporaries, and a state of "
+            f"{found.state / parameters:.3f} times the parameters beyond Adam's."
+        )
     for name in others:
-        memory = steps[name].memory_analysis().temp_size_in_bytes
-        memory -= steps["Adam"].memory_analysis().temp_size_in_bytes
+        memory = sizes[name].temporaries - sizes["Adam"].temporaries
         print(
             f"With {name} the step takes {1e3 * statistics.median(times[name]):.4g} ms"
             f", x{ratio(times, name, 'Adam'):.3f} (A/A x{noise:.3f}); it compiles in "
             f"{statistics.median(compile_times[name]):.3g} s, "
             f"x{ratio(compile_times, name, 'Adam'):.2f} (A/A x{compile_noise:.2f}), "
-            f"and needs {memory / (4 * size):+.1%} of the gradients' memory for "
+            f"and needs {memory / parameters:+.1%} of the gradients' memory for "
             "temporaries."
         )
     ours, theirs = "optaxclip.clip_by_norm", "optax.clip_by_global_norm"
@@ -270,4 +308,6 @@ def main(
 
 
 if __name__ == "__main__":
+    import tyro  # which a bare machine lacks, on which `gpu.py` takes the rest
+
     tyro.cli(main)
