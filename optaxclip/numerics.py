@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.core import Tracer
 
 
 def is_gradient(leaf: Any) -> bool:
@@ -45,11 +46,18 @@ def where(condition: Any, x: Any, y: Any) -> jax.Array:
     On a mesh with explicit axes `jnp.where` refuses a number beside a sharded array.
     """
     dtype = jnp.result_type(x, y)
-    x, y = (
-        value if np.ndim(value) else jnp.full_like(condition, value, dtype)
-        for value in (x, y)
-    )
-    return jnp.where(condition, x, y)
+
+    def placed(value):
+        if np.ndim(value):
+            return value
+        if not np.ndim(condition):
+            return jnp.asarray(value, dtype)
+        if not isinstance(value, Tracer):
+            return jnp.full_like(condition, value, dtype)
+        # An older JAX's `full_like` refuses what differs between devices already.
+        return jnp.ones_like(condition, dtype) * value
+
+    return jnp.where(condition, placed(x), placed(y))
 
 
 def scale(x: jax.Array, factor: jax.Array) -> jax.Array:

@@ -196,6 +196,21 @@ def test_the_same_norm_on_local_shards_without_specs_would_be_wrong():
     np.testing.assert_allclose(local, np.full(8, np.sqrt(2)), rtol=1e-6)
 
 
+def test_a_recorder_of_local_shards_without_specs_sees_each_device_alone():
+    tx: Any = optaxclip.record("here", window=2)
+
+    def last_norms(x):
+        _, state = tx.update({"a": x, "b": 2 * x}, tx.init({"a": x, "b": x}), None)
+        return state["here"].rows[:1, -2:]
+
+    mesh, spec = mesh_of(AxisType.Auto), P(("x", "y"))
+    found = jax.jit(
+        jax.shard_map(last_norms, mesh=mesh, in_specs=(spec,), out_specs=spec)
+    )(jnp.arange(8.0))
+    expected = np.arange(8)[:, None] * [1, 2]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_gradient_through_a_norm_in_shard_map():
     mesh = mesh_of(AxisType.Auto)
     norm = jax.shard_map(
