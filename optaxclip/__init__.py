@@ -141,6 +141,18 @@ process holds the whole state.
 `tests/test_data_parallel.py` kills one of two processes and starts both again. They end
 with the bits of the run that was not killed. `examples/data_parallel.py` trains on many
 devices and hosts, with checkpoints.
+
+## Versions of JAX
+
+optaxclip needs JAX 0.7.2 or later. On a CPU an older XLA does some things less well:
+
+| before JAX | what differs |
+|---|---|
+| 0.10.2 | A clip by norm needs memory for a float32 copy of the gradients. |
+| 0.10.2 | `skip_explosions` and `stabilize` need memory for two such copies. |
+| 0.10.2 | The norm of 10 million equal numbers may be wrong by 5e-6 of itself. |
+
+XLA then stores the squares of the gradients before it adds them up.
 """
 
 from optaxclip import limits as limits

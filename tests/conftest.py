@@ -21,6 +21,22 @@ import pytest
 chex.set_n_cpu_devices(8)
 
 
+def needs_xla(*, since: tuple[int, ...], reason: str) -> pytest.MarkDecorator:
+    """Skips where the compiler, which comes with JAX, is older than JAX `since`.
+
+    For what only it can give: results are right, but rounded more, or cost more.
+    """
+    version = ".".join(map(str, since))
+    return pytest.mark.skipif(
+        jax.__version_info__ < since, reason=f"before JAX {version} XLA {reason}"
+    )
+
+
+stores_no_squares = needs_xla(
+    since=(0, 10, 2), reason="stores the squares of the gradients that it adds up"
+)
+
+
 @pytest.fixture
 def strict():
     """Refuses implicit changes of dtype and rank."""

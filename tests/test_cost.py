@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import optaxclip
+from conftest import stores_no_squares
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="the bounds are those of XLA's CPU compiler"
@@ -98,6 +99,7 @@ def num_in_loops(op: str, hlo: str) -> int:
     return count
 
 
+@stores_no_squares
 def test_norm_keeps_no_copy_of_the_gradients():
     # What is left, below 0.1 %, holds partial sums of the vectors (`reduce-window`).
     # If the leaves shared one scale in the rescue, XLA would store it once for every
@@ -106,6 +108,7 @@ def test_norm_keeps_no_copy_of_the_gradients():
     assert cost("norm").temporaries - cost("none").temporaries < 0.01
 
 
+@stores_no_squares
 def test_norm_reads_the_gradients_once():
     # XLA counts the body of a loop once, whether or not it runs: the second reading
     # here is the rescue, which healthy steps skip. There is no third one, and nothing
@@ -141,6 +144,7 @@ def test_norm_leaves_only_products_to_the_loops_over_elements(op: str):
     assert num_in_loops("divide", cost("none").hlo) > 0  # so that the count counts
 
 
+@stores_no_squares
 def test_bfloat16_gradients_are_not_kept_in_float32():
     # At most the clipped gradients, in bfloat16: both of Adam's moments read them.
     # Were their float32 values kept too, it would be 2 and more.
@@ -151,6 +155,7 @@ def test_bfloat16_gradients_are_not_kept_in_float32():
     assert norm.accessed - none.accessed < 4.1
 
 
+@stores_no_squares
 def test_a_recorder_reads_nothing_that_the_clip_does_not_read():
     # It shares the first reading with the clip; it has a rescue of its own, which
     # healthy steps skip. Its window, which this step does not donate, is read and

@@ -111,7 +111,8 @@ def run_nnx(tx, *, with_value: bool) -> Run:
     for x, y in batches():
         losses.append(float(step(model, optimizer, x, y)))
         weights.append(read(model))
-    return Run(losses, weights, nnx.as_pure(optimizer.opt_state))
+    as_pure = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure  # of an older Flax
+    return Run(losses, weights, as_pure(optimizer.opt_state))
 
 
 def run_linen(tx, *, with_value: bool) -> Run:

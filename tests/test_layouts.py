@@ -175,7 +175,12 @@ def gradients_of(params, batch, mesh_axes):
 
     if not mesh_axes:
         return jax.tree.map(jax.grad(mean_loss), params, batch)
-    params = jax.tree.map(lambda x: lax.pcast(x, mesh_axes, to="varying"), params)
+    of_any_age: Any = lax
+    if hasattr(of_any_age, "pcast"):
+        as_varying = functools.partial(of_any_age.pcast, to="varying")
+    else:  # of an older JAX
+        as_varying = of_any_age.pvary
+    params = jax.tree.map(lambda x: as_varying(x, mesh_axes), params)
     return lax.pmean(jax.tree.map(jax.grad(mean_loss), params, batch), mesh_axes)
 
 

@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optaxclip
+from conftest import stores_no_squares
 from optaxclip.explosions import skipping
 from optaxclip.explosions.selecting import update_or_keep
 from optaxclip.explosions.state import count
@@ -811,6 +812,7 @@ def test_where_after_would_copy(optimized):
     assert cost.accessed > ACCESSED_BY_ADAM + 4
 
 
+@stores_no_squares
 @pytest.mark.parametrize(
     "arguments",
     [
