@@ -2,8 +2,6 @@
 
 import importlib
 import re
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,14 +11,10 @@ import pytest
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
 
 @pytest.fixture(scope="module")
 def bptt() -> Any:
-    sys.path.insert(0, str(EXAMPLES))
-    yield importlib.import_module("bptt")
-    sys.path.remove(str(EXAMPLES))
+    return importlib.import_module("bptt")
 
 
 def slope(logs: np.ndarray) -> float:

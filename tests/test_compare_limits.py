@@ -1,8 +1,6 @@
 """The comparison of limits runs, and counts what it says."""
 
 import importlib
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +8,6 @@ import pytest
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 CLIPS = ["none", "fixed", "ZClip", "AutoClip", "AdaGC"]
 FLAGS: dict[str, Any] = {"steps": 20, "seeds": 2, "hidden": 4, "batch_size": 2}
 FLAGS |= {"length": 4, "warmup": 0}
@@ -18,9 +15,7 @@ FLAGS |= {"length": 4, "warmup": 0}
 
 @pytest.fixture(scope="module")
 def compare() -> Any:
-    sys.path.insert(0, str(EXAMPLES))
-    yield importlib.import_module("compare_limits")
-    sys.path.remove(str(EXAMPLES))
+    return importlib.import_module("compare_limits")
 
 
 @pytest.fixture

@@ -32,7 +32,6 @@ FLAGS |= {"batch_size": 16, "learning_rate": 0.01}
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    sys.path.insert(0, str(TESTS.parent / "examples"))
     module = importlib.import_module("data_parallel")
     two = jax.devices("cpu")[:2]
     with pytest.MonkeyPatch.context() as patch:
@@ -42,7 +41,6 @@ def example() -> Any:
         patch.setattr(module, "build", functools.cache(module.build))
         patch.setattr(module, "read_rows", faulty(module.read_rows, NAN_AT))
         yield module
-    sys.path.remove(str(TESTS.parent / "examples"))
 
 
 @pytest.fixture(scope="module")

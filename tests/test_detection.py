@@ -3,8 +3,6 @@
 import importlib
 import math
 import re
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,16 +10,13 @@ import pytest
 
 from optaxclip.explosions.rules import RULES
 
-BENCHMARKS = Path(__file__).parent / "benchmarks"
 ROUNDING = 1e-4
 """Of the logarithm of a norm or limit in float32."""
 
 
 @pytest.fixture(scope="module")
 def detection() -> Any:
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module("detection")
-    sys.path.remove(str(BENCHMARKS))
+    return importlib.import_module("detection")
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,6 @@ pytestmark = pytest.mark.usefixtures("quick_to_compile")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def examples_on_path():
-    sys.path.insert(0, str(EXAMPLES))
-    yield
-    sys.path.remove(str(EXAMPLES))
-
-
 @pytest.fixture(scope="module")
 def mnist() -> Any:
     return importlib.import_module("mnist")

@@ -2,8 +2,6 @@
 
 import importlib
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,14 +11,10 @@ import pytest
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
 
 @pytest.fixture(scope="module")
 def faster() -> Any:
-    sys.path.insert(0, str(EXAMPLES))
-    yield importlib.import_module("faster_with_clipping")
-    sys.path.remove(str(EXAMPLES))
+    return importlib.import_module("faster_with_clipping")
 
 
 def naive_steps(distance, rate, limit, tolerance, max_steps):

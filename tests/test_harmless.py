@@ -5,8 +5,6 @@ to show that it helps.
 """
 
 import importlib
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -255,8 +253,6 @@ def test_a_second_cut_does_not_multiply_the_first_for_ever():
 
 
 # Training runs; the rows of the zoo that have a name there.
-
-sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 import importlib
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,14 +13,10 @@ from flax import nnx
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
 
 @pytest.fixture(scope="module")
 def private() -> Any:
-    sys.path.insert(0, str(EXAMPLES))
-    yield importlib.import_module("private_mnist")
-    sys.path.remove(str(EXAMPLES))
+    return importlib.import_module("private_mnist")
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 import importlib
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,14 +15,10 @@ import optaxclip
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
 
 @pytest.fixture(scope="module")
 def blowup() -> Any:
-    sys.path.insert(0, str(EXAMPLES))
-    yield importlib.import_module("regression_blowup")
-    sys.path.remove(str(EXAMPLES))
+    return importlib.import_module("regression_blowup")
 
 
 def test_targets_of_another_shape_are_compared_with_every_output(blowup):
