@@ -50,11 +50,11 @@ def compare(
         eps = max(float(jnp.finfo(z.dtype).eps) for z in (x, u) if is_gradient(z))
         axes = tuple(i for i in range(x.ndim) if i not in leaf.kept)
         x, y = (widen(z, accumulator([x, y])) for z in (x, y))
-        distance, room = x - y, 4 * eps * y
-        # One sum, since for a sum alone XLA stores nothing for every element.
-        excess = (distance * distance.conj()).real - (room * room.conj()).real
-        excess = jnp.sum(excess, axes)
-        return jnp.where(jnp.isnan(excess), 2, (excess > 0).astype(jnp.float32))
+        # Sums, since for them alone XLA stores nothing for every element; nor does it
+        # where a number would be multiplied with each, so `eps` stands outside.
+        distance, size = (jnp.sum((z * z.conj()).real, axes) for z in (x - y, y))
+        is_away = ~(distance <= (4 * eps) ** 2 * size)
+        return jnp.where(jnp.isnan(distance), 2, is_away.astype(jnp.float32))
 
     def highest_level(flag, _):
         leaves = map(jax.tree.leaves, (*tie(flag, (params, snapshot)), updates))
