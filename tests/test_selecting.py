@@ -754,8 +754,7 @@ def num_bytes(tree) -> int:
 
 
 def copied(hlo: str) -> list[int]:
-    """The number of elements of each copy of a big array, outside of any loop."""
-    _, hlo = hlo.split("\nENTRY ")
+    """The number of elements of each copy of a big array."""
     copies = re.findall(r" = \w+\[([\d,]*)\]\S* copy(?:-start)?\(", hlo)
     sizes = [math.prod(int(n) for n in dims.split(",") if n) for dims in copies]
     return [size for size in sizes if size > SMALL]
@@ -827,7 +826,9 @@ def test_skipping_stays_in_place(optimized, arguments):
     cost = cost_of_skipping(optaxclip.skip_explosions(optax.adam(0.1), **arguments))
     assert cost.aliased == 0
     assert cost.temporaries < 0.01
-    assert not cost.copies
+    # Of parameters to a snapshot, and from one to the other, in loops that seldom run.
+    leaves = jax.tree.leaves(LIKE_PARAMS) if arguments.get("rollback") else []
+    assert sorted(cost.copies) == sorted(2 * [x.size for x in leaves if x.size > SMALL])
     if not arguments:
         # The norm reads the gradients, and once more in a loop that seldom runs, as is
         # the one that looks at both moments.

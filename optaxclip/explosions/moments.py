@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,6 @@ from jax import lax
 
 from optaxclip.clipping.by_norm import ClipByNormState
 from optaxclip.clipping.by_value import ClipByValueState
-from optaxclip.explosions.nodes import LEAF, is_like, num_leaves, split_node
 from optaxclip.explosions.state import DetectExplosionsState, SkipExplosionsState
 from optaxclip.limits.limit import ScheduleState
 from optaxclip.norms.scopes import Scopes
@@ -31,20 +31,24 @@ OURS = (
 """States that hold inf and NaN on purpose: no limit yet, or what was recorded."""
 
 
+_LEAF = jax.tree.structure(0)
+
+
 def are_spoiled(
-    when: jax.Array, inner_state: Any, updates: Any, scopes: Scopes
+    when: jax.Array, moments: Sequence[jax.Array], of: Sequence[int], scopes: Scopes
 ) -> jax.Array:
-    """Whether a moment is non-finite. Costs nothing unless `when`."""
-    places = _moments(inner_state, updates)
-    leaves = jax.tree.leaves(inner_state)
-    moments = lax.stop_gradient([leaves[i] for i in places])
+    """Whether a moment is non-finite. Costs nothing unless `when`.
+
+    `of`: for each moment, of which leaf it is.
+    """
+    moments = lax.stop_gradient(moments)
 
     def highest_level(flag, _):
         found: list[Any] = [
             jnp.zeros(leaf.part_shape, jnp.float32) for leaf in scopes.leaves
         ]
         sums: dict[int, jax.Array] = {}
-        for x, i in zip(tie(flag, moments), places.values(), strict=True):
+        for x, i in zip(tie(flag, moments), of, strict=True):
             # A sum, as in `compare`: inf - inf is NaN. 0 * x would be a product with
             # an array of zeros.
             x = widen(x, accumulator([x]))
@@ -55,23 +59,19 @@ def are_spoiled(
         level: Any = scopes.collapse(found, "max")
         return jnp.max(level, initial=0)
 
-    if not places:
+    if not of:
         return jnp.zeros([], bool)
     _, level = run_if(when, highest_level, jnp.zeros([], jnp.float32))
     return level > 0
 
 
-def mended(when: jax.Array, inner_state: Any, updates: Any) -> Any:
-    """The inner state, `when` it is spoiled with 0 for moments that are non-finite."""
-    leaves, structure = jax.tree.flatten(inner_state)
-    for i in _moments(inner_state, updates):
-        x = jnp.asarray(leaves[i])
-        finite = lax.select(jnp.isfinite(x), x, jnp.zeros_like(x))
-        leaves[i] = lax.select(when, finite, x)
-    return jax.tree.unflatten(structure, leaves)
+def mended(when: jax.Array, moment: jax.Array) -> jax.Array:
+    """A moment, `when` it is spoiled with 0 for elements that are non-finite."""
+    finite = lax.select(jnp.isfinite(moment), moment, jnp.zeros_like(moment))
+    return lax.select(when, finite, moment)
 
 
-def _moments(state: Any, updates: Any) -> dict[int, int]:
+def find_moments(state: Any, updates: Any) -> dict[int, int]:
     """Leaves of a state, each with the leaf of the updates whose moment it is.
 
     Those are floating, of the same shape, and within a tree like the updates. What we
@@ -79,32 +79,52 @@ def _moments(state: Any, updates: Any) -> dict[int, int]:
     single number, which may be anything.
     """
     found: dict[int, int] = {}
-    if jax.tree.structure(updates) == LEAF and np.ndim(updates) == 0:
+    if jax.tree.structure(updates) == _LEAF and np.ndim(updates) == 0:
         return found
 
     def collect(tree, like, place, index):
         """From leaf `place` of the state on, and from leaf `index` of the updates."""
         if tree is None or isinstance(tree, optax.MaskedNode):
             return
-        (children, structure), (others, _) = map(split_node, (tree, like))
-        if structure == LEAF:
+        (children, structure), (others, _) = map(_split_node, (tree, like))
+        if structure == _LEAF:
             if is_gradient(tree) and np.shape(tree) == np.shape(like):
                 found[place] = index
             return
         for child, other in zip(children, others, strict=True):
             collect(child, other, place, index)
-            place, index = place + num_leaves(child), index + num_leaves(other)
+            place, index = place + _num_leaves(child), index + _num_leaves(other)
 
     def visit(tree, place):
-        children, structure = split_node(tree)
+        children, structure = _split_node(tree)
         if isinstance(tree, OURS):
             return
-        if is_like(tree, updates):
+        if _is_like(tree, updates):
             collect(tree, updates, place, 0)
-        elif structure != LEAF:
+        elif structure != _LEAF:
             for child in children:
                 visit(child, place)
-                place += num_leaves(child)
+                place += _num_leaves(child)
 
     visit(state, 0)
     return found
+
+
+def _split_node(tree: Any) -> tuple[list, Any]:
+    """The children of a node, and its structure alone."""
+    return jax.tree.flatten(tree, is_leaf=lambda x: x is not tree)
+
+
+def _is_like(tree: Any, params: Any) -> bool:
+    """Whether a tree has the structure of the parameters, with some perhaps masked."""
+    if tree is None or isinstance(tree, optax.MaskedNode):
+        return True
+    (children, structure), (others, other) = map(_split_node, (tree, params))
+    return structure == other and (
+        structure == _LEAF or all(map(_is_like, children, others))
+    )
+
+
+def _num_leaves(tree: Any) -> int:
+    """How many leaves a tree has."""
+    return len(jax.tree.leaves(tree))

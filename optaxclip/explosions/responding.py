@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from optaxclip.explosions.deciding import Decision, is_look_in
-from optaxclip.explosions.moments import are_spoiled, mended
-from optaxclip.explosions.snapshots import compare, move, snapshot_of, widen_snapshots
+from optaxclip.explosions.moments import are_spoiled, find_moments, mended
+from optaxclip.explosions.snapshots import compare, move
 from optaxclip.explosions.state import (
     BROKEN,
     DetectExplosionsState,
@@ -68,12 +68,17 @@ def move_between(
     """
     num_steps = count(state.explosions, "steps")
     is_due = num_steps % CHECK_EVERY == CHECK_EVERY - 1
-    is_spoiled = are_spoiled(is_due, state.inner_state, updates, scopes)
+    leaves, structure = jax.tree.flatten(state.inner_state)
+    places = find_moments(state.inner_state, updates)
+    moments = [jnp.asarray(leaves[i]) for i in places]
+    is_spoiled = are_spoiled(is_due, moments, list(places.values()), scopes)
+    for i, moment in zip(places, moments, strict=True):
+        leaves[i] = mended(is_spoiled, moment)
     is_skipped, snapshots = decision.is_skipped | is_spoiled, state.snapshots
     if isinstance(snapshots, Snapshots):
         done, snapshots = move(decision, num_steps, params, snapshots)
         is_skipped |= done
-    kept = mended(is_spoiled, state.inner_state, updates)
+    kept = jax.tree.unflatten(structure, leaves)
     return Moved(is_spoiled, materialize(is_skipped), kept, snapshots)
 
 
@@ -83,7 +88,7 @@ def apply(
     moved: Moved,
     decision: Decision,
     factor: jax.Array | None,
-) -> tuple[Any, Snapshots | tuple[()]]:
+) -> Any:
     """The updates to apply: cooled down, zero if skipped, or the way to a snapshot."""
 
     def respond(u, param=None, snapshot=None):
@@ -104,12 +109,10 @@ def apply(
             nothing = lax.select(decision.is_at_snapshot, way_back, nothing)
         return lax.select(moved.is_skipped, nothing, u)
 
-    snapshots = moved.snapshots
     trees = [updates] if params is None else [updates, params]
-    if isinstance(snapshots, Snapshots):
-        snapshots = widen_snapshots(snapshots, snapshot_of(params))
-        trees.append(snapshots.older)
-    return jax.tree.map(respond, *trees), snapshots
+    if isinstance(moved.snapshots, Snapshots):
+        trees.append(moved.snapshots.older)
+    return jax.tree.map(respond, *trees)
 
 
 def count_response(

@@ -211,13 +211,13 @@ def skip_explosions(
             update_inner, state.inner_state, moved.is_skipped, moved.kept
         )
         factor = decision.cooling.scale if cool_down is not None else None
-        updates, snapshots = apply(updates, params, moved, decision, factor)
+        updates = apply(updates, params, moved, decision, factor)
         counts = count_response(now, decision, moved.is_spoiled, is_broken)
         state = SkipExplosionsState(
             explosions=with_values(explosions, counts),
             inner_state=inner_state,
             cooling=stack_scalars(decision.cooling),
-            snapshots=snapshots,
+            snapshots=moved.snapshots,
         )
         return updates, {label: state}
 

@@ -24,7 +24,15 @@ import numpy as np
 import optax
 
 import optaxclip
-from overhead import alternating, compile_step, make_shapes, ratio, size_of
+from overhead import (
+    compile_step,
+    make_arrays,
+    make_shapes,
+    protect,
+    ratio,
+    size_of,
+    time_steps,
+)
 
 ARMS = (
     "Adam",
@@ -76,34 +84,15 @@ def measure_norms(scale: float) -> None:
 
 def measure_adam(tree: Any, rounds: int) -> None:
     """Prints the time of an Adam step under each arm."""
-    shapes = make_shapes(tree)
-    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
-    state: Any = optax.adam(1e-3).init(params)
-    adam_state = state[0]
-    gradients = {
-        name: jax.random.normal(jax.random.key(i), shape)
-        for i, (name, shape) in enumerate(shapes.items())
-    }
+    arrays = make_arrays(make_shapes(tree))
     steps, rests, sizes = {}, {}, {}
     for name in ARMS:
         start = time.perf_counter()
-        arrays = params, adam_state, gradients
         steps[name], rests[name] = compile_step(name, arrays)
         sizes[name] = size_of(steps[name], arrays, rests[name])
         spent = time.perf_counter() - start
         print(f"    {tree}, {name}: compiled in {spent:.1f} s", flush=True)
-    calls = max(1, 20_000_000 // sum(x.size for x in params.values()))
-    times: dict[str, list[float]] = {name: [] for name in ARMS}
-    for order in alternating(list(ARMS), rounds + 1):
-        for name in order:
-            start = time.perf_counter()
-            for _ in range(calls):
-                params, adam_state, rests[name] = steps[name](
-                    params, adam_state, gradients, rests[name]
-                )
-            jax.block_until_ready((params, adam_state, rests[name]))
-            times[name].append((time.perf_counter() - start) / calls)
-    report(tree, {name: values[1:] for name, values in times.items()}, sizes)
+    report(tree, time_steps(steps, rests, arrays, rounds), sizes)
 
 
 def report(what: str, times: dict[str, list[float]], sizes: dict[str, Any]) -> None:
@@ -160,24 +149,10 @@ def measure_transformer(*, is_small: bool, rounds: int) -> None:
     """Prints the time of a training step of a transformer under each arm."""
     sizes = (2, 64, 2, 32) if is_small else (12, 2048, 16, 1024)
     initial, loss_of = make_transformer(*sizes)
-    arms: dict[str, Any] = {
-        "Adam": optax.adam(1e-4),
-        "Adam again": optax.adam(1e-4),
-        "optax.clip_by_global_norm": optax.chain(
-            optax.clip_by_global_norm(1.0), optax.adam(1e-4)
-        ),
-        "optaxclip.clip_by_norm": optax.chain(
-            optaxclip.clip_by_norm(1.0), optax.adam(1e-4)
-        ),
-        "optaxclip.stabilize, no rollback": optaxclip.stabilize(
-            optax.adam(1e-4), rollback=False
-        ),
-        "optaxclip.stabilize": optaxclip.stabilize(optax.adam(1e-4)),
-    }
     times: dict[str, list[float]] = {name: [] for name in ARMS}
     found = {}
     for name in ARMS:  # one after the other: all states together need too much memory
-        tx = optax.with_extra_args_support(arms[name])
+        tx = optax.with_extra_args_support(protect(name, optax.adam(1e-4)))
 
         def step(params, state, tx=tx):
             loss, grads = jax.value_and_grad(loss_of)(params)

@@ -102,6 +102,24 @@ def swapped(state: Any, kind: type, new: Any) -> tuple[Any, Any]:
     return state, found[0]
 
 
+def protect(name: str, adam: optax.GradientTransformation) -> Any:
+    """The optimizer of an arm."""
+    wrap = WRAPPERS.get(name)
+    return wrap(adam) if wrap else optax.chain(CLIPS[name], adam)
+
+
+def make_arrays(shapes: dict[str, tuple[int, ...]]) -> tuple:
+    """Parameters, the state of Adam, and gradients."""
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    gradients = {
+        name: jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    state: Any = optax.adam(1e-3).init(params)
+    return params, state[0], gradients
+
+
 def compile_step(name: str, arrays: tuple) -> tuple[Any, Any]:
     """Compiles an arm for `(params, adam_state, gradients)`.
 
@@ -109,9 +127,7 @@ def compile_step(name: str, arrays: tuple) -> tuple[Any, Any]:
     rest)`, which reuses the buffers of all but the gradients, and the rest of the
     state, in which a `Slot` stands for that of Adam.
     """
-    adam = optax.adam(1e-3)
-    wrap = WRAPPERS.get(name) or (lambda adam: optax.chain(CLIPS[name], adam))
-    tx = optax.with_extra_args_support(wrap(adam))
+    tx = optax.with_extra_args_support(protect(name, optax.adam(1e-3)))
 
     def step(params, adam_state, gradients, rest):
         state, _ = swapped(rest, Slot, adam_state)
@@ -156,6 +172,29 @@ def alternating(names: list[str], num_rounds: int):
     """Each round visits all names, once forward and once backward in turn."""
     for i in range(num_rounds):
         yield names if i % 2 == 0 else names[::-1]
+
+
+def time_steps(
+    steps: dict[str, Any], rests: dict[str, Any], arrays: tuple, num_rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of a step of each arm, in each round after the first.
+
+    All share the arrays, which each step donates to the next, as it does the rests.
+    """
+    params, adam_state, gradients = arrays
+    size = sum(x.size for x in params.values())
+    calls = max(1, 2_000_000 // size)  # a small step alone is too short to be timed
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for order in alternating(list(steps), num_rounds + 1):
+        for name in order:
+            start = time.perf_counter()
+            for _ in range(calls):
+                params, adam_state, rests[name] = steps[name](
+                    params, adam_state, gradients, rests[name]
+                )
+            jax.block_until_ready((params, adam_state, rests[name]))
+            times[name].append((time.perf_counter() - start) / calls)
+    return {name: values[1:] for name, values in times.items()}  # without warm-up
 
 
 def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
@@ -212,15 +251,7 @@ def main(
     """
     shapes = make_shapes(tree)
     size = sum(int(np.prod(shape)) for shape in shapes.values())
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
-    state: Any = optax.adam(1e-3).init(params)
-    adam_state = state[0]
-    gradients = {
-        name: jax.random.normal(key, shape)
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
-    calls = max(1, 2_000_000 // size)  # a small step alone is too short to be timed
+    arrays = make_arrays(shapes)
 
     names = [*CLIPS, *WRAPPERS]
     if tree == "many":  # XLA takes minutes for a thousand different norms
@@ -234,22 +265,11 @@ def main(
         for name in order:
             jax.clear_caches()
             start = time.perf_counter()
-            arrays = params, adam_state, gradients
             steps[name], rests[name] = compile_step(name, arrays)
             compile_times[name].append(time.perf_counter() - start)
             sizes[name] = size_of(steps[name], arrays, rests[name])
 
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for order in alternating(names, repetitions + 1):
-        for name in order:
-            start = time.perf_counter()
-            for _ in range(calls):
-                params, adam_state, rests[name] = steps[name](
-                    params, adam_state, gradients, rests[name]
-                )
-            jax.block_until_ready((params, adam_state, rests[name]))
-            times[name].append((time.perf_counter() - start) / calls)
-    times = {name: values[1:] for name, values in times.items()}  # without warm-up
+    times = time_steps(steps, rests, arrays, repetitions)
 
     device = jax.devices()[0]
     print(
@@ -297,6 +317,7 @@ def main(
                 f"of that with {fixed} (A/A x{noise:.3f})."
             )
     if torch and importlib.util.find_spec("torch"):
+        calls = max(1, 2_000_000 // size)
         times = measure_torch(list(shapes.values()), repetitions, calls)
         print(
             "With clip_grad_norm_, PyTorch's Adam step takes "
