@@ -203,26 +203,42 @@ def test_the_state_is_a_few_scalars():
     assert not jax.tree.leaves(CLIPS["value"].init(params))
 
 
-def test_stabilize_decides_once_for_all_elements():
-    """Each leaf tests a flag in each of its three loops, and that it is finite.
-
-    Those of its two moments also test whether they are to be mended.
-    """
-    tx = optaxclip.stabilize(optax.adam(1e-3), rollback=False)
+def compile_stabilize(shapes, *, rollback: bool) -> Any:
+    """A step of Adam under `stabilize`, which reuses what it is given."""
+    tx = optaxclip.stabilize(optax.adam(1e-3), rollback=rollback)
 
     def step(params, state, gradients):
         updates, state = tx.update(gradients, state, params, value=jnp.float32(1))
         return optax.apply_updates(params, updates), state
 
+    params = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()
+    }
+    state = jax.eval_shape(tx.init, params)
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+
+
+@stores_no_squares
+def test_stabilize_stores_nothing_for_every_element():
+    """Nor in the loops that seldom run.
+
+    XLA stores an array of a number that is multiplied with each element of two leaves.
+    """
+    shapes = make_shapes(2)
+    compiled = compile_stabilize(shapes, rollback=True)
+    size = sum(math.prod(shape) for shape in shapes.values())
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.01 * 4 * size
+
+
+def test_stabilize_decides_once_for_all_elements():
+    """Each leaf tests a flag in each of its three loops, and that it is finite.
+
+    Those of its two moments also test whether they are to be mended.
+    """
+
     def hlo_of(num_layers):
         shapes = make_shapes(num_layers, width=64, vocabulary=128)
-        params = {
-            name: jax.ShapeDtypeStruct(shape, jnp.float32)
-            for name, shape in shapes.items()
-        }
-        state = jax.eval_shape(tx.init, params)
-        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
-        return compiled.compile().as_text() or ""
+        return compile_stabilize(shapes, rollback=False).as_text() or ""
 
     one, two = hlo_of(1), hlo_of(2)
     for op, num_in_leaf in [("compare", 5), ("and", 0), ("select", 8)]:

@@ -84,6 +84,17 @@ def test_gradients_of_another_type_than_the_parameters(dtypes):
     assert num_compiled == update_of(bare)._cache_size()
 
 
+def test_snapshots_widen_with_the_parameters():
+    """After `init` on bfloat16 a rollback still gives back float32 parameters."""
+    tx = stabilize(optax.sgd(0.1))
+    params = jax.tree.map(lambda x: x + jnp.float32(1 / 3), PARAMS)
+    state = tx.init(like(0, dtype=jnp.bfloat16))
+    later, state = train(tx, FINE * 3, params, state)
+    after, state = train(tx, [*BAD, *FINE * 2], later, state)
+    assert rollbacks(state) == 1
+    chex.assert_trees_all_close(after, params, rtol=2e-7)
+
+
 @pytest.mark.parametrize(
     ("name", "wide"),
     [
