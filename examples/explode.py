@@ -198,7 +198,7 @@ def draw(path: Path, runs: dict[str, Any], corrupted: list[int]) -> None:
     legend[f"plain is non-finite from step {end}"] = {"color": COLORS["plain"], **ends}
     legend["corrupted batch"] = bands
     marks["color"] = COLORS["stabilized"]
-    legend["skipped (at the top: not finite)"] = marks
+    legend["skipped (at the top: non-finite)"] = marks
     handles = [Line2D([], [], label=label, **style) for label, style in legend.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=100)
