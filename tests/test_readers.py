@@ -475,9 +475,28 @@ def test_help_names_what_an_argument_may_be():
     assert "norm: 'limits.LimitLike | None' = <Limit log_quantile>," in text
 
 
-def test_the_source_distribution_holds_the_readme_of_the_project_alone():
+PROJECT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def hatch():
+    return tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["hatch"]
+
+
+def test_the_source_distribution_holds_the_readme_of_the_project_alone(hatch):
     """A pattern without a slash matches in every directory."""
-    path = pathlib.Path(__file__).parents[1] / "pyproject.toml"
-    included = tomllib.loads(path.read_text())["tool"]["hatch"]["build"]["targets"]
-    assert "/README.md" in included["sdist"]["include"]
-    assert all(pattern.startswith("/") for pattern in included["sdist"]["include"])
+    included = hatch["build"]["targets"]["sdist"]["include"]
+    assert "/README.md" in included
+    assert all(pattern.startswith("/") for pattern in included)
+
+
+def test_the_readme_on_a_page_of_an_index_links_to_no_file(hatch):
+    readme = (PROJECT / "README.md").read_text()
+    page = readme
+    for change in hatch["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        page = re.sub(change["pattern"], change["replacement"], page)
+    targets = re.findall(r"\]\(([^)]*)\)", page)
+    assert targets
+    assert all(target.startswith("https://") for target in targets), targets
+    assert "![" not in page
+    assert "details" in page  # the text of a link that is left

@@ -339,6 +339,23 @@ def test_inf_that_the_optimizer_makes_out_of_finite_gradients_is_mended(rollback
     optaxclip.raise_if_exploded(state, params)
 
 
+def test_what_alone_is_non_finite_in_the_updates_is_told_by_a_detector_inside():
+    """Its elements become 0. The state stays finite, so nothing else shows it."""
+    root = optax.stateless(lambda updates, _: jax.tree.map(jnp.sqrt, updates))
+    detector = optaxclip.detect_explosions(label="updates")
+    tx = stabilize(optax.chain(root, detector, optax.sgd(0.1)))
+    params = like(1.0)
+    state = tx.init(params)
+    for size in (4.0, -4.0, 4.0):
+        params, state = update_of(tx)(like(size, params), state, params, jnp.float32(1))
+    np.testing.assert_allclose(params["w"], 0.6, rtol=1e-6)
+    metrics = optaxclip.metrics(state)
+    assert metrics["explosions/num_exploded"] == 0
+    assert metrics["updates/num_exploded/nonfinite"] == 1
+    with pytest.raises(optaxclip.ExplosionError, match="updates: step 1 was non-fin"):
+        optaxclip.raise_if_exploded(state, params)
+
+
 @pytest.mark.parametrize("params", [[1.0, [2.0]], (1.0,), 1.0, {}], ids=str)
 def test_parameters_may_be_any_tree(params):
     params = jax.tree.map(jnp.asarray, params)

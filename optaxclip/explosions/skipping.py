@@ -81,7 +81,10 @@ def skip_explosions(
     `inner` itself makes something that is non-finite, or an update would overflow the
     dtype of its parameter, those elements become 0. Where what it made stands in its
     moments, and so would stay, it becomes 0 within 3 steps; that is an explosion too,
-    and its step is skipped (`explosions/num_mended`).
+    and its step is skipped (`explosions/num_mended`). Updates that are non-finite while
+    the moments are finite are not counted, since another read of every update can cost
+    more than the step: `chain(optimizer, detect_explosions(label="updates"))` inside
+    does, and `raise_if_exploded` then raises.
 
     Put it around `optax.MultiSteps`, so that a bad micro-batch alone is lost. Within
     it, NaN would stay in what is accumulated, which `raise_if_exploded` tells; that
