@@ -4,11 +4,9 @@ import functools
 import inspect
 import math
 import re
-import types
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -23,6 +21,7 @@ from conftest import stores_no_squares
 from optaxclip.explosions import skipping
 from optaxclip.explosions.selecting import update_or_keep
 from optaxclip.explosions.state import count
+from optimizers import assert_same_bits, bits, make_optimizer, op_by_op, optimizers_of
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -30,42 +29,6 @@ pytestmark = pytest.mark.usefixtures("quick_to_compile")
 def where_after(update, state, keep):
     updates, new = update(state)
     return updates, jax.tree.map(lambda x, y: jnp.where(keep, x, y), state, new)
-
-
-def op_by_op(function) -> Any:
-    """Traces as `jax.jit` does, but compiles each operation alone.
-
-    XLA contracts products and sums where it fuses them, so two programs that compute
-    the same values in other fusions differ by roundings. It is quicker, too: the
-    programs share the operations.
-    """
-    traced = {}
-
-    def call(*args):
-        leaves, structure = jax.tree.flatten(args)
-        types = structure, tuple(map(jax.typeof, leaves))
-        if types not in traced:
-            closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-            traced[types] = jex.jaxpr_as_fun(closed), jax.tree.structure(shape)
-        run, structure = traced[types]
-        return jax.tree.unflatten(structure, run(*leaves))
-
-    return call
-
-
-def bits(x) -> bytes:
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    return np.asarray(x).tobytes()
-
-
-def assert_same_bits(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    leaves = map(jax.tree.leaves, (found, expected))
-    for x, y in zip(*leaves, strict=True):
-        assert x.shape == y.shape
-        assert x.dtype == y.dtype
-        assert bits(x) == bits(y), (x, y)
 
 
 def assert_same(found, expected):
@@ -159,39 +122,9 @@ def assert_steps_as_where_after(
 
 # The optimizers of optax.
 
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "adafactor": {"min_dim_size_to_factor": 2, "momentum": 0.9},
-    "noisy_sgd": {"key": 0},
-    "rmsprop": {"momentum": 0.9, "centered": True},
-    "sgd": {"momentum": 0.9, "nesterov": True},
-    "galore": {"rank": 2, "update_proj_gap": 2},
-    "sophia": {"update_interval": 2},
-}
-# It needs the gradients of each example; a wrapper, below.
-NO_OPTIMIZERS = {"dpsgd", "schedule_free"}
 SLOW_OPTIMIZERS = {"lbfgs", "noisy_sgd", "rprop", "fromage", "novograd", "lars"}
 SLOW_OPTIMIZERS |= {"adamaxw", "amsgrad", "optimistic_adam", "adabelief", "adan"}
 SLOW_OPTIMIZERS |= {"lamb", "sm3", "yogi", "nadam"}
-
-
-def optimizers_of(module) -> dict[str, Any]:
-    """What takes a learning rate and is no part of another."""
-    return {
-        name: function
-        for name, function in vars(module).items()
-        if isinstance(function, types.FunctionType | functools.partial)
-        and not name.startswith(("_", "scale_by_"))
-        and name not in NO_OPTIMIZERS
-        and any("learning_rate" in x for x in inspect.signature(function).parameters)
-    }
-
-
-def make_optimizer(module, name):
-    function = optimizers_of(module)[name]
-    arguments = dict(ARGUMENTS.get(name, {}))
-    if "learning_rate" in inspect.signature(function).parameters:
-        arguments["learning_rate"] = 0.1
-    return function(**arguments)
 
 
 def test_no_optimizer_is_forgotten():
