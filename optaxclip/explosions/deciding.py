@@ -157,7 +157,7 @@ def _is_change(settings, seen, now, cooling) -> jax.Array:
     """Whether an explosion is a change for good, and so its step is taken."""
     # Once there was a quiet step, up to twice what was found then: more is news.
     least = cooling.least
-    is_usual = (seen.evidence <= least + jnp.abs(least)) & (least < jnp.inf)
+    is_usual = (seen.signal <= least + jnp.abs(least)) & (least < jnp.inf)
     is_usual = (now["phase"] == ACCEPTING) & (is_usual | (now["age"] <= 1))
     return is_usual | (now["in_a_row"] >= settings.max_consecutive)
 
@@ -168,9 +168,9 @@ def _is_better(seen, least, is_finite) -> tuple[jax.Array, jax.Array]:
     Half of the excess must be gone. The rest may be usual for the snapshot: the limit
     has followed the run since.
     """
-    middle = seen.evidence_limit + 0.5 * (least - seen.evidence_limit)
-    is_suspect = seen.evidence > seen.evidence_limit
-    return is_suspect, is_finite & (~is_suspect | (seen.evidence <= middle))
+    middle = seen.signal_limit + 0.5 * (least - seen.signal_limit)
+    is_suspect = seen.signal > seen.signal_limit
+    return is_suspect, is_finite & (~is_suspect | (seen.signal <= middle))
 
 
 def _turns(settings, now, is_accepted, is_better, is_away):
@@ -228,7 +228,7 @@ def is_look_in(phase: jax.Array) -> jax.Array:
 def _least_evidence(seen, now, least, phase):
     """The least evidence in the present row; +inf if it is of non-finite steps."""
     is_first = (now["suspect_in_a_row"] <= 1) | (phase == ACCEPTING)
-    found = jnp.where(is_first, seen.evidence, jnp.minimum(least, seen.evidence))
+    found = jnp.where(is_first, seen.signal, jnp.minimum(least, seen.signal))
     is_known = (now["suspect_in_a_row"] > 0) & ~seen.has_nonfinite_updates
     return jnp.where(is_known, found, jnp.inf)
 

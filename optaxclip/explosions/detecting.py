@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,14 @@ from optaxclip.explosions.rules import (
     LOSS_LIMIT,
     MAX_GAP,
     NORM_LIMIT,
-    RULES,
     SHARE_LIMIT,
+    Bounds,
+    Fired,
+    Signals,
+    apply_rules,
+    fired_of,
+    first_states,
+    signals_of,
 )
 from optaxclip.explosions.state import (
     COUNTS,
@@ -37,10 +43,10 @@ from optaxclip.explosions.state import (
 from optaxclip.limits.limit import LimitLike, as_limit
 from optaxclip.norms.measuring import measure_leaves
 from optaxclip.norms.names import Stacked, layout_of
-from optaxclip.norms.scopes import Scopes, find_scopes
-from optaxclip.numerics import divide, increment, promote, saturating_cast
-from optaxclip.recording import WINDOW, append, empty, loss_of, rows_of
-from optaxclip.xla import materialize, stack_scalars
+from optaxclip.norms.scopes import find_scopes
+from optaxclip.numerics import increment, saturating_cast
+from optaxclip.recording import WINDOW, append, empty, rows_of
+from optaxclip.xla import stack_scalars
 
 
 def detect_explosions(
@@ -101,159 +107,131 @@ def detect_explosions(
       >>> print(optaxclip.metrics(state)["explosions/num_exploded/norm"])
       1
     """
-    detector = Detector(
+    check_label(label)
+    detection = make_detection(
         norm, share, loss, specs, stacked, max_gap=max_gap, window=window
     )
-    check_label(label)
 
     def init(params):
-        return {label: detector.init(params)}
+        return {label: detection.init(params)}
 
     def update(updates, state, params=None, **extra_args):
         state = own_state(state, label, DetectExplosionsState)
-        state, _ = detector.update(updates, value_of(extra_args), state, params)
+        state, _ = detection.update(updates, value_of(extra_args), state, params)
         return updates, {label: state}
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class Detector:
-    """The rules of one transformation, and how their state goes on."""
+class Detection(NamedTuple):
+    """The two functions behind `detect_explosions` and `skip_explosions`."""
 
-    def __init__(self, norm, share, loss, specs, stacked, *, max_gap, window):
-        self.specs, self.stacked = specs, stacked
-        self.max_gap = check_length("max_gap", max_gap, 1)
-        self.window = check_length("window", window, 64)
-        self.limits = [
-            None if limit is None else as_limit(limit) for limit in (norm, share, loss)
-        ]
-        if any(limit is not None and limit.needs_params for limit in self.limits):
-            raise ValueError(
-                "a rule compares a signal with its past, not with parameters: "
-                "limits.params is no limit for it"
-            )
+    init: Callable[[Any], DetectExplosionsState]
+    """parameters -> state before the first step."""
+    update: Callable[..., tuple[DetectExplosionsState, Verdict]]
+    """(updates, loss or None, state, parameters) -> (state, verdict)."""
 
-    def scopes_of(self, tree) -> Scopes:
-        """Of the leaves of a tree."""
-        return find_scopes(tree, "leaf", specs=self.specs, stacked=self.stacked)
 
-    def init(self, params) -> DetectExplosionsState:
-        """The state before the first step."""
-        scopes = self.scopes_of(params)
+def make_detection(norm, share, loss, specs, stacked, *, max_gap, window) -> Detection:
+    """Detection with the arguments of `detect_explosions`; raises their errors."""
+    max_gap = check_length("max_gap", max_gap, 1)
+    window = check_length("window", window, 64)
+    rules = [None if x is None else as_limit(x) for x in (norm, share, loss)]
+    if any(rule is not None and rule.needs_params for rule in rules):
+        raise ValueError(
+            "a rule compares a signal with its past, not with parameters: "
+            "limits.params is no limit for it"
+        )
+
+    def init(params):
+        scopes = find_scopes(params, "leaf", specs=specs, stacked=stacked)
         norms, _ = jax.eval_shape(lambda: measure_leaves(params, scopes))
-        dtype = norms.dtype
-        sizes = scopes.sizes().astype(dtype)
+        sizes = scopes.sizes().astype(norms.dtype)
         numbers = np.array([0, 0, 0, np.inf, np.inf, np.inf], np.float32)
         step = [-1, -1, 0, *numbers.view(np.int32)]
         counts = [-1 if name.startswith("last") else 0 for name in COUNTS]
-        counts = jnp.asarray(counts, jnp.int32)
-        layout = layout_of(params, "leaf", self.stacked)
         return DetectExplosionsState(
             events=jnp.asarray([step] * 2, jnp.int32),
-            rule_states=self._rule_states(sizes),
-            record=empty(norms.size, self.window, counts, layout),
+            rule_states=first_states(rules, sizes),
+            record=empty(
+                norms.size,
+                window,
+                jnp.asarray(counts, jnp.int32),
+                layout_of(params, "leaf", stacked),
+            ),
         )
 
-    def _rule_states(self, sizes):
-        sizes = jnp.sum(sizes), sizes, jnp.ones([], sizes.dtype)
-        norm, share, loss = (
-            () if limit is None else limit.init(size)
-            for limit, size in zip(self.limits, sizes, strict=True)
-        )
-        return norm, share, loss
-
-    def update(
-        self, updates, value, state, params=None
-    ) -> tuple[DetectExplosionsState, Verdict]:
-        """The state after a step that is taken, and what is known of the step."""
-        norms, norm = measure_leaves(updates, self.scopes_of(updates))
+    def update(updates, value, state, params=None):
+        scopes = find_scopes(updates, "leaf", specs=specs, stacked=stacked)
+        norms, norm = measure_leaves(updates, scopes)
         check_leaves([(state.record.num_scopes,)], [norms.shape], updates, params)
-        dtype = _dtype_of(state.rule_states, norm)
-        norms, norm = (saturating_cast(x, dtype) for x in (norms, norm))
-        is_positive = (norm > 0) & (norm < jnp.inf)
-        shares = divide(norms, jnp.where(is_positive, norm, 1))
-        loss = loss_of(value, dtype)
-        is_finite = norm < jnp.inf
-        # Nothing of a step enters a rule when any of its leaves is non-finite.
-        signals = norm, jnp.where(is_finite, shares, 0), loss
-        if value is not None:
-            is_finite &= jnp.isfinite(loss)
-
-        highest, rule_states = self._limits_of(signals, state.rule_states, value)
-        # The leaf stands in the record: so the rows before are read before the new one
-        # is written, or XLA would copy them all.
-        now, last = count(state, "steps"), count(state, "last")
+        signals = signals_of(norms, norm, value, state.rule_states)
+        bounds, rule_states = apply_rules(rules, signals, state.rule_states)
+        # The rows before this step are read before it is written, or XLA would copy
+        # the record.
+        now = count(state, "steps")
         _, before = rows_of(state.record, now - STEPS_BEFORE)
-        leaf = leading_leaf(norms, before)
+        leaf = leading_leaf(signals.norms, before)
         # A share also rises when the other leaves fall.
-        has_grown = (now >= STEPS_BEFORE[-1]) & have_grown(norms, before)
-        exceeds = [
-            (x > limit) & (x < jnp.inf)
-            for x, limit in zip(signals, highest, strict=True)
-        ]
-        exceeds[1] &= has_grown
-        fired = [~is_finite] + [jnp.any(x) for x in exceeds]
-        is_exploded = functools.reduce(jnp.logical_or, fired)
-        leaf_share, leaf_limit = (
-            x[leaf] if x.size else jnp.zeros([], dtype) for x in (shares, highest[1])
-        )
-        norm_limit, _, loss_limit = highest
-        bits = jnp.asarray(sum(jnp.where(x, 2**i, 0) for i, x in enumerate(fired)))
-        numbers = norm, leaf_share, loss, norm_limit, leaf_limit, loss_limit
-        step = Event(now, leaf, bits, *map(as_bits, numbers))
-        is_first = is_exploded & ((last < 0) | (now - last > self.max_gap))
-        is_nonfinite_first = ~is_finite & (count(state, "nonfinite_in_a_row") == 0)
-        row = lax.broadcasted_iota(jnp.int32, (2, 1), 0)
-        is_told = jnp.where(row == 0, is_first, is_nonfinite_first)
-        has_loss_rule = value is not None and self.limits[2] is not None
-        has_nonfinite_updates = ~(norm < jnp.inf)
-        is_bad = functools.reduce(jnp.logical_or, fired[1:], has_nonfinite_updates)
-        counts = _counted(
-            state.record.counts,
-            dict(zip(RULES, fired, strict=True)) | {"exploded": is_exploded},
-            {
-                "in_a_row": is_bad,
-                "nonfinite_in_a_row": ~is_finite,
-                "nonfinite_updates_in_a_row": has_nonfinite_updates,
-                "suspect_in_a_row": fired[3] if has_loss_rule else fired[1],
-            },
-        )
-        columns = {"loss": loss, "loss_limit": loss_limit, "limit": norm_limit}
-        columns |= {"fired": bits, "leaf": leaf}
-        events = jnp.where(is_told, stack_scalars(step), state.events)
-        record = append(state.record, columns, norms, norm, counts)
-        signal, limit = (loss, loss_limit) if has_loss_rule else (norm, norm_limit)
-        evidence = (saturating_cast(x, jnp.float32) for x in (signal, limit))
-        verdict = Verdict(is_bad, has_nonfinite_updates, norm, norm_limit, *evidence)
+        has_grown = (now >= STEPS_BEFORE[-1]) & have_grown(signals.norms, before)
+        fired = fired_of(signals, bounds, has_grown)
+        step = _event(now, leaf, signals, bounds, fired)
+        has_loss_rule = value is not None and rules[2] is not None
+        counts = _next_counts(state, signals, fired, has_loss_rule)
+        columns = {
+            "loss": signals.loss,
+            "loss_limit": bounds.loss,
+            "limit": bounds.norm,
+            "fired": step.fired,
+            "leaf": leaf,
+        }
+        record = append(state.record, columns, signals.norms, signals.norm, counts)
+        events = _next_events(state, step, signals, fired, max_gap)
+        verdict = _verdict(signals, bounds, fired, has_loss_rule)
         return DetectExplosionsState(events, rule_states, record), verdict
 
-    def _limits_of(self, signals, rule_states, value):
-        """The limit of each signal, +inf for none, and the next states of the rules."""
-        highest, states = [], []
-        for limit, signal, rule_state in zip(
-            self.limits, signals, rule_states, strict=True
-        ):
-            bound = jnp.full_like(signal, jnp.inf)
-            if limit is not None and not (value is None and signal is signals[2]):
-                found, rule_state = limit.update(signal, rule_state, None)
-                bound = jnp.broadcast_to(found, signal.shape).astype(signal.dtype)
-            highest.append(materialize(bound))
-            states.append(rule_state)
-        return highest, (states[0], states[1], states[2])
+    return Detection(init, update)
 
 
-def _dtype_of(rule_states: Any, norm: jax.Array) -> Any:
-    """The dtype of the signals: what rules have kept stays of its type.
+def _event(now, leaf, signals: Signals, bounds: Bounds, fired: Fired) -> Event:
+    """What is told of this step, if one is."""
+    share, share_limit = (
+        x[leaf] if x.size else jnp.zeros([], x.dtype)
+        for x in (signals.shares, bounds.shares)
+    )
+    bits = jnp.asarray(sum(jnp.where(x, 2**i, 0) for i, x in enumerate(fired)))
+    numbers = signals.norm, share, signals.loss, bounds.norm, share_limit, bounds.loss
+    return Event(now, leaf, bits, *map(as_bits, numbers))
 
-    Also where the updates are wider than the parameters that `init` was given.
-    """
-    kept = [x.dtype for x in jax.tree.leaves(rule_states)]
-    floats = [dtype for dtype in kept if jnp.issubdtype(dtype, jnp.floating)]
-    return promote(jnp.float32, *floats) if floats else norm.dtype
+
+def _next_events(
+    state: DetectExplosionsState,
+    step: Event,
+    signals: Signals,
+    fired: Fired,
+    max_gap: int,
+) -> jax.Array:
+    """Both steps that are told: this one in place of what it is later than."""
+    last = count(state, "last")
+    begins = fired.any() & ((last < 0) | (step.step - last > max_gap))
+    turns_nonfinite = fired.nonfinite & (count(state, "nonfinite_in_a_row") == 0)
+    row = lax.broadcasted_iota(jnp.int32, (2, 1), 0)
+    is_told = jnp.where(row == 0, begins, turns_nonfinite)
+    return jnp.where(is_told, stack_scalars(step), state.events)
 
 
-def _counted(counts, flags, in_a_row):
+def _next_counts(
+    state: DetectExplosionsState, signals: Signals, fired: Fired, has_loss_rule: bool
+) -> jax.Array:
     """The next `COUNTS`, before any response."""
+    counts = state.record.counts
+    flags = fired._asdict() | {"exploded": fired.any()}
+    in_a_row = {
+        "in_a_row": _is_bad(signals, fired),
+        "nonfinite_in_a_row": fired.nonfinite,
+        "nonfinite_updates_in_a_row": ~signals.has_finite_updates,
+        "suspect_in_a_row": fired.loss if has_loss_rule else fired.norm,
+    }
     grown = increment(
         counts, _by_count(flags | in_a_row | {"steps": jnp.ones([], bool)})
     )
@@ -265,3 +243,28 @@ def _counted(counts, flags, in_a_row):
 def _by_count(flags: dict[str, jax.Array]) -> jax.Array:
     """bool, one for each of the `COUNTS`."""
     return stack_scalars([flags.get(name, jnp.zeros([], bool)) for name in COUNTS])
+
+
+def _is_bad(signals: Signals, fired: Fired) -> jax.Array:
+    """Whether the step exploded, and not only since its loss is non-finite.
+
+    It is skipped then. A loss that overflows says nothing of gradients that are finite.
+    """
+    return ~signals.has_finite_updates | fired.norm | fired.share | fired.loss
+
+
+def _verdict(
+    signals: Signals, bounds: Bounds, fired: Fired, has_loss_rule: bool
+) -> Verdict:
+    """What a response needs to know."""
+    signal, limit = signals.norm, bounds.norm
+    if has_loss_rule:
+        signal, limit = signals.loss, bounds.loss
+    return Verdict(
+        is_bad=_is_bad(signals, fired),
+        has_nonfinite_updates=~signals.has_finite_updates,
+        norm=signals.norm,
+        norm_limit=bounds.norm,
+        signal=saturating_cast(signal, jnp.float32),
+        signal_limit=saturating_cast(limit, jnp.float32),
+    )

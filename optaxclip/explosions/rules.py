@@ -1,8 +1,17 @@
-"""The rules for an explosion, their default limits, and the reason for each."""
+"""The rules for an explosion: their signals, default limits, and what they find."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
 from optaxclip import limits
+from optaxclip.numerics import divide, promote, saturating_cast
+from optaxclip.recording import loss_of
+from optaxclip.xla import materialize
 
 RULES = ("nonfinite", "norm", "share", "loss")
 
@@ -32,3 +41,106 @@ norm: more than half, so that neither non-finite steps nor zeros blind the rule.
 MAX_GAP = 10
 """Explosions at most this many steps apart are one: a run that is skipped, rolled back
 and accepted again is flagged with gaps of a few steps."""
+
+
+class Signals(NamedTuple):
+    """What is measured of a step; of one dtype, see `signals_of`."""
+
+    norms: jax.Array
+    """Of each leaf: `[num_leaves]`. All else is `[]`, but for `shares`."""
+    norm: jax.Array
+    shares: jax.Array
+    """Of each leaf in the norm; 0 on a step of which any leaf is non-finite."""
+    loss: jax.Array
+    """`recording.NO_LOSS` where it is not given."""
+    has_finite_updates: jax.Array
+    is_finite: jax.Array
+    """The updates, and the loss if it is given."""
+    has_loss: bool
+
+
+class Bounds(NamedTuple):
+    """The limit of each signal, +inf for none."""
+
+    norm: jax.Array
+    shares: jax.Array
+    loss: jax.Array
+
+
+class Fired(NamedTuple):
+    """Which of the `RULES` fired."""
+
+    nonfinite: jax.Array
+    norm: jax.Array
+    share: jax.Array
+    loss: jax.Array
+
+    def any(self) -> jax.Array:
+        """Whether the step exploded."""
+        return self.nonfinite | self.norm | self.share | self.loss
+
+
+def signals_of(norms: jax.Array, norm: jax.Array, value: Any, rule_states: Any):
+    """The signals, of the dtype in which rules have kept earlier ones.
+
+    Also where the updates are wider than the parameters that `init` was given.
+    """
+    kept = [x.dtype for x in jax.tree.leaves(rule_states)]
+    floats = [dtype for dtype in kept if jnp.issubdtype(dtype, jnp.floating)]
+    dtype = promote(jnp.float32, *floats) if floats else norm.dtype
+    norms, norm = (saturating_cast(x, dtype) for x in (norms, norm))
+    is_positive = (norm > 0) & (norm < jnp.inf)
+    shares = divide(norms, jnp.where(is_positive, norm, 1))
+    loss = loss_of(value, dtype)
+    is_finite = has_finite_updates = norm < jnp.inf
+    # Nothing of a step enters a rule when any of its leaves is non-finite.
+    shares = jnp.where(has_finite_updates, shares, 0)
+    if value is not None:
+        is_finite &= jnp.isfinite(loss)
+    has_loss = value is not None
+    return Signals(norms, norm, shares, loss, has_finite_updates, is_finite, has_loss)
+
+
+def first_states(rules: Sequence[limits.Limit | None], sizes: jax.Array) -> Any:
+    """The states of the rules on norm, share and loss before the first step.
+
+    Args:
+      rules: Their limits, None for no rule.
+      sizes: `[num_leaves]`: the number of elements of each.
+    """
+    of_signals = jnp.sum(sizes), sizes, jnp.ones([], sizes.dtype)
+    norm, share, loss = (
+        () if rule is None else rule.init(size)
+        for rule, size in zip(rules, of_signals, strict=True)
+    )
+    return norm, share, loss
+
+
+def apply_rules(
+    rules: Sequence[limits.Limit | None], signals: Signals, states: Any
+) -> tuple[Bounds, Any]:
+    """The limits of a step, and the next states of the rules."""
+    bounds, after = [], []
+    of_rules = signals.norm, signals.shares, signals.loss
+    for name, rule, x, state in zip(RULES[1:], rules, of_rules, states, strict=True):
+        bound = jnp.full_like(x, jnp.inf)
+        if rule is not None and (name != "loss" or signals.has_loss):
+            found, state = rule.update(x, state, None)
+            bound = jnp.broadcast_to(found, x.shape).astype(x.dtype)
+        bounds.append(materialize(bound))
+        after.append(state)
+    return Bounds(*bounds), (after[0], after[1], after[2])
+
+
+def fired_of(signals: Signals, bounds: Bounds, has_grown: jax.Array) -> Fired:
+    """Which rules fire. `has_grown`: of each leaf, whether a share counts."""
+
+    def exceeds(x, limit):
+        return (x > limit) & (x < jnp.inf)
+
+    return Fired(
+        nonfinite=~signals.is_finite,
+        norm=exceeds(signals.norm, bounds.norm),
+        share=jnp.any(exceeds(signals.shares, bounds.shares) & has_grown),
+        loss=exceeds(signals.loss, bounds.loss),
+    )

@@ -24,7 +24,7 @@ from optaxclip.explosions.deciding import (
     Settings,
     decide,
 )
-from optaxclip.explosions.detecting import Detector
+from optaxclip.explosions.detecting import make_detection
 from optaxclip.explosions.responding import (
     apply,
     count_response,
@@ -45,6 +45,7 @@ from optaxclip.explosions.state import (
 )
 from optaxclip.limits.limit import LimitLike
 from optaxclip.norms.names import Stacked
+from optaxclip.norms.scopes import find_scopes
 from optaxclip.recording import WINDOW
 from optaxclip.xla import stack_scalars
 
@@ -152,7 +153,7 @@ def skip_explosions(
       >>> print(updates["w"], optaxclip.metrics(state)["explosions/skipped_fraction"])
       [0. 0.] 1.0
     """
-    detector = Detector(
+    detection = make_detection(
         norm, share, loss, specs, stacked, max_gap=max_gap, window=window
     )
     settings = _checked(
@@ -176,7 +177,7 @@ def skip_explosions(
         snapshots = empty_snapshots(params) if rollback else ()
         return {
             label: SkipExplosionsState(
-                explosions=detector.init(params),
+                explosions=detection.init(params),
                 inner_state=inner_state,
                 cooling=jnp.array([1, jnp.inf], jnp.float32),
                 snapshots=snapshots,
@@ -194,8 +195,8 @@ def skip_explosions(
         # An inner optimizer without extra arguments would refuse it.
         if not takes_loss:
             extra_args.pop("value", None)
-        explosions, seen = detector.update(updates, value, state.explosions, params)
-        scopes = detector.scopes_of(updates)
+        explosions, seen = detection.update(updates, value, state.explosions, params)
+        scopes = find_scopes(updates, "leaf", specs=specs, stacked=stacked)
         now = {name: count(explosions, name) for name in COUNTS}
         is_away, is_broken = look(state, seen, now, params, updates, scopes)
         decision = decide(settings, seen, now, Cooling(*state.cooling), is_away)

@@ -118,9 +118,10 @@ class Verdict(NamedTuple):
     has_nonfinite_updates: jax.Array
     norm: jax.Array
     norm_limit: jax.Array
-    evidence: jax.Array
-    """The signal that speaks of the parameters: the loss, or without one the norm."""
-    evidence_limit: jax.Array
+    signal: jax.Array
+    """What tells bad parameters from a bad batch: the loss, or the norm where no loss
+    is given or no rule looks at it."""
+    signal_limit: jax.Array
 
 
 def as_bits(x: jax.Array) -> jax.Array:
