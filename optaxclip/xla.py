@@ -51,6 +51,11 @@ def run_if(
     return lax.while_loop(lambda carry: carry[0], body, (when, start))
 
 
+def after(done: jax.Array, flag: jax.Array) -> jax.Array:
+    """The flag as it is, known only after the `run_if` that gave the False `done`."""
+    return flag | done
+
+
 def tie(flag: jax.Array, tree: Any) -> Any:
     """The tree as it is, read in the loop of `run_if` whose flag this is.
 

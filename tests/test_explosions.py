@@ -549,15 +549,15 @@ def test_a_rollback_long_after_another_is_a_first_one():
     assert state["explosions"].scale == 1 / 64
 
 
-@pytest.mark.parametrize("looks", [[1e3], [1.0, 1e3]])
-def test_what_outlasts_the_snapshot_is_accepted(looks):
+@pytest.mark.parametrize("trials", [[1e3], [1.0, 1e3]])
+def test_what_outlasts_the_snapshot_is_accepted(trials):
     """The parameters come back, to a rounding, and the steps are taken, clipped."""
     tx = optaxclip.stabilize(optax.sgd(0.01))
     before, state, _ = explode(tx, healthy(20))
     params, state, _ = explode(tx, BAD, state=state, params=before)
     assert not np.allclose(params["a"], before["a"], atol=1e-3)  # at the snapshot
     inner = state["explosions"].inner_state
-    params, state, _ = explode(tx, looks, state=state, params=params)
+    params, state, _ = explode(tx, trials, state=state, params=params)
     chex.assert_trees_all_close(params, before, rtol=2e-7)
     chex.assert_trees_all_equal(state["explosions"].inner_state, inner)
     _, state, found = explode(tx, [1e3], state=state, params=params)

@@ -293,7 +293,7 @@ def test_a_rollback_inside_of_schedule_free_is_told():
 
 @pytest.mark.parametrize(("dtype", "factor"), [("bfloat16", 100), ("float32", 1e8)])
 def test_a_rollback_from_parameters_that_have_grown_far(dtype, factor):
-    """The first update misses by a rounding of theirs, so the second look decides."""
+    """The first update misses by a rounding of theirs, so the second trial decides."""
     start = {"w": jnp.linspace(-1, 1, 6, dtype=dtype), "b": jnp.ones(3, dtype)}
     tx = stabilize(optax.sgd(0.0))
     _, state = train(tx, FINE * 2, start)

@@ -1,9 +1,27 @@
-"""What becomes of a step: taken, skipped, or a look at earlier parameters.
+"""What becomes of a step: taken, skipped, or a trial of earlier parameters.
 
 Internal; `skip_explosions` says what it is for. A finite explosion may be the fault of
 the batch, of the data from now on, or of the parameters. Steps that are skipped leave
 the parameters as they are, so the batches that follow test the same parameters again;
 and two batches at those of the snapshot tell the last two causes apart.
+
+| phase | next phase |
+|---|---|
+| training | first trial, when a rollback is due |
+| first trial | second trial if the snapshot is better, else accepting |
+| second trial | training if it is better (that is a rollback), else accepting |
+| accepting | training after `NUM_ACCEPTED` healthy steps; or first trial, as above |
+
+The signal is the loss, or the norm where there is no rule on the loss. What
+`lowest_signal` stands for depends on the phase:
+
+| phase | `lowest_signal` |
+|---|---|
+| training | the lowest signal of the suspect steps in a row, +inf for none |
+| first and second trial | the one before the trial, which the snapshot has to beat |
+| accepting | the same; up to twice of it is accepted |
+
+A step is healthy when it did not explode and is no trial.
 """
 
 from __future__ import annotations
@@ -17,30 +35,29 @@ from jax.typing import ArrayLike
 from optaxclip.explosions.state import Verdict
 from optaxclip.xla import materialize
 
-PHASES = ("training", "first look", "second look", "accepting")
-"""Of a rollback: none; the next batch is the first, or the second, at the snapshot; it
-was no better, so that what was found is accepted for `NUM_ACCEPTED` quiet steps."""
-TRAINING, FIRST_LOOK, SECOND_LOOK, ACCEPTING = range(len(PHASES))
-
+PHASES = ("training", "first trial", "second trial", "accepting")
+TRAINING, FIRST_TRIAL, SECOND_TRIAL, ACCEPTING = range(len(PHASES))
 
 NUM_NONFINITE = 10
 """Non-finite gradients in a row before a rollback. They are never applied, so waiting
 costs little; a loss scale that starts 2**9 too high is not the parameters' fault."""
-RECURRENCE = 300
-"""Steps after a rollback within which another one is for the same cause: three times
-the age of the oldest snapshot by default, so that the cause had time to return."""
-EARLY = 64
-"""Steps before which a rollback cuts the scale in full: the run was never healthy with
-its steps. 64 is half of the rules' window."""
-FIRST_CUT = 1 / 16
-"""To which a later one cuts it: the steps were right for some time."""
-LATER_CUT = 1 / 8
-"""By which a rollback cuts the scale that soon follows another: the scale that explodes
-again is near what is stable."""
 NUM_ACCEPTED = 16
-"""For so many quiet steps after a snapshot was no better, what is not far above what
-was found then is accepted: `limits.above_lowest` needs 8 to follow."""
+"""Healthy steps for which what is not far above the explosions that were accepted is
+accepted too: `limits.above_lowest` needs 8 to follow."""
+RECURRENCE = 300
+"""Steps after a rollback within which another one has the same cause: three times the
+age of the oldest snapshot by default, so that the cause had time to return."""
+EARLY = 64
+"""Half of the window of the rules. A rollback before this step cuts the scale in full,
+since the run was never healthy with its steps."""
+LATER_CUT = 1 / 16
+"""The lowest scale that a later rollback sets: the steps were right for some time."""
+REPEATED_CUT = 1 / 8
+"""The factor of a rollback that soon follows another one: the scale that explodes again
+is near the one that is stable."""
 LEAST_SCALE = 2**-12
+"""The lowest scale of all: five cuts after one to 1/16. A run that still explodes there
+is not saved by smaller steps."""
 
 
 class Settings(NamedTuple):
@@ -55,13 +72,13 @@ class Settings(NamedTuple):
     has_snapshots: bool
 
 
-class Cooling(NamedTuple):
-    """Numbers that `SkipExplosionsState.cooling` holds, float32 each."""
+class Carried(NamedTuple):
+    """Two numbers that go from step to step, float32 each."""
 
     scale: jax.Array
     """Factor of the updates."""
-    least: jax.Array
-    """The least evidence against the parameters among the last in a row."""
+    lowest_signal: jax.Array
+    """See the table above."""
 
 
 class Decision(NamedTuple):
@@ -71,9 +88,9 @@ class Decision(NamedTuple):
     """Taken although it exploded, clipped to the limit on the norm."""
     is_skipped: jax.Array
     is_started: jax.Array
-    """The parameters are put aside, and go back to the snapshot."""
+    """A trial starts: the parameters are put aside, and go back to the snapshot."""
     is_returned: jax.Array
-    """They come back: the snapshot was no better."""
+    """It ends: they come back."""
     is_at_snapshot: jax.Array
     """They are to be those of the older snapshot after this step."""
     is_copied: jax.Array
@@ -82,14 +99,14 @@ class Decision(NamedTuple):
     """The newer snapshot takes the place of the older."""
     counts: dict[str, jax.Array]
     """New values of `COUNTS`."""
-    cooling: Cooling
+    carried: Carried
 
 
 def decide(
     settings: Settings,
     seen: Verdict,
     now: dict[str, Any],
-    cooling: Cooling,
+    carried: Carried,
     is_away: jax.Array,
 ) -> Decision:
     """Decides on one step.
@@ -98,155 +115,167 @@ def decide(
       settings: The arguments.
       seen: What is known of the step.
       now: The `COUNTS`, with this step.
-      cooling: As it was before.
-      is_away: Whether a look is not at the parameters of the snapshot.
+      carried: As it was before.
+      is_away: Whether a trial is not at the parameters of the snapshot.
     """
-    phase, is_finite = now["phase"], ~seen.has_nonfinite_updates
-    is_look = is_look_in(phase)
-    is_finite_explosion = seen.is_bad & is_finite & ~is_look
-    is_accepted = is_finite_explosion & _is_change(settings, seen, now, cooling)
-    is_quiet = ~seen.is_bad & ~is_look
-
-    least = cooling.least
-    is_suspect, is_better = _is_better(seen, least, is_finite)
-    is_started, is_returned, is_confirmed, is_blocked = _turns(
-        settings, now, is_accepted, is_better, is_away
-    )
-    is_skipped = (seen.is_bad & ~is_accepted) | is_look | is_started
-
-    is_accepting = is_returned | (is_confirmed & is_suspect)
-    is_training = is_confirmed & ~is_suspect
-    following = jnp.where(is_look, phase + 1, phase)
-    is_settled = _is_settled(settings, now, is_quiet)
-    for flag, value in [
-        (is_started, FIRST_LOOK),
-        (is_accepting, ACCEPTING),
-        (is_training | is_settled, TRAINING),
-    ]:
-        following = jnp.where(flag, value, following)
-    age, is_copied, is_second = _next_age(settings, now, is_quiet, is_accepted)
-    age = jnp.where(is_confirmed | is_returned, 0, age)
-    strikes, cooled = _cut(settings, cooling, now, is_confirmed, is_quiet)
-    is_kept = is_look | ((phase == ACCEPTING) & ~is_started)
-    least = jnp.where(is_kept, least, _least_evidence(seen, now, least, phase))
-    last = jnp.where(is_confirmed, now["steps"], now["last_rollback"])
+    phase = now["phase"]
+    is_trial = is_trial_in(phase)
+    is_healthy = ~seen.is_bad & ~is_trial
+    is_accepted = _is_accepted(settings, seen, now, carried.lowest_signal)
+    trial = _go_on(settings, seen, now, carried.lowest_signal, is_accepted, is_away)
+    is_skipped = (seen.is_bad & ~is_accepted) | is_trial | trial.is_started
+    age, is_copied, is_swapped = _next_age(settings, now, is_healthy, is_accepted)
+    strikes, scale = _cool(settings, carried.scale, now, trial.is_confirmed, is_healthy)
     return Decision(
         is_accepted=is_accepted,
         is_skipped=materialize(is_skipped),
-        is_started=materialize(is_started),
-        is_returned=materialize(is_returned),
-        is_at_snapshot=materialize(is_started | (is_look & ~is_confirmed)),
+        is_started=materialize(trial.is_started),
+        is_returned=materialize(trial.is_returned),
+        is_at_snapshot=materialize(trial.is_started | (is_trial & ~trial.is_confirmed)),
         is_copied=materialize(is_copied),
-        is_replaced=materialize(is_second | is_returned),
+        is_replaced=materialize(is_swapped | trial.is_returned),
         counts={
-            "phase": following,
-            "age": age,
-            "strikes": jnp.where(is_confirmed, strikes, now["strikes"]),
-            "last_rollback": last,
+            "phase": _next_phase(settings, seen, now, trial, is_healthy),
+            "age": jnp.where(trial.is_confirmed | trial.is_returned, 0, age),
+            "strikes": jnp.where(trial.is_confirmed, strikes, now["strikes"]),
+            "last_rollback": jnp.where(
+                trial.is_confirmed, now["steps"], now["last_rollback"]
+            ),
             "skipped": now["skipped"] + is_skipped.astype(jnp.int32),
-            "rollbacks": now["rollbacks"] + is_confirmed.astype(jnp.int32),
+            "rollbacks": now["rollbacks"] + trial.is_confirmed.astype(jnp.int32),
             "blocked_rollbacks": now["blocked_rollbacks"]
-            + is_blocked.astype(jnp.int32),
+            + trial.is_blocked.astype(jnp.int32),
             "gave_up": now["nonfinite_updates_in_a_row"] >= settings.give_up_after,
         },
-        cooling=cooled._replace(least=least),
+        carried=Carried(
+            scale, _next_lowest_signal(seen, now, carried, trial.is_started)
+        ),
     )
 
 
-def _is_change(settings, seen, now, cooling) -> jax.Array:
-    """Whether an explosion is a change for good, and so its step is taken."""
-    # Once there was a quiet step, up to twice what was found then: more is news.
-    least = cooling.least
-    is_usual = (seen.signal <= least + jnp.abs(least)) & (least < jnp.inf)
-    is_usual = (now["phase"] == ACCEPTING) & (is_usual | (now["age"] <= 1))
-    return is_usual | (now["in_a_row"] >= settings.max_consecutive)
+def is_trial_in(phase: jax.Array) -> jax.Array:
+    """Whether a step is a trial of the snapshot."""
+    return (phase == FIRST_TRIAL) | (phase == SECOND_TRIAL)
 
 
-def _is_better(seen, least, is_finite) -> tuple[jax.Array, jax.Array]:
-    """Whether a look still speaks against the parameters, and if much less.
-
-    Half of the excess must be gone. The rest may be usual for the snapshot: the limit
-    has followed the run since.
-    """
-    middle = seen.signal_limit + 0.5 * (least - seen.signal_limit)
-    is_suspect = seen.signal > seen.signal_limit
-    return is_suspect, is_finite & (~is_suspect | (seen.signal <= middle))
+def _is_suspect(seen: Verdict) -> jax.Array:
+    """Whether a step speaks against its parameters."""
+    return seen.signal > seen.signal_limit
 
 
-def _turns(settings, now, is_accepted, is_better, is_away):
-    """Whether a rollback is started, undone, confirmed, or blocked from outside."""
-    is_look = is_look_in(now["phase"])
+def _is_accepted(settings, seen, now, lowest_signal) -> jax.Array:
+    """Whether a step that exploded is taken, as a change for good."""
+    # Up to twice what was accepted; without a healthy step since, anything.
+    is_usual = seen.signal <= lowest_signal + jnp.abs(lowest_signal)
+    is_usual = (is_usual & (lowest_signal < jnp.inf)) | (now["age"] <= 1)
+    is_change = (now["phase"] == ACCEPTING) & is_usual
+    is_change |= now["in_a_row"] >= settings.max_consecutive
+    is_finite_explosion = seen.is_bad & ~seen.has_nonfinite_updates
+    return is_finite_explosion & ~is_trial_in(now["phase"]) & is_change
+
+
+class Trial(NamedTuple):
+    """How a trial of the snapshot goes on; bool `[]` each."""
+
+    is_started: jax.Array
+    is_returned: jax.Array
+    """It failed: the snapshot is not better, or something keeps it away."""
+    is_confirmed: jax.Array
+    """It succeeded: that is a rollback."""
+    is_blocked: jax.Array
+    """It failed since something keeps it away."""
+
+
+def _go_on(settings, seen, now, lowest_signal, is_accepted, is_away) -> Trial:
+    """Starts a trial, ends it, or goes on."""
+    is_trial = is_trial_in(now["phase"])
     if not settings.has_snapshots:
-        return (jnp.zeros_like(is_look),) * 4
+        return Trial(*(jnp.zeros_like(is_trial),) * 4)
     is_due = now["suspect_in_a_row"] >= settings.rollback_after
-    is_due &= ~is_look & ~is_accepted
-    is_due |= (now["nonfinite_updates_in_a_row"] >= NUM_NONFINITE) & ~is_look
-    # Before any step is applied, the parameters are those of the snapshot.
+    is_due &= ~is_trial & ~is_accepted
+    is_due |= (now["nonfinite_updates_in_a_row"] >= NUM_NONFINITE) & ~is_trial
+    # At age 0 no step was applied since the snapshot: it is what the run has.
     is_started = is_due & (now["age"] > 0)
+    # Half of the excess must be gone. The rest may be usual for the snapshot: the limit
+    # has followed the run since.
+    middle = seen.signal_limit + 0.5 * (lowest_signal - seen.signal_limit)
+    is_better = ~_is_suspect(seen) | (seen.signal <= middle)
+    is_better &= ~seen.has_nonfinite_updates
     # From parameters that have grown far the first update may miss the snapshot by a
-    # rounding of theirs: then the second look decides. Whoever misses it twice does not
-    # apply the updates as they are.
-    is_second = now["phase"] == SECOND_LOOK
+    # rounding of theirs: then the second trial decides. Whoever misses it twice does
+    # not apply the updates as they are.
+    is_second = now["phase"] == SECOND_TRIAL
     is_blocked = is_second & is_away
-    is_returned = is_blocked | (is_look & ~is_away & ~is_better)
-    return is_started, is_returned, is_second & ~is_away & is_better, is_blocked
+    return Trial(
+        is_started=is_started,
+        is_returned=is_blocked | (is_trial & ~is_away & ~is_better),
+        is_confirmed=is_second & ~is_away & is_better,
+        is_blocked=is_blocked,
+    )
 
 
-def _is_settled(settings, now, is_quiet) -> jax.Array:
-    """Whether a change that was accepted has been quiet for long enough."""
-    num_quiet = min(NUM_ACCEPTED, settings.snapshot_every)
-    return (now["phase"] == ACCEPTING) & (now["age"] >= num_quiet) & is_quiet
+def _next_phase(settings, seen, now, trial, is_healthy) -> jax.Array:
+    """The phase of the next step."""
+    phase = now["phase"]
+    # A snapshot that is better may still be suspect: then the rest is accepted.
+    is_accepting = trial.is_returned | (trial.is_confirmed & _is_suspect(seen))
+    num_accepted = min(NUM_ACCEPTED, settings.snapshot_every)
+    is_settled = (phase == ACCEPTING) & (now["age"] >= num_accepted) & is_healthy
+    is_training = (trial.is_confirmed & ~_is_suspect(seen)) | is_settled
+    following = jnp.where(is_trial_in(phase), phase + 1, phase)
+    following = jnp.where(trial.is_started, FIRST_TRIAL, following)
+    following = jnp.where(is_accepting, ACCEPTING, following)
+    return jnp.where(is_training, TRAINING, following)
 
 
-def _next_age(settings, now, is_quiet, is_accepted):
-    """Quiet steps since the older snapshot; whether one is due, and replaces it."""
-    every = settings.snapshot_every
-    age = now["age"] + is_quiet.astype(jnp.int32)
-    age = jnp.where(is_accepted, jnp.maximum(age, 1), age)
-    is_second = is_quiet & (age == 2 * every)
-    is_copied = is_quiet & (is_second | (age == every))
-    return jnp.where(is_second, every, age), is_copied, is_second
-
-
-def _cut(settings, cooling, now, is_confirmed, is_quiet) -> tuple[jax.Array, Cooling]:
-    """The rollbacks in succession if this is one, and the scale after the step."""
-    is_recurrent = now["steps"] - now["last_rollback"] < RECURRENCE
-    is_recurrent &= now["strikes"] > 0
-    strikes = jnp.where(is_recurrent, now["strikes"] + 1, 1)
-    is_cut = is_confirmed
-    if not settings.has_snapshots:
-        is_cut = now["in_a_row"] == settings.rollback_after
-    is_early = now["steps"] < EARLY
-    return strikes, _cool(settings, cooling, strikes, is_early, is_cut, is_quiet)
-
-
-def is_look_in(phase: jax.Array) -> jax.Array:
-    """Whether a step is a look at the snapshot."""
-    return (phase == FIRST_LOOK) | (phase == SECOND_LOOK)
-
-
-def _least_evidence(seen, now, least, phase):
-    """The least evidence in the present row; +inf if it is of non-finite steps."""
+def _next_lowest_signal(seen, now, carried, is_started) -> jax.Array:
+    """See the table above; +inf if a step in the row was non-finite."""
+    phase, lowest = now["phase"], carried.lowest_signal
     is_first = (now["suspect_in_a_row"] <= 1) | (phase == ACCEPTING)
-    found = jnp.where(is_first, seen.signal, jnp.minimum(least, seen.signal))
+    found = jnp.where(is_first, seen.signal, jnp.minimum(lowest, seen.signal))
     is_known = (now["suspect_in_a_row"] > 0) & ~seen.has_nonfinite_updates
-    return jnp.where(is_known, found, jnp.inf)
+    is_kept = is_trial_in(phase) | ((phase == ACCEPTING) & ~is_started)
+    return jnp.where(is_kept, lowest, jnp.where(is_known, found, jnp.inf))
 
 
-def _cool(settings, cooling, strikes, is_early, is_cut, is_quiet) -> Cooling:
-    """The scale after a step; `strikes`: the rollbacks in succession, with this one."""
+def _next_age(settings, now, is_healthy, is_accepted):
+    """Healthy steps since the older snapshot; whether one is due, and takes its place.
+
+    An accepted step makes it 1 at least: it was applied. After 2 * `snapshot_every` the
+    newer snapshot is the older one, of age `snapshot_every`.
+    """
+    every = settings.snapshot_every
+    age = now["age"] + is_healthy.astype(jnp.int32)
+    age = jnp.where(is_accepted, jnp.maximum(age, 1), age)
+    is_swapped = is_healthy & (age == 2 * every)
+    is_copied = is_healthy & (is_swapped | (age == every))
+    return jnp.where(is_swapped, every, age), is_copied, is_swapped
+
+
+def _cool(
+    settings, scale, now, is_confirmed, is_healthy
+) -> tuple[jax.Array, jax.Array]:
+    """The rollbacks in succession if this step is one, and the scale after it."""
+    is_repeated = now["steps"] - now["last_rollback"] < RECURRENCE
+    is_repeated &= now["strikes"] > 0
+    strikes = jnp.where(is_repeated, now["strikes"] + 1, 1)
     if settings.cool_down is None:
-        return cooling
+        return strikes, scale
     cut = jnp.asarray(settings.cool_down, jnp.float32)
-    lower = cooling.scale * cut
+    is_cut = is_confirmed
     if settings.has_snapshots:
         # The snapshot was better, so the steps are too large, by an unknown factor.
-        is_full = is_early | (cooling.scale <= FIRST_CUT)
-        first = jnp.where(is_full, cut, jnp.maximum(cut, FIRST_CUT))
-        later = jnp.minimum(cut, cooling.scale * LATER_CUT)
-        lower = jnp.where(strikes == 1, first, later)
-        lower = jnp.minimum(lower, cooling.scale)
+        # They were never right, or not at LATER_CUT either: then the cut is full.
+        is_full = (now["steps"] < EARLY) | (scale <= LATER_CUT)
+        once = jnp.where(is_full, cut, jnp.maximum(cut, LATER_CUT))
+        again = jnp.minimum(cut, scale * REPEATED_CUT)
+        lower = jnp.where(strikes == 1, once, again)
+        lower = jnp.minimum(lower, scale)
+    else:
+        is_cut = now["in_a_row"] == settings.rollback_after
+        lower = scale * cut
+    # It may be traced, and so not checked.
     growth = jnp.clip(settings.recovery, 1, 1 / LEAST_SCALE)
-    grown = jnp.minimum(cooling.scale * jnp.where(is_quiet, growth, 1), 1)
-    scale = materialize(jnp.where(is_cut, jnp.maximum(lower, LEAST_SCALE), grown))
-    return Cooling(scale=scale.astype(jnp.float32), least=cooling.least)
+    grown = jnp.minimum(scale * jnp.where(is_healthy, growth, 1), 1)
+    scale = jnp.where(is_cut, jnp.maximum(lower, LEAST_SCALE), grown)
+    return strikes, materialize(scale).astype(jnp.float32)

@@ -1,4 +1,8 @@
-"""The steps of a response: look, move between snapshots, apply, count. Internal."""
+"""The parts of a response, in the order in which `skip_explosions` calls them.
+
+Internal. `check_trial` says where a trial is, `move_between` takes snapshots and mends
+moments, `respond` makes the updates that are applied, `count_response` counts.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip.explosions.deciding import Decision, is_look_in
+from optaxclip.explosions.deciding import Decision, is_trial_in
 from optaxclip.explosions.moments import are_spoiled, find_moments, mended
 from optaxclip.explosions.snapshots import compare, move
 from optaxclip.explosions.state import (
@@ -21,14 +25,14 @@ from optaxclip.explosions.state import (
 )
 from optaxclip.norms.scopes import Scopes
 from optaxclip.numerics import add, is_gradient, scale
-from optaxclip.xla import materialize
+from optaxclip.xla import after, materialize
 
 CHECK_EVERY = 3
 """Steps between two looks at the moments of the inner state. Each look reads them once
 more, and until the next one an element that is non-finite stands still."""
 
 
-def look(
+def check_trial(
     state: SkipExplosionsState,
     seen: Verdict,
     now: dict[str, jax.Array],
@@ -36,10 +40,10 @@ def look(
     updates: Any,
     scopes: Scopes,
 ) -> tuple[jax.Array, jax.Array]:
-    """Whether a look is not at the snapshot's parameters, and whether they hold NaN."""
+    """Whether a trial is not at the snapshot, and whether the parameters hold NaN."""
     if not isinstance(state.snapshots, Snapshots):
         return jnp.zeros([], bool), jnp.zeros([], bool)
-    is_due = is_look_in(now["phase"]) | seen.has_nonfinite_updates
+    is_due = is_trial_in(now["phase"]) | seen.has_nonfinite_updates
     return compare(is_due, params, state.snapshots.older, updates, scopes)
 
 
@@ -77,12 +81,12 @@ def move_between(
     is_skipped, snapshots = decision.is_skipped | is_spoiled, state.snapshots
     if isinstance(snapshots, Snapshots):
         done, snapshots = move(decision, num_steps, params, snapshots)
-        is_skipped |= done
+        is_skipped = after(done, is_skipped)
     kept = jax.tree.unflatten(structure, leaves)
     return Moved(is_spoiled, materialize(is_skipped), kept, snapshots)
 
 
-def apply(
+def respond(
     updates: Any,
     params: Any,
     moved: Moved,
@@ -91,7 +95,7 @@ def apply(
 ) -> Any:
     """The updates to apply: cooled down, zero if skipped, or the way to a snapshot."""
 
-    def respond(u, param=None, snapshot=None):
+    def of_leaf(u, param=None, snapshot=None):
         if not is_gradient(u):
             return u
         # They may be Python numbers, or NumPy's float64.
@@ -100,9 +104,9 @@ def apply(
         if factor is not None:
             u = scale(u, factor.astype(u.real.dtype))
         # A finite update may still overflow the dtype of its parameter.
-        after = u if param is None else add(param, u).astype(param.dtype)
+        applied = u if param is None else add(param, u).astype(param.dtype)
         nothing = jnp.zeros_like(u)
-        u = lax.select(jnp.isfinite(after), u, nothing)
+        u = lax.select(jnp.isfinite(applied), u, nothing)
         if snapshot is not None and param is not None:
             # An update, so that whoever applies updates rolls back without knowing it.
             way_back = add(snapshot, -param).astype(u.dtype)
@@ -112,7 +116,7 @@ def apply(
     trees = [updates] if params is None else [updates, params]
     if isinstance(moved.snapshots, Snapshots):
         trees.append(moved.snapshots.older)
-    return jax.tree.map(respond, *trees)
+    return jax.tree.map(of_leaf, *trees)
 
 
 def count_response(

@@ -1,4 +1,9 @@
-"""Skips exploded steps, cools down, and rolls back."""
+"""Skips exploded steps, cools down, and rolls back.
+
+In `update`, `detecting` judges the step, `deciding` chooses what becomes of it,
+`selecting` keeps the state of the inner optimizer where it is skipped, and `responding`
+makes the updates: zeros, smaller ones, or the way to a snapshot.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +24,18 @@ from optaxclip.checks import (
     value_of,
 )
 from optaxclip.clipping.rescaling import limit_updates
-from optaxclip.explosions.deciding import (
-    Cooling,
-    Settings,
-    decide,
-)
+from optaxclip.explosions.deciding import Carried, Settings, decide
 from optaxclip.explosions.detecting import make_detection
 from optaxclip.explosions.responding import (
-    apply,
+    check_trial,
     count_response,
-    look,
     move_between,
+    respond,
     unlearn,
 )
 from optaxclip.explosions.rules import LOSS_LIMIT, MAX_GAP, NORM_LIMIT, SHARE_LIMIT
 from optaxclip.explosions.selecting import update_or_keep
-from optaxclip.explosions.snapshots import (
-    empty_snapshots,
-)
+from optaxclip.explosions.snapshots import empty_snapshots
 from optaxclip.explosions.state import (
     COUNTS,
     SkipExplosionsState,
@@ -179,7 +178,7 @@ def skip_explosions(
             label: SkipExplosionsState(
                 explosions=detection.init(params),
                 inner_state=inner_state,
-                cooling=jnp.array([1, jnp.inf], jnp.float32),
+                carried=jnp.array([1, jnp.inf], jnp.float32),
                 snapshots=snapshots,
             )
         }
@@ -198,8 +197,8 @@ def skip_explosions(
         explosions, seen = detection.update(updates, value, state.explosions, params)
         scopes = find_scopes(updates, "leaf", specs=specs, stacked=stacked)
         now = {name: count(explosions, name) for name in COUNTS}
-        is_away, is_broken = look(state, seen, now, params, updates, scopes)
-        decision = decide(settings, seen, now, Cooling(*state.cooling), is_away)
+        is_away, is_broken = check_trial(state, seen, now, params, updates, scopes)
+        decision = decide(settings, seen, now, Carried(*state.carried), is_away)
         explosions = unlearn(explosions, state.explosions, decision.is_skipped)
         updates = limit_updates(
             updates, decision.is_accepted, seen.norm, seen.norm_limit
@@ -214,13 +213,13 @@ def skip_explosions(
         updates, inner_state = update_or_keep(
             update_inner, state.inner_state, moved.is_skipped, moved.kept
         )
-        factor = decision.cooling.scale if cool_down is not None else None
-        updates = apply(updates, params, moved, decision, factor)
+        factor = decision.carried.scale if cool_down is not None else None
+        updates = respond(updates, params, moved, decision, factor)
         counts = count_response(now, decision, moved.is_spoiled, is_broken)
         state = SkipExplosionsState(
             explosions=with_values(explosions, counts),
             inner_state=inner_state,
-            cooling=stack_scalars(decision.cooling),
+            carried=stack_scalars(decision.carried),
             snapshots=moved.snapshots,
         )
         return updates, {label: state}

@@ -149,17 +149,17 @@ class SkipExplosionsState(NamedTuple):
     """What was noticed."""
     inner_state: Any
     """State of the wrapped transformation."""
-    cooling: jax.Array
-    """float32 `[2]`, a `deciding.Cooling`: the factor of the updates, below 1 while
-    they cool down; and the least evidence against the parameters among the last
-    explosions in a row, +inf for none."""
+    carried: jax.Array
+    """float32 `[2]`, a `deciding.Carried`: the factor of the updates, below 1 while
+    they cool down; and the lowest loss, or norm, of the last suspect steps in a row,
+    +inf for none."""
     snapshots: Snapshots | tuple[()]
     """() without rollback."""
 
     @property
     def scale(self) -> jax.Array:
         """Factor of the updates: float32 `[]`."""
-        return self.cooling[..., 0]
+        return self.carried[..., 0]
 
     @property
     def gave_up(self) -> jax.Array:
