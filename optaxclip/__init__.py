@@ -3,7 +3,7 @@
 optaxclip keeps the training of neural networks stable. It clips gradients by value and
 by norm, notices exploding gradients before they ruin a run, skips their steps, and
 remembers what happened. Its norms are exact for every finite gradient, in any
-precision, and cost one read of the gradients. Everything is an
+precision, and cost one read of the gradients (with `ord` 1 and 2). Everything is an
 `optax.GradientTransformation` that runs under `jit`, `vmap`, `lax.scan` and
 `shard_map`, on CPU, GPU or TPU.
 
@@ -57,6 +57,29 @@ that `lax.scan` stacks, `stacked=`; in proportion to the weights, `agc()`.
 
 **I want to see what happened.** `record("gradients")` in the chain; then `metrics` for
 a dashboard, `explain` and `history` for the last steps, and `plot` for a picture.
+
+## Common arguments
+
+These mean the same wherever they appear:
+
+| argument | meaning |
+|---|---|
+| `per` | what one norm is taken over: `"tree"`, `"leaf"`, `"unit"`, or a function |
+| `ord` | order of the norm: a number >= 1, or `math.inf`; 2 by default |
+| `specs` | inside `jax.shard_map`, the `PartitionSpec`s of the parameters |
+| `stacked` | true for the names of leaves whose axis 0 runs over layers |
+| `label` | the name of the state, `{label: state}`, and of its metrics; not empty |
+| `value` | of `update`: the loss, a real number, reduced over the devices |
+
+`help(optaxclip.norms)` explains the first four. The default label is `"clip"`,
+`"explosions"` or `"gradients"`; two transformations of a chain need different ones.
+
+Errors come as early as they can. Where something is made, an argument of the wrong type
+is a `TypeError`, and one that is out of range a `ValueError`; so is `limits.drift` per
+unit, and any other limit that learns, in `init`. In `update`, leaves or a state that
+`init` did not make are a `ValueError`, as is a loss with axes. A complex loss, or one
+given as `loss=` in place of `value=`, is a `TypeError`. Docstrings name what else
+raises.
 
 ## Guides
 

@@ -50,7 +50,7 @@ Several recorders may stand in one chain, under different labels.
 `metrics` reads the last step, `history` all steps that are kept, `explain` describes
 them, and `plot` draws them; see `help(optaxclip.reporting)`. Nothing is read on the
 host until one of them is called. `examples/scan_training.py` trains inside a single
-`lax.scan`, explodes on purpose, and says afterwards what happened.
+`lax.scan`, explodes on purpose, and says afterward what happened.
 """
 
 from __future__ import annotations
@@ -145,10 +145,6 @@ def record(
     Returns:
       The transformation, with the state `{label: RecordState}`: `4 * window *
       (num_scopes + 6)` bytes and a few.
-
-    Raises:
-      ValueError: If an argument is out of range, or in `update` if `value` has axes.
-      TypeError: If an argument is of the wrong type.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxclip

@@ -141,7 +141,7 @@ MISTAKES: dict[str, Any] = {
     ),
     "a learning rate for an optimizer": (
         lambda: package.stabilize(1e-3, max_norm=1.0),
-        "optimizer must be an optax.GradientTransformation, not 0.001",
+        "inner must be an optax.GradientTransformation, not 0.001",
     ),
     "a class for an optimizer": (
         lambda: package.stabilize(optax.MultiSteps),

@@ -84,13 +84,12 @@ def clip_by_norm(
       The transformation, with the state `{label: ClipByNormState}`.
 
     Raises:
-      ValueError: If an argument is out of range, or at `init` if `specs` or `stacked`
-        does not fit the parameters.
-      TypeError: If an argument is of the wrong type.
+      ValueError: At `init` if `specs` or `stacked` does not fit the parameters, or in
+        `update` without `params` if the limit needs them.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> clip = clip_by_norm(1.0)
+      >>> import jax.numpy as jnp, optaxclip
+      >>> clip = optaxclip.clip_by_norm(1.0)
       >>> grads = {"w": jnp.array([3.0, 4.0])}
       >>> updates, state = clip.update(grads, clip.init(grads))
       >>> print(jnp.round(updates["w"], 3), state["clip"].norm)

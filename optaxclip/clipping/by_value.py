@@ -43,8 +43,8 @@ def clip_by_value(
       TypeError: If a bound is neither a number nor callable.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> clip = clip_by_value(1.0, min_value=-0.5)
+      >>> import jax.numpy as jnp, optaxclip
+      >>> clip = optaxclip.clip_by_value(1.0, min_value=-0.5)
       >>> updates, _ = clip.update(jnp.array([-2.0, 0.25, jnp.inf]), clip.init(None))
       >>> print(updates)
       [-0.5   0.25  1.  ]

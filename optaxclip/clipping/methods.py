@@ -23,7 +23,7 @@ def zclip(
     stacked: Stacked | None = None,
     label: str = "clip",
 ) -> optax.GradientTransformationExtraArgs:
-    """ZClip: pulls norms that are outliers back towards their moving average.
+    """ZClip: pulls norms that are outliers back toward their moving average.
 
     `clip_by_norm(limits.zscore(max_zscore, decay=decay, warmup=warmup))`: the limit of
     an outlier with z-score z is `mean + max_zscore**2 / z * std`.
@@ -31,25 +31,21 @@ def zclip(
     Unlike the reference, it has no cap unless `max_norm` is given (its default of 1.0
     hides the method), forgets what is non-finite (one NaN there ends the clipping), and
     learns outliers as they are once they outnumber the other norms by `warmup` (there,
-    a lasting rise is clipped to the old mean for ever). It does not clip in its first
+    a lasting rise is clipped to the old mean forever). It does not clip in its first
     `warmup` steps: give `max_norm` where these may explode.
 
     Args:
       max_zscore: Largest z-score, in standard deviations, > 0.
-      decay: Of mean and variance, in a step, within (0, 1).
+      decay: Decay of mean and variance per step, within (0, 1).
       warmup: Number of norms before the clip starts, at least 2.
       max_norm: A limit on top, also during the warm-up: a number, schedule or limit.
-      per: As in `clip_by_norm`, but not "unit".
-      specs: As in `clip_by_norm`.
-      stacked: As in `clip_by_norm`.
-      label: Under which name the state and the metrics appear.
+      per: "tree", "leaf", or a function of names; not "unit".
+      specs: A common argument, see `help(optaxclip)`.
+      stacked: Likewise.
+      label: Likewise.
 
     Returns:
       The transformation, with the state `{label: ClipByNormState}`.
-
-    Raises:
-      ValueError: If an argument is out of range.
-      TypeError: If an argument is of the wrong type.
 
     Example:
       >>> import optax, optaxclip
@@ -83,19 +79,15 @@ def autoclip(
 
     Args:
       percent: The percentile, within [0, 100].
-      window: Number of norms remembered; as the paper where it is not less than the
-        number of steps.
-      per: As in `clip_by_norm`, but not "unit".
-      specs: As in `clip_by_norm`.
-      stacked: As in `clip_by_norm`.
-      label: Under which name the state and the metrics appear.
+      window: Number of norms remembered, at least 1; as in the paper where it is not
+        less than the number of steps.
+      per: "tree", "leaf", or a function of names; not "unit".
+      specs: A common argument, see `help(optaxclip)`.
+      stacked: Likewise.
+      label: Likewise.
 
     Returns:
       The transformation, with the state `{label: ClipByNormState}`.
-
-    Raises:
-      ValueError: If an argument is out of range.
-      TypeError: If an argument is of the wrong type.
 
     Example:
       >>> import optax, optaxclip
@@ -131,20 +123,16 @@ def adagc(
 
     Args:
       multiple: The limit in units of the mean, > 1.
-      decay: Of the mean, in a step, within (0, 1).
+      decay: Decay of the mean per step, within (0, 1).
       warmup: The first step whose limit is learned, at least 2 (see `limits.ema`).
       max_warmup_norm: The fixed global limit before that step, > 0.
-      per: As in `clip_by_norm`, but not "unit".
-      specs: As in `clip_by_norm`.
-      stacked: As in `clip_by_norm`.
-      label: Under which name the state and the metrics appear.
+      per: "tree", "leaf", or a function of names; not "unit".
+      specs: A common argument, see `help(optaxclip)`.
+      stacked: Likewise.
+      label: Likewise.
 
     Returns:
       The transformation, with the state `{label: ClipByNormState}`.
-
-    Raises:
-      ValueError: If an argument is out of range.
-      TypeError: If an argument is of the wrong type.
 
     Example:
       >>> import optax, optaxclip
@@ -181,17 +169,16 @@ def agc(
       max_ratio: The limit in units of the weights' norm, >= 0. The paper takes 0.01 for
         batches of 4096, and more for smaller ones.
       eps: The least norm that weights count for, >= 0.
-      specs: As in `clip_by_norm`.
-      stacked: As in `clip_by_norm`.
-      label: Under which name the state and the metrics appear.
+      specs: A common argument, see `help(optaxclip)`.
+      stacked: Likewise.
+      label: Likewise.
 
     Returns:
       The transformation, with the state `{label: ClipByNormState}`; `update` needs
       `params`.
 
     Raises:
-      ValueError: If an argument is out of range, or in `update` without `params`.
-      TypeError: If an argument is of the wrong type.
+      ValueError: In `update` without `params`.
 
     Example:
       The paper leaves out the last linear layer; `optax.masked` does that by its name.
@@ -229,16 +216,12 @@ def block_rms(
 
     Args:
       max_rms: The largest root mean square, in the unit of the updates, >= 0.
-      specs: As in `clip_by_norm`.
-      stacked: As in `clip_by_norm`.
-      label: Under which name the state and the metrics appear.
+      specs: A common argument, see `help(optaxclip)`.
+      stacked: Likewise.
+      label: Likewise.
 
     Returns:
       The transformation, with the state `{label: ClipByNormState}`.
-
-    Raises:
-      ValueError: If an argument is out of range.
-      TypeError: If an argument is of the wrong type.
 
     Example:
       >>> import jax.numpy as jnp, optaxclip

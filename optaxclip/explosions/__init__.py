@@ -7,7 +7,7 @@
 | `rollback=True` | also returns to a snapshot, if that is better |
 | `cool_down=0.1` | also makes the next updates smaller |
 | `stabilize(optimizer)` | does all of these, without a number to choose |
-| `raise_if_exploded(state)` | raises `ExplosionError` if nothing survived it |
+| `raise_if_exploded(state)` | raises `ExplosionError` if the run cannot go on |
 
 ```python
 >>> import jax, jax.numpy as jnp, optax, optaxclip
@@ -69,7 +69,9 @@ ten steps apart count as one explosion (`max_gap`).
 3. A step with non-finite gradients is never taken. After 100 in a row the run is given
    up (`give_up_after`); `metrics` and `raise_if_exploded` say so.
 4. Where the optimizer itself makes a non-finite update, or an update would overflow the
-   dtype of its parameter, those elements become 0.
+   dtype of its parameter, those elements become 0. That alone is not counted, since to
+   read every update once more can cost more than the step. To see it, put
+   `detect_explosions(label="updates")` behind the optimizer, inside.
 5. Where the optimizer makes its own moments non-finite out of finite gradients, they
    are reset to 0 within 3 steps. That step is skipped, and counted as an explosion
    (`explosions/num_mended`).
@@ -79,8 +81,9 @@ With `rollback=True` also:
 1. A snapshot of the parameters is taken after every 50 healthy steps
    (`snapshot_every`). Two are kept.
 2. The loss exceeds its limit three times in a row (`rollback_after`), or the norm if
-   there is no loss. Or ten steps in a row have non-finite gradients. The batches cannot
-   be at fault each time, so the data have changed, or the parameters are bad.
+   there is no loss or no rule on it. Or ten steps in a row have non-finite gradients.
+   The batches cannot be at fault each time, so the data have changed, or the parameters
+   are bad.
 3. To find out, the parameters go back to the older snapshot, from 50 to 100 healthy
    steps ago or from the start of the run, and two batches are tried there.
 4. If at least half of the excess is gone in both, the run goes on from the snapshot.
@@ -88,7 +91,8 @@ With `rollback=True` also:
    are accepted. The state of the optimizer stays in either case: the steps that
    exploded were skipped, so it knows nothing of them.
 5. With `cool_down` a rollback also sets a factor for the updates. Within the first 64
-   steps it is `cool_down`, later the larger of `cool_down` and 1/16. A rollback that
+   steps it is `cool_down`, later the larger of `cool_down` and 1/16 (`cool_down` where
+   the factor is no more than 1/16 already). A rollback that
    follows another within 300 steps divides the factor by 8, to `cool_down` or less,
    down to 1/4096. Each healthy step multiplies it by `recovery`, up to 1.
 6. If the parameters are NaN, the run is given up at once.
@@ -118,12 +122,12 @@ Without `rollback`, the third explosion in a row multiplies the updates by `cool
 run cannot go on: on a non-finite step that nothing skipped, on a run that was given up,
 and on NaN in parameters, optimizer state or accumulated gradients. It does not raise on
 a finite explosion that `detect_explosions` noticed; read `explosions/is_exploded` for
-that. It waits for the step, so call it every some steps.
+that. It waits for the step, so call it every few steps.
 
 ## In your trainer
 
 **Order.** `stabilize` goes around everything that makes the update. A rollback is an
-update, so nothing may change it afterwards. `metrics` counts those that something
+update, so nothing may change it afterward. `metrics` counts those that something
 changed as `explosions/num_blocked_rollbacks`.
 
 ```python

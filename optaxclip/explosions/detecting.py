@@ -80,21 +80,17 @@ def detect_explosions(
       loss: Limit on the loss, likewise; it may have either sign. By default the smaller
         of `limits.log_quantile(2.4, min_ratio=1.7, early_jump=2.5, min_level=0.01)` and
         `limits.above_lowest()`.
-      max_gap: Explosions at most this many steps apart are told as one, at least 1.
-      window: Number of steps that the record keeps, at least 64.
-      specs: As in `clip_by_norm`; inside `jax.shard_map`, `value` must have been
-        reduced over the devices.
-      stacked: As in `clip_by_norm`.
-      label: Under which name the state and the metrics appear.
+      max_gap: Explosions at most this many steps apart are told as one; at least 1, 10
+        by default.
+      window: Number of steps that the record keeps; at least 64, 256 by default.
+      specs: A common argument, see `help(optaxclip)`.
+      stacked: Likewise.
+      label: Likewise.
 
     Returns:
-      The transformation, with the state `{label: DetectExplosionsState}`: under 3 KiB
-      and 20 bytes a leaf; and the record of 256 steps for `history`, 6 KiB and 1 KiB a
-      leaf.
-
-    Raises:
-      ValueError: If an argument is out of range, or in `update` if `value` has axes.
-      TypeError: If an argument is of the wrong type.
+      The transformation, with the state `{label: DetectExplosionsState}`: at most 3 KiB
+      and 20 bytes per leaf; and the record for `history`, of 256 steps 6 KiB and 1 KiB
+      per leaf.
 
     Example:
       >>> import jax, jax.numpy as jnp, optaxclip

@@ -16,7 +16,7 @@ NUM_FITTED = 8
 """To the norms of so many steps the growth is fitted."""
 
 
-# The leaf that led has grown most since the steps that are so many before.
+# The leaf that led has grown most, on average since the steps that are so many before.
 STEPS_BEFORE = np.arange(1, 64, 8, dtype=np.int32)
 
 

@@ -71,78 +71,49 @@ def skip_explosions(
     """Wraps an optimizer: skips the steps that explode.
 
     A step is skipped if `detect_explosions` would notice an explosion: the updates are
-    zeros, the inner state stays, bit for bit, and the rules learn nothing from it. A
-    loss that is non-finite while the gradients are is counted, and its step is taken.
-    If explosions persist, that is a change of regime: from the `max_consecutive`-th in
-    a row on the finite ones are taken and learned, with gradients clipped to the limit
-    on the norm, until the rules find them usual. A non-finite step is never taken;
-    after `give_up_after` in a row the run is given up, as `metrics` and
-    `raise_if_exploded` say; with `rollback` at once where the parameters are NaN. Where
-    `inner` itself makes something that is non-finite, or an update would overflow the
-    dtype of its parameter, those elements become 0. Where what it made stands in its
-    moments, and so would stay, it becomes 0 within 3 steps; that is an explosion too,
-    and its step is skipped (`explosions/num_mended`). Updates that are non-finite while
-    the moments are finite are not counted, since another read of every update can cost
-    more than the step: `chain(optimizer, detect_explosions(label="updates"))` inside
-    does, and `raise_if_exploded` then raises.
+    zeros, the inner state stays, bit for bit, and the rules learn nothing from it. From
+    the `max_consecutive`-th explosion in a row on, finite ones are taken as a change of
+    regime. A non-finite step is never taken; after `give_up_after` in a row the run is
+    given up. `help(optaxclip.explosions)` tells all of it step by step, what `rollback`
+    and `cool_down` add, and what goes where in a trainer.
 
-    Put it around `optax.MultiSteps`, so that a bad micro-batch alone is lost. Within
-    it, NaN would stay in what is accumulated, which `raise_if_exploded` tells; that
-    needs `should_skip_update_fn=optax.skip_not_finite`.
+    Updates that `inner` makes non-finite out of finite gradients become 0. They are not
+    counted, since another read of every update can cost more than the step;
+    `chain(optimizer, detect_explosions(label="updates"))` inside does.
 
-    Two more responses are off unless asked for.
-
-    To roll back: skipped steps leave the parameters as they are, so when the loss (the
-    norm, if no loss is given) exceeds its limit `rollback_after` times in a row, these
-    are no odd batches: the data have changed, or the parameters are bad. To tell which,
-    the parameters go back to those of a quiet step, `snapshot_every` to
-    `2 * snapshot_every` quiet steps ago, for two batches. If the excess is gone, or at
-    least half of it, that is the rollback; if not, they come back as they were, and the
-    explosions are accepted. Ten non-finite steps in a row do the same. The update is
-    `snapshot - params`, twice, so that rounding does not matter: it has to be applied
-    as it is. So put `skip_explosions` around everything that changes updates, also
-    `optax.contrib.schedule_free`; behind a learning rate of its own, as in
-    `chain(skip_explosions(scale_by_adam()), scale(-1e-3))`, it undoes nothing, which
-    `explosions/num_blocked_rollbacks` counts and `explain` tells. That takes the memory
-    of two copies of the parameters, and on healthy steps one read of one of them. The
-    inner state stays as it is: its moments, which know nothing of the steps that were
-    skipped, and what the user or the clock decides, as hyperparameters and the counts
-    of schedules. The moments of a run without `skip_explosions` may be put in before
-    the first step: `state[label] = state[label]._replace(inner_state=saved)`.
-
-    To cool down: a rollback within the first 64 steps reduces the updates to
-    `cool_down`, a later one to 1/16 at most, since the steps were right for some time;
-    one that follows another within 300 steps by 1/8, to `cool_down` or less, down to
-    1/4096. Each quiet step multiplies that factor by `recovery`, up to 1. Without
-    rollback, the `rollback_after`-th explosion in a row multiplies it by `cool_down`.
+    The update of a rollback is `snapshot - params`, and it has to be applied as it is:
+    put `skip_explosions` around everything that changes updates. It needs the memory of
+    two copies of the parameters, and reads one of them while it is on trial.
 
     Args:
       inner: The optimizer; it gets all extra arguments.
       norm: As in `detect_explosions`.
       share: As in `detect_explosions`.
       loss: As in `detect_explosions`.
-      max_consecutive: From which explosion in a row on they are taken; at least 1.
-      cool_down: The factor of the updates, within (0, 1]; None for off.
-      recovery: Growth of that factor in a quiet step, >= 1.
+      max_consecutive: From which explosion in a row on they are taken; at least 1, 10
+        by default.
+      cool_down: The factor by which a rollback reduces the updates, within (0, 1]; None
+        for off. Without `rollback`, the `rollback_after`-th explosion in a row does.
+      recovery: Growth of the factor in a healthy step, up to 1; >= 1, 1.005 by default.
       rollback: Whether to roll back; `update` then needs `params`.
-      snapshot_every: Number of quiet steps between snapshots, at least 1.
-      rollback_after: How many explosions in a row make a rollback, at least 1. One or
-        two are often the fault of their batches.
-      give_up_after: How many non-finite steps in a row end the run, at least 1. A
-        dynamic loss scale needs up to 24 to fall from 2**24 to 1.
+      snapshot_every: Number of healthy steps between snapshots; at least 1, 50 by
+        default.
+      rollback_after: How many explosions in a row start a rollback; at least 1, 3 by
+        default, since one or two are often the fault of their batches.
+      give_up_after: How many non-finite steps in a row end the run; at least 1, 100 by
+        default. A dynamic loss scale needs up to 24 to fall from 2**24 to 1.
       max_gap: As in `detect_explosions`.
       window: As in `detect_explosions`.
-      specs: As in `detect_explosions`.
-      stacked: As in `clip_by_norm`.
-      label: Under which name the state and the metrics appear.
+      specs: A common argument, see `help(optaxclip)`.
+      stacked: Likewise.
+      label: Likewise.
 
     Returns:
       The transformation, with the state `{label: SkipExplosionsState}`.
 
     Raises:
-      ValueError: If an argument is out of range; in `update` if `value` has axes, or
-        without `params` where they are needed.
-      TypeError: If an argument is of the wrong type.
+      ValueError: In `update` without `params` if there is a rollback, or if `inner`
+        changes the structure of its state.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optaxclip

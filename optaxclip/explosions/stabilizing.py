@@ -15,7 +15,7 @@ from optaxclip.norms.names import Stacked
 
 
 def stabilize(
-    optimizer: optax.GradientTransformation,
+    inner: optax.GradientTransformation,
     *,
     max_norm: limits.LimitLike | None = None,
     norm: limits.LimitLike | None = NORM_LIMIT,
@@ -28,33 +28,32 @@ def stabilize(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer in the recommended stack, without a number to choose.
 
-    `skip_explosions(optimizer, cool_down=1/64, recovery=1.002, rollback=True)`: skips
+    `skip_explosions(inner, cool_down=1/64, recovery=1.002, rollback=True)`: skips
     steps whose norm, share of a leaf or loss is an outlier for the run; where that
     persists and earlier parameters are better, returns to them with smaller steps. Give
-    the loss as `value=`, of either sign: it is the best witness against the parameters,
-    and what diverges slowly shows nowhere else.
+    the loss as `value=`, of either sign: it shows best whether the parameters are bad,
+    and alone what diverges slowly.
 
     Args:
-      optimizer: The optimizer; it gets all extra arguments.
-      max_norm: Clips the gradients before it as well, as `clip_by_norm(max_norm)`: a
-        number, schedule or limit.
+      inner: The optimizer; it gets all extra arguments.
+      max_norm: Clips what the optimizer gets, as `clip_by_norm(max_norm)`; the rules
+        see the gradients before that. A number, schedule or limit; None for no clip.
       norm: As in `detect_explosions`; None for no such rule.
       share: Likewise.
       loss: Likewise.
       rollback: Whether to keep two copies of the parameters to return to. Without them
         it only skips, and far fewer runs are saved.
-      specs: As in `detect_explosions`.
-      stacked: As in `clip_by_norm`.
-      label: Under which name the state and the metrics appear.
+      specs: A common argument, see `help(optaxclip)`.
+      stacked: Likewise.
+      label: Likewise.
 
     Returns:
       The transformation, with the state `{label: SkipExplosionsState}`. `update` needs
       `params` for the rollback.
 
     Raises:
-      ValueError: If an argument is out of range; in `update` if `value` has axes, or
-        without `params` where they are needed.
-      TypeError: If an argument is of the wrong type.
+      ValueError: In `update` without `params` if there is a rollback, or if `inner`
+        changes the structure of its state.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optaxclip
@@ -68,12 +67,12 @@ def stabilize(
       >>> print(params["w"] < 1, optaxclip.metrics(state)["explosions/is_exploded"])
       [ True  True] 1
     """
-    check_transformation("optimizer", optimizer)
+    check_transformation("inner", inner)
     if max_norm is not None:
         clip = clip_by_norm(max_norm, specs=specs, stacked=stacked)
-        optimizer = optax.chain(clip, optimizer)
+        inner = optax.chain(clip, inner)
     return skip_explosions(
-        optimizer,
+        inner,
         norm=norm,
         share=share,
         loss=loss,

@@ -45,23 +45,23 @@ class DetectExplosionsState(NamedTuple):
 
     events: jax.Array
     """int32 `[2, 9]`: two steps, which are the one on which the last explosion began
-    (after ten without one), and the first of the last non-finite ones in a row. Of each
-    its index (-1 for none); the leaf that led (the first that was non-finite, or else
-    the one that had grown most since every eighth of the 64 steps before; -1 if none
-    had); as bits, which of the four rules fired; and, as the bits of a float32, the
-    norm, the share of the leaf that led, the loss (`NO_LOSS` where not given), and the
-    limits of these (+inf for none)."""
+    (after `max_gap` steps without one), and the first of the last non-finite ones in a
+    row. Of each its index (-1 for none); the leading leaf (the first that was
+    non-finite, or else the one that had grown most, on average since 1, 9, 17, ... 57
+    steps before; -1 if none had); as bits, which of the four rules fired; and, as the
+    bits of a float32, the norm, the share of the leading leaf, the loss (`NO_LOSS`
+    where not given), and the limits of these (+inf for none)."""
     rule_states: tuple[Any, Any, Any]
     """States of the limits on norm, share and loss."""
     record: RecordState
-    """Of the last 256 steps, per leaf. Its `counts`, int32 `[20]`: the number of steps;
-    on how many of them the four rules fired (not finite, norm, share, loss) and on how
-    many any; how many `skip_explosions` skipped, its rollbacks, those that did not
-    reach the parameters, and how often it mended the inner state; how many in a row, up
-    to the last step, were no good (exploded, and not by a loss alone that is not
-    finite), were non-finite, had updates that were not, and spoke against the
+    """Of the last `window` steps, per leaf. Its `counts`, int32 `[20]`: the number of
+    steps; on how many of them the four rules fired (non-finite, norm, share, loss) and
+    on how many any; how many `skip_explosions` skipped, its rollbacks, those that did
+    not reach the parameters, and how often it mended the inner state; how many in a
+    row, up to the last step, were bad (exploded, and not by a loss alone that is
+    non-finite), were non-finite, had non-finite updates, and spoke against the
     parameters (by the loss, or without one by the norm); whether it gave up, 2 for NaN
-    in the parameters; where it stands in a rollback (`deciding.PHASES`), quiet steps
+    in the parameters; where it stands in a rollback (`deciding.PHASES`), healthy steps
     since the older snapshot, rollbacks in succession, the step of the last; and the
     last step that exploded. -1 for none."""
 
@@ -133,9 +133,9 @@ class Snapshots(NamedTuple):
     """Two copies of the parameters; zeros before the first step."""
 
     older: Any
-    """The copy that a rollback returns to, from a quiet step."""
+    """The copy that a rollback returns to, from a healthy step."""
     newer: Any
-    """A copy that takes its place after `snapshot_every` quiet steps."""
+    """A copy that takes its place after `snapshot_every` healthy steps."""
 
 
 BROKEN = 2
@@ -163,5 +163,5 @@ class SkipExplosionsState(NamedTuple):
 
     @property
     def gave_up(self) -> jax.Array:
-        """Whether too many steps in a row were non-finite, or parameters: bool `[]`."""
+        """Whether it gave up, on non-finite steps or NaN in parameters: bool `[]`."""
         return count(self.explosions, "gave_up") > 0

@@ -87,16 +87,19 @@ all of that code breaks at the first NaN.
 
 ## What every learned limit has in common
 
+* It works per tree, leaf or group. Per unit, `init` raises `ValueError`.
 * Norms that are inf, NaN or zero never update its state.
 * It follows a lasting change within a number of steps that its docstring gives. AdaGC
   as published is slow: it takes 2300 steps for a rise by a factor of 10.
-* While it knows too little it is +inf, or what its paper says.
+* While it knows too little it is +inf; but `quantile` starts at `initial_norm`, and
+  `ema` at `max_warmup_norm` for all scopes together.
+* A length (`warmup`, `window`, `patience`) is an `int` below 2**30.
 
 ## A limit to change by hand
 
 `optax.inject_hyperparams` puts the limit into the state. An argument that is not a
-number has to be named in `static_args`. So have the lengths `warmup` and `window` of
-learned limits.
+number has to be named in `static_args`. The same holds for the lengths `warmup` and
+`window` of learned limits.
 
 ```python
 >>> make = optax.inject_hyperparams(
@@ -125,20 +128,19 @@ tree, leaf or group, under `jit` and `vmap`.
 ```python
 >>> from typing import NamedTuple
 >>> class State(NamedTuple):
-...     recent: jax.Array  # the last three norms [..., 3]; NaN where there is none
+...     recent: jax.Array  # the last three norms [..., 3]; +inf where there is none
 >>> def median_of_three(multiple):
 ...     def init(sizes):
-...         return State(jnp.full((*sizes.shape, 3), jnp.nan, sizes.dtype))
+...         return State(jnp.full((*sizes.shape, 3), jnp.inf, sizes.dtype))
 ...     def update(norms, state, param_norms):
-...         # Any NaN makes the median NaN: no limit until three norms are known.
-...         median = jnp.median(state.recent, axis=-1)
-...         limits = jnp.where(jnp.isnan(median), jnp.inf, multiple * median)
+...         # The median of three is +inf until two are known: no limit before.
+...         limits = multiple * jnp.median(state.recent, axis=-1)
 ...         recent = jnp.concatenate(
 ...             [state.recent[..., 1:], norms[..., None]], axis=-1
 ...         )
-...         # Non-finite norms never update a limit's state.
-...         is_finite = jnp.isfinite(norms)[..., None]
-...         return limits, State(jnp.where(is_finite, recent, state.recent))
+...         # Norms that are non-finite or zero never update a limit's state.
+...         is_known = (jnp.isfinite(norms) & (norms > 0))[..., None]
+...         return limits, State(jnp.where(is_known, recent, state.recent))
 ...     return optaxclip.limits.Limit(init, update)
 >>> tx = optaxclip.clip_by_norm(median_of_three(2.0), per="leaf")
 >>> state = tx.init({"a": jnp.ones(1), "b": jnp.ones(1)})
@@ -146,12 +148,18 @@ tree, leaf or group, under `jit` and `vmap`.
 ...     grads = {"a": jnp.array([a]), "b": jnp.array([b])}
 ...     updates, state = tx.update(grads, state)
 >>> print(state["clip"].norm, state["clip"].limit)
-[100. 100.] [ 6. inf]
+[100. 100.] [6. 8.]
 
 ```
 
 A limit that compares with the parameters sets `needs_params=True`, and then gets their
 norms as `param_norms`.
+
+To add one to this package, write it beside its like in `optaxclip/limits/`: state and
+function, with `check_number` and `check_length` for the arguments, `refuse_units`,
+`cast_like` and `keep_finite` of `limit.py` in its two functions. Export both here, with
+a row in a table above and in the sources, and add it to `LIMITS` in
+`tests/registry.py`. The tests name whatever is missing.
 """
 
 from optaxclip.limits.averages import EmaState as EmaState

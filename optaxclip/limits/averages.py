@@ -62,7 +62,7 @@ def zscore(
     Mean and std start as those of the first `warmup` norms, with a limit of +inf. When
     outliers outnumber the other norms by `warmup`, outliers too are learned as they
     are: the limit follows a change of 10x to a factor of 2 within `3 * warmup` steps
-    upwards (a few hundred where heavy tails hide it), `9 / (1 - decay)` downwards.
+    upward (a few hundred where heavy tails hide it), `9 / (1 - decay)` downward.
 
     A spike in the warm-up counts in full; a later one, of any size, moves the mean by
     `(1 - decay) * max_zscore * std` at most, and std by a factor `sqrt(decay + (1 -
@@ -70,19 +70,15 @@ def zscore(
 
     Args:
       max_zscore: Largest z-score, in standard deviations, > 0.
-      decay: Of mean and variance, in a step, within (0, 1).
+      decay: Decay of mean and variance per step, within (0, 1).
       warmup: Number of norms in the warm-up, at least 2.
 
     Returns:
-      The limit, per tree, leaf or group. State: 3 numbers a scope.
-
-    Raises:
-      ValueError: If an argument is out of range, or at `init` per unit.
-      TypeError: If an argument is of the wrong type.
+      The limit. State: 3 numbers per scope.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> limit = zscore(2.0, warmup=2)
+      >>> import jax.numpy as jnp, optaxclip
+      >>> limit = optaxclip.limits.zscore(2.0, warmup=2)
       >>> state = limit.init(jnp.ones(()))
       >>> for norm in [1.0, 3.0, 100.0]:
       ...     value, state = limit.update(jnp.array(norm), state, None)
@@ -152,8 +148,8 @@ def ema(
 
     Later the limit grows by `1 + (1 - decay) * (multiple - 1)` in a step at most,
     whatever the spike. It follows a change of 10x to a factor of 2 within
-    `2.3 / ((1 - decay) * min(multiple - 1, 1))` steps upwards and `3.4 / (1 - decay)`
-    downwards: 2300 and 170 with 1.05 and 0.98.
+    `2.3 / ((1 - decay) * min(multiple - 1, 1))` steps upward and `3.4 / (1 - decay)`
+    downward: 2300 and 170 with 1.05 and 0.98.
 
     As published, the warm-up counts in full: a norm smaller by a factor s (of a layer
     that starts next to zero, as in LoRA), or, with a cap, a spike s times `total` in
@@ -162,21 +158,17 @@ def ema(
 
     Args:
       multiple: The limit in units of the mean, > 1.
-      decay: Of the mean, in a step, within (0, 1).
+      decay: Decay of the mean per step, within (0, 1).
       warmup: The first norm of a scope with a learned limit is its `warmup`-th that is
         finite and not zero; at least 2.
       max_warmup_norm: The limit for all scopes together before, > 0.
 
     Returns:
-      The limit, per tree, leaf or group. State: 2 numbers a scope.
-
-    Raises:
-      ValueError: If an argument is out of range, or at `init` per unit.
-      TypeError: If an argument is of the wrong type.
+      The limit. State: 2 numbers per scope.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> limit = ema(2.0, decay=0.5, warmup=2)
+      >>> import jax.numpy as jnp, optaxclip
+      >>> limit = optaxclip.limits.ema(2.0, decay=0.5, warmup=2)
       >>> state = limit.init(jnp.ones(()))
       >>> for norm in [1.0, 100.0, 1.0]:
       ...     value, state = limit.update(jnp.array(norm), state, None)
@@ -214,7 +206,7 @@ def ema(
         # adds up where every norm is clipped to a multiple of the mean.
         moved = state.mean + rate * (clipped - state.mean)
         mean = jnp.where(is_warmup, smallest, moved)
-        # Where the growth in a step underflows, the mean would stay for ever.
+        # Where the growth in a step underflows, the mean would stay forever.
         growth = jnp.maximum(rate * jnp.minimum(factor - 1, 1), info.eps)
         learned = EmaState(
             mean=jnp.maximum(mean, info.tiny / growth),
@@ -236,24 +228,20 @@ def quantile(
 
     After each step the limit is multiplied by `exp(rate * target)` if the norm exceeded
     it, else by `exp(rate * (target - 1))`. It follows a change of 10x to a factor of 2
-    within `2.4 / (rate * target)` steps upwards, `2.4 / (rate * (1 - target))`
-    downwards, and a spike of any size moves it by no more than any other norm.
+    within `2.4 / (rate * target)` steps upward, `2.4 / (rate * (1 - target))`
+    downward, and a spike of any size moves it by no more than any other norm.
 
     Args:
       target: Share of the norms that the limit lets pass, within (0, 1).
       initial_norm: The first limit, > 0.
-      rate: Of the change in a step, > 0.
+      rate: Size of the change per step, > 0.
 
     Returns:
-      The limit, per tree, leaf or group. State: 1 number a scope.
-
-    Raises:
-      ValueError: If an argument is out of range, or at `init` per unit.
-      TypeError: If an argument is of the wrong type.
+      The limit. State: 1 number per scope.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> limit = quantile(0.5)
+      >>> import jax.numpy as jnp, optaxclip
+      >>> limit = optaxclip.limits.quantile(0.5)
       >>> state = limit.init(jnp.ones(()))
       >>> for _ in range(100):
       ...     value, state = limit.update(jnp.array(5.0), state, None)

@@ -28,19 +28,15 @@ def params(max_ratio: ArrayLike = 0.01, *, eps: ArrayLike = 1e-3) -> Limit:
 
     Args:
       max_ratio: The limit in units of the parameters' norm, >= 0.
-      eps: The least norm that parameters count for, so that those that start at zero
-        can grow, >= 0.
+      eps: Lower bound of the parameters' norm, so that those that start at zero can
+        grow, >= 0.
 
     Returns:
       The limit; `update` needs `params` and raises ValueError without.
 
-    Raises:
-      ValueError: If an argument is out of range.
-      TypeError: If an argument is of the wrong type.
-
     Example:
-      >>> import jax.numpy as jnp
-      >>> limit = params(0.1)
+      >>> import jax.numpy as jnp, optaxclip
+      >>> limit = optaxclip.limits.params(0.1)
       >>> norms, param_norms = jnp.ones(2), jnp.array([5.0, 0.0])
       >>> limits, _ = limit.update(norms, limit.init(norms), param_norms)
       >>> print([round(float(x), 6) for x in limits])
@@ -82,13 +78,9 @@ def rms(max_rms: ArrayLike = 1.0) -> Limit:
     Returns:
       The limit.
 
-    Raises:
-      ValueError: If `max_rms` is out of range.
-      TypeError: If it is no number.
-
     Example:
-      >>> import jax.numpy as jnp
-      >>> limit = rms(0.5)
+      >>> import jax.numpy as jnp, optaxclip
+      >>> limit = optaxclip.limits.rms(0.5)
       >>> state = limit.init(jnp.array([4.0, 100.0]))
       >>> print(limit.update(jnp.ones(2), state, None)[0])
       [1. 5.]
@@ -122,14 +114,10 @@ def minimum(first: LimitLike, second: LimitLike) -> Limit:
     Returns:
       The limit; its state is the pair of their states.
 
-    Raises:
-      ValueError: If a limit that is a number is out of range.
-      TypeError: If a limit is of the wrong type.
-
     Example:
-      >>> import jax.numpy as jnp
-      >>> from optaxclip import limits
-      >>> limit = minimum(limits.schedule(lambda count: 10.0 / (1 + count)), 8.0)
+      >>> import jax.numpy as jnp, optaxclip
+      >>> falling = optaxclip.limits.schedule(lambda count: 10.0 / (1 + count))
+      >>> limit = optaxclip.limits.minimum(falling, 8.0)
       >>> norms = jnp.array(1.0)
       >>> capped, state = limit.update(norms, limit.init(norms), None)
       >>> print(capped, limit.update(norms, state, None)[0])

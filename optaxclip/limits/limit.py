@@ -58,11 +58,10 @@ def constant(max_norm: ArrayLike) -> Limit:
 
     Raises:
       ValueError: If `max_norm` is a Python number that is negative or NaN, or has axes.
-      TypeError: If it is no number.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> limit = constant(2.0)
+      >>> import jax.numpy as jnp, optaxclip
+      >>> limit = optaxclip.limits.constant(2.0)
       >>> limits, _ = limit.update(jnp.array([1.0, 9.0]), limit.init(jnp.ones(2)), None)
       >>> print(limits)
       [2. 2.]
@@ -91,12 +90,9 @@ def schedule(max_norm: Callable[[jax.Array], ArrayLike]) -> Limit:
     Returns:
       The limit.
 
-    Raises:
-      TypeError: If `max_norm` is not callable.
-
     Example:
-      >>> import jax.numpy as jnp
-      >>> limit = schedule(lambda count: 10.0 / (1 + count))
+      >>> import jax.numpy as jnp, optaxclip
+      >>> limit = optaxclip.limits.schedule(lambda count: 10.0 / (1 + count))
       >>> state = limit.init(jnp.ones(()))
       >>> for _ in range(2):
       ...     value, state = limit.update(jnp.array(1.0), state, None)

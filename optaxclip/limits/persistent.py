@@ -42,22 +42,18 @@ def drift(max_ratio: ArrayLike = 5.0, *, window: int = 64, patience: int = 3) ->
     After a lasting rise of any size the limit follows within about `window` steps.
 
     Args:
-      max_ratio: The least limit in units of the mean, > 1.
-      window: Number of steps over which the averages forget; at first they are plain
-        averages.
+      max_ratio: Lower bound of the limit, as a multiple of the mean, > 1.
+      window: Number of steps over which the averages forget, at least 2; at first they
+        are plain averages.
       patience: How many norms in a row must be above for the last of them to exceed
         the limit, at least 1.
 
     Returns:
-      The limit, per tree, leaf or group. State: 5 numbers a scope.
-
-    Raises:
-      ValueError: If an argument is out of range, or at `init` per unit.
-      TypeError: If an argument is of the wrong type.
+      The limit. State: 5 numbers per scope.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> limit = drift(patience=2)
+      >>> import jax.numpy as jnp, optaxclip
+      >>> limit = optaxclip.limits.drift(patience=2)
       >>> state = limit.init(jnp.ones(()))
       >>> for norm in [1.0] * 50 + [8.0, 8.0]:
       ...     value, state = limit.update(jnp.array(norm), state, None)
@@ -113,7 +109,7 @@ def above_lowest(
     is larger; +inf unless the last `window - 1` norms were above that too. It is meant
     for the loss: what rises by a little in each step exceeds no limit on its recent
     past, however far it rises. Once a norm has been negative, ratios mean nothing, and
-    there is no limit any more.
+    there is no longer a limit.
 
     After a lasting rise of any size, one norm in `window` is above the limit, and the
     level starts afresh.
@@ -128,15 +124,11 @@ def above_lowest(
         forgets, at least 2.
 
     Returns:
-      The limit, per tree, leaf or group. State: 4 numbers a scope.
-
-    Raises:
-      ValueError: If an argument is out of range, or at `init` per unit.
-      TypeError: If an argument is of the wrong type.
+      The limit. State: 4 numbers per scope.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> limit = above_lowest(window=2)
+      >>> import jax.numpy as jnp, optaxclip
+      >>> limit = optaxclip.limits.above_lowest(window=2)
       >>> state = limit.init(jnp.ones(()))
       >>> for loss in [2.0, 1.0, 3.0, 12.5, 13.0]:
       ...     value, state = limit.update(jnp.array(loss), state, None)

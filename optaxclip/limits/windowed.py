@@ -42,15 +42,11 @@ def percentile(percent: ArrayLike = 10.0, *, window: int = 1024) -> Limit:
       window: Number of norms remembered, at least 1.
 
     Returns:
-      The limit, per tree, leaf or group. State: two windows a scope.
-
-    Raises:
-      ValueError: If an argument is out of range, or at `init` per unit.
-      TypeError: If an argument is of the wrong type.
+      The limit. State: two windows per scope.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> limit = percentile(50.0, window=3)
+      >>> import jax.numpy as jnp, optaxclip
+      >>> limit = optaxclip.limits.percentile(50.0, window=3)
       >>> state = limit.init(jnp.ones(()))
       >>> for norm in [1.0, 2.0, 9.0, 3.0]:
       ...     value, state = limit.update(jnp.array(norm), state, None)
@@ -97,15 +93,11 @@ def window_sigma(sigmas: ArrayLike = 3.0, *, window: int = 128) -> Limit:
       window: Number of norms remembered, at least 2.
 
     Returns:
-      The limit, per tree, leaf or group. State: one window a scope.
-
-    Raises:
-      ValueError: If an argument is out of range, or at `init` per unit.
-      TypeError: If an argument is of the wrong type.
+      The limit. State: one window per scope.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> limit = window_sigma(2.0, window=4)
+      >>> import jax.numpy as jnp, optaxclip
+      >>> limit = optaxclip.limits.window_sigma(2.0, window=4)
       >>> state = limit.init(jnp.ones(()))
       >>> for norm in [1.0, 3.0, 100.0]:
       ...     value, state = limit.update(jnp.array(norm), state, None)
@@ -175,26 +167,22 @@ def log_quantile(
     steps. A single spike moves the limit by one place in the order of the norms.
 
     Args:
-      power: How many times as far above the median as the 95th percentile, on a
-        logarithmic scale, >= 0.
-      min_ratio: The least limit in units of the median, >= 1.
-      max_jump: The largest limit in units of the largest recent norm, >= 1.
+      power: The limit is this many times as far above the median as the 95th
+        percentile is, on a logarithmic scale; >= 0.
+      min_ratio: Lower bound of the limit, as a multiple of the median, >= 1.
+      max_jump: Upper bound, as a multiple of the largest recent norm, >= 1.
       early_jump: The limit in these units until half of the window is there, >= 1; by
         default `max_jump`.
-      min_level: A smaller median or largest norm counts as this, >= 0; for a loss
-        near 0, which jumps by any factor.
+      min_level: The limit is at least `min_ratio` times this, and `early_jump` times
+        this at first; >= 0. For a loss near 0, which jumps by any factor.
       window: Number of norms remembered, at least 4.
 
     Returns:
-      The limit, per tree, leaf or group. State: two windows a scope.
-
-    Raises:
-      ValueError: If an argument is out of range, or at `init` per unit.
-      TypeError: If an argument is of the wrong type.
+      The limit. State: two windows per scope.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> limit = log_quantile(window=4)
+      >>> import jax.numpy as jnp, optaxclip
+      >>> limit = optaxclip.limits.log_quantile(window=4)
       >>> state = limit.init(jnp.ones(()))
       >>> for norm in [1.0, 2.0, 100.0]:
       ...     value, state = limit.update(jnp.array(norm), state, None)

@@ -75,7 +75,7 @@ def percentiles_of(
 
     Returns:
       (low, high, share), each `[..., num]`: the percentile is `low + share * (high -
-      low)`, between two neighbours in the order; +inf if there is no value.
+      low)`, between two neighbors in the order; +inf if there is no value.
     """
     ordered = window[..., 1, :]
     # In hundredths of a place, exact for percents without decimals.

@@ -84,8 +84,9 @@ A norm of inf or NaN means that the input holds inf or NaN.
 
 ## What it costs
 
-A healthy step reads the gradients once. Only where a sum of squares overflows or
-underflows does it read them a second time. A scope whose gradient is exactly zero, such
+With `ord` 1 or 2 a healthy step reads the gradients once. Only where a sum of squares
+overflows or underflows does it read them a second time, and scales them first: the
+rescue, in `optaxclip/norms/reduction.py`. A scope whose gradient is exactly zero, such
 as a frozen parameter or a dead unit, costs that second read on every step with
 `per="leaf"` or `per="unit"`: a true zero must be distinguished from an underflow.
 """

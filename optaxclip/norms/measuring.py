@@ -32,12 +32,10 @@ def global_norm(tree: Any, *, ord: float = 2, specs: Any = None) -> jax.Array:
     Returns:
       float32 `[]`; float64 if a leaf is float64 or complex128.
 
-    Raises:
-      TypeError, ValueError: If `ord` or `specs` is not as described.
-
     Example:
-      >>> import jax.numpy as jnp
-      >>> print(global_norm({"w": jnp.array([3e30, 0.0]), "b": jnp.array([4e30])}))
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tree = {"w": jnp.array([3e30, 0.0]), "b": jnp.array([4e30])}
+      >>> print(optaxclip.global_norm(tree))
       5e+30
     """
     return _norms(tree, "tree", ord, specs, None)
@@ -58,12 +56,10 @@ def leaf_norms(
     Returns:
       `[num_leaves]`, dtype as in `global_norm`.
 
-    Raises:
-      TypeError, ValueError: If `ord`, `specs` or `stacked` is not as described.
-
     Example:
-      >>> import jax.numpy as jnp
-      >>> print(leaf_norms({"b": jnp.array([-1.0]), "w": jnp.array([[3.0, 4.0]])}))
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tree = {"b": jnp.array([-1.0]), "w": jnp.array([[3.0, 4.0]])}
+      >>> print(optaxclip.leaf_norms(tree))
       [1. 5.]
     """
     return _norms(tree, "leaf", ord, specs, stacked)
@@ -87,12 +83,10 @@ def unit_norms(
       The tree with an array `[units]` (or `[]`) for each leaf, dtype as in
       `global_norm`.
 
-    Raises:
-      TypeError, ValueError: If `ord`, `specs` or `stacked` is not as described.
-
     Example:
-      >>> import jax.numpy as jnp
-      >>> print(unit_norms({"kernel": jnp.array([[3.0, 1.0], [4.0, 0.0]])})["kernel"])
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tree = {"kernel": jnp.array([[3.0, 1.0], [4.0, 0.0]])}
+      >>> print(optaxclip.unit_norms(tree)["kernel"])
       [5. 1.]
     """
     norms = _norms(tree, "unit", ord, specs, stacked)
@@ -120,13 +114,10 @@ def group_norms(
     Returns:
       `[num_groups]`, dtype as in `global_norm`.
 
-    Raises:
-      TypeError, ValueError: If an argument is not as described.
-
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, optaxclip
       >>> tree = {"a": {"w": jnp.array(3.0), "b": jnp.array(4.0)}, "c": jnp.array(1.0)}
-      >>> print(group_norms(tree, lambda name: name.split("/")[0]))
+      >>> print(optaxclip.group_norms(tree, lambda name: name.split("/")[0]))
       [5. 1.]
     """
     return _norms(tree, group, ord, specs, stacked)

@@ -27,17 +27,17 @@ def leaf_names(tree: Any, *, stacked: Stacked | None = None) -> list[str]:
         gets a name of its own.
 
     Returns:
-      One name a leaf, or a layer of a stacked leaf.
+      One name per leaf, or per layer of a stacked leaf.
 
     Raises:
       ValueError: If `stacked` picks a leaf without axes.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, optaxclip
       >>> params = {"rnn": {"hh": jnp.ones((2, 3))}, "bias": jnp.ones(3)}
-      >>> leaf_names(params)
+      >>> optaxclip.leaf_names(params)
       ['bias', 'rnn/hh']
-      >>> leaf_names(params, stacked=lambda name: name == "rnn/hh")
+      >>> optaxclip.leaf_names(params, stacked=lambda name: name == "rnn/hh")
       ['bias', 'rnn/hh[0]', 'rnn/hh[1]']
     """
     names = []
@@ -69,8 +69,9 @@ def group_names(
       TypeError: If a group's name is not a string.
 
     Example:
+      >>> import optaxclip
       >>> params = {"rnn": {"hh": 1.0, "ih": 1.0}, "head": {"kernel": 1.0}}
-      >>> group_names(params, lambda name: name.split("/")[0])
+      >>> optaxclip.group_names(params, lambda name: name.split("/")[0])
       ['head', 'rnn']
     """
     groups = [group(name) for name in leaf_names(tree, stacked=stacked)]

@@ -6,7 +6,7 @@
 | `history` | the recorded steps as NumPy arrays | at the end, or after a crash |
 | `explain` | a report in words | at the end, or after a crash |
 | `plot` | a picture | at the end, or after a crash |
-| `raise_if_exploded` | an `ExplosionError` | every some steps, outside `jit` |
+| `raise_if_exploded` | an `ExplosionError` | every few steps, outside `jit` |
 
 Each finds the states of this package in any optimizer state. `params` gives the leaves
 their names; without it they are numbered.
@@ -83,7 +83,7 @@ five. In the sixth the explosion began before the steps that are kept.
 
 ## Dashboards
 
-Fetch the dictionary from the device, every step or every some steps. Every tracker
+Fetch the dictionary from the device, every step or every few steps. Every tracker
 takes it in one line.
 
 ```python

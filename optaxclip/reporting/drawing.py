@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; no yellow, on white.
+# Okabe and Ito's colors, which the color-blind can tell apart; no yellow, on white.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000", "#999999")
 ALARM = "#d55e00"  # for nothing but what explodes
 ZERO = "#ffffff"
 
 
-# With so many scopes at most, each has a colour; with more there is a map of all.
+# With so many scopes at most, each has a color; with more there is a map of all.
 NUM_COLORED = len(COLORS)
 # With so many scopes at most, each is named on the map; with more, so many are.
 MAX_NAMED, NUM_NAMED = 40, 20
@@ -104,7 +104,7 @@ def draw_map(axes: Axes, history: History, leader: int | None) -> None:
     # In units of its own median: large and small scopes would else be mere stripes.
     norms /= [np.median(x[x > 0]) if (x > 0).any() else 1 for x in norms.T]
     is_known = ~np.isnan(norms)
-    # A few extremes, such as an explosion to 1e30, shall not take all the colours.
+    # A few extremes, such as an explosion to 1e30, shall not take all the colors.
     low, high = (
         np.quantile(norms[is_known], [0.01, 0.99]) if is_known.any() else (1.0, 1.0)
     )

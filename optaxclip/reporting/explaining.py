@@ -30,8 +30,8 @@ default limits, with which they know the run again after a change."""
 def explain(opt_state: Any, params: Any = None) -> str:
     """Tells in plain words what the recorders of a run have seen.
 
-    Of each `record`, `detect_explosions` and `skip_explosions` a paragraph: how many
-    steps exploded and what became of them; of the last explosion when and by which rule
+    Of each `record`, `detect_explosions` and `skip_explosions` one line: how many steps
+     exploded and what became of them; of the last explosion when and by which rule
     it began, the leaf that led, and how the norm had grown; and which leaves have
     vanished. It waits for the step and reads the records: call it at the end, or after
     a crash on a checkpoint.
@@ -54,7 +54,7 @@ def explain(opt_state: Any, params: Any = None) -> str:
       >>> opt_state = tx.init(params)
       >>> for size in [1.0, 1.1, 1.0, 1.2, 3.0, 30.0]:
       ...     _, opt_state = tx.update({"w": jnp.array([size])}, opt_state)
-      >>> for sentence in explain(opt_state, params).split(". "):
+      >>> for sentence in optaxclip.explain(opt_state, params).split(". "):
       ...     print(sentence)
       explosions: 1 of 6 steps exploded: 1 by the norm
       The last explosion began on step 5: the norm was 30, above its limit 15

@@ -36,18 +36,25 @@ class ExplosionError(ArithmeticError):
 def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
     """Raises if training has exploded and nothing has saved it; for the training loop.
 
-    That is: if a `skip_explosions` has given up, after 100 non-finite steps in a row;
-    if its parameters are NaN, or what `optax.MultiSteps` around it has accumulated;
-    if a `detect_explosions` has seen a non-finite step that no `skip_explosions`
-    skipped; or if the state of an optimizer inside `skip_explosions` holds NaN, or an
-    array with inf. Never on an explosion that was survived.
+    It raises
+
+    * if a `skip_explosions` has given up, after `give_up_after` non-finite steps in a
+      row;
+    * if the parameters of a `skip_explosions` are NaN, or if what `optax.MultiSteps`
+      around it has accumulated is non-finite;
+    * if a `detect_explosions` has seen a non-finite step that nothing skipped;
+    * if the state of an optimizer inside `skip_explosions` holds NaN, or an array with
+      inf.
+
+    It never raises on an explosion that was survived.
 
     It waits for the step, reads some scalars and, with `skip_explosions`, the inner
-    state once: call it every some steps, outside `jit`.
+    state once: call it every few steps, outside `jit`.
 
     Args:
       opt_state: Any tree, as for `metrics`.
       params: The parameters, or any tree of their structure: names the leaf that led.
+        Of parameters that are NaN it raises at once; without them when it gives up.
 
     Raises:
       ExplosionError: With the step, the rule, the leaf, the numbers, and what to try.
@@ -59,7 +66,7 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
       >>> tx = optax.chain(optaxclip.detect_explosions(), optax.sgd(0.1))
       >>> params = {"w": jnp.ones(2)}
       >>> _, opt_state = tx.update({"w": jnp.array([1.0, jnp.nan])}, tx.init(params))
-      >>> raise_if_exploded(opt_state, params)
+      >>> optaxclip.raise_if_exploded(opt_state, params)
       Traceback (most recent call last):
       ...
       optaxclip.ExplosionError: explosions: step 0 was non-finite...
@@ -80,7 +87,7 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
         if name := _nonfinite_leaf(accumulator):
             raise ExplosionError(
                 f"what optax.MultiSteps accumulates holds inf or NaN, in {name!r}, and "
-                f"will for ever: put {SKIPPING} around optax.MultiSteps, or give that "
+                f"will forever: put {SKIPPING} around optax.MultiSteps, or give that "
                 "should_skip_update_fn=optax.skip_not_finite."
             )
     counts = jax.device_get({label: record_of(x).counts for label, x in states.items()})

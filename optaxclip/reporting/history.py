@@ -38,9 +38,9 @@ class History(NamedTuple):
     """bool `[num_steps, 4]`: whether the step was non-finite, and whether norm, share
     and loss exceeded their limits, which `record` does not judge."""
     leaf: np.ndarray
-    """int `[num_steps]`: the index in `names` of the leaf that led: the first not
-    finite, or that had grown most since every eighth of the 64 steps before; -1 if none
-    had, and in `record`."""
+    """int `[num_steps]`: the index in `names` of the leading leaf: the first that was
+    non-finite, or else the one that had grown most, on average since 1, 9, 17, ... 57
+    steps before; -1 if none had, and in `record`."""
     norms: np.ndarray
     """float32 `[num_steps, num_scopes]`: the norm of each scope."""
     names: list[str]

@@ -52,18 +52,21 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     | `explosions/is_exploded` | 1 if the last step exploded, else 0 |
     | `explosions/num_exploded` | the number of steps so far that did |
     | `explosions/num_exploded/<rule>` | the same for nonfinite, norm, share and loss |
-    | `explosions/num_in_a_row` | how many steps in a row exploded, up to the last |
+    | `explosions/num_in_a_row` | how many steps in a row were bad, up to the last |
     | `explosions/began` | the step on which the last explosion began; -1 for none |
     | `explosions/leading_leaf` | the index of the leaf that led then; -1 for none |
-    | `explosions/growth` | the growth of the norm per step, in the last eight |
+    | `explosions/growth` | factor by which the norm grew per step, in the last 8 |
     | `explosions/norm_limit`, `loss_limit` | the limits in the last step |
     | `explosions/skipped_fraction` | skip only: the share of all steps so far |
     | `explosions/num_skipped` | skip only: the number of skipped steps |
-    | `explosions/gave_up` | skip only: 1 if it gave up after non-finite steps |
+    | `explosions/gave_up` | skip only: 1 if it gave up, see `skip_explosions` |
     | `explosions/scale` | skip only: the factor of the updates, below 1 to cool down |
     | `explosions/num_rollbacks` | skip only: the number of rollbacks |
     | `explosions/num_mended` | skip only: how often non-finite moments were reset |
-    | `explosions/num_blocked_rollbacks` | skip only: of those that something undid |
+    | `explosions/num_blocked_rollbacks` | skip only: rollbacks that something undid |
+
+    A step whose loss alone is non-finite has exploded, but it is not bad: it is taken.
+    The share is that of skipped steps. What something undid is not in `num_rollbacks`.
 
     Each `record` gives, under its label, and `detect_explosions` and `skip_explosions`
     besides the above:
@@ -106,7 +109,7 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
       >>> params = {"w": jnp.array([3.0, 4.0])}
       >>> tx = optax.chain(optaxclip.clip_by_norm(1.0), optax.adam(1e-3))
       >>> _, opt_state = tx.update(params, tx.init(params), params)
-      >>> found = metrics(opt_state)
+      >>> found = optaxclip.metrics(opt_state)
       >>> print(found["clip/norm"], found["clip/clipped_fraction"])
       5.0 1.0
     """

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; no yellow, on white.
+# Okabe and Ito's colors, which the color-blind can tell apart; no yellow, on white.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000", "#999999")
 ALARM = "#d55e00"  # for nothing but what explodes
 ZERO = "#ffffff"
 
 
-# With so many scopes at most, each has a colour; with more there is a map of all.
+# With so many scopes at most, each has a color; with more there is a map of all.
 NUM_COLORED = len(COLORS)
 # With so many scopes at most, each is named on the map; with more, so many are.
 MAX_NAMED, NUM_NAMED = 40, 20
@@ -52,11 +52,10 @@ def plot(
         which it is smaller are marked as clipped.
 
     Returns:
-      The figure, of which nothing else in matplotlib knows.
+      The figure, not registered with pyplot.
 
     Raises:
       ValueError: If the history is empty, or `after` holds other steps.
-      TypeError: If an argument is of the wrong type.
       ImportError: If matplotlib is missing.
 
     Example:
@@ -65,7 +64,7 @@ def plot(
       >>> grads = {"b": jnp.array([4.0]), "w": jnp.array([3.0])}
       >>> state = recorder.init(grads)
       >>> _, state = recorder.update(grads, state, value=jnp.array(0.5))
-      >>> figure = plot(optaxclip.history(state, grads))
+      >>> figure = optaxclip.plot(optaxclip.history(state, grads))
       >>> print([axes.get_label() for axes in figure.axes])
       ['loss', 'norm', 'scopes']
     """
