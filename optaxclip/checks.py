@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 State = TypeVar("State")
 
@@ -68,6 +69,19 @@ def check_transformation(name: str, value: Any) -> None:
         raise TypeError(
             f"{name} must be an optax.GradientTransformation, not {value!r}{call}"
         )
+
+
+def with_extra_args(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that takes any extra arguments, and gets those that it can take.
+
+    Optax goes by the type alone, and so would drop those of `optax.MultiSteps`.
+    """
+    kinds = [x.kind for x in inspect.signature(inner.update).parameters.values()]
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        return optax.GradientTransformationExtraArgs(inner.init, inner.update)
+    return optax.with_extra_args_support(inner)
 
 
 def own_state(state: Any, label: str, kind: type[State]) -> State:

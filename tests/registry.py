@@ -75,6 +75,7 @@ LIMITS: dict[str, Any] = {
     "params": lambda: limits.params(0.01),
     "rms": lambda: limits.rms(1.0),
     "minimum": lambda: limits.minimum(limits.zscore(), 1.0),
+    "maximum": lambda: limits.maximum(limits.zscore(), 1.0),
     "zscore": lambda: limits.zscore(2.5, warmup=2),
     "ema": lambda: limits.ema(1.05, warmup=2),
     "quantile": lambda: limits.quantile(0.5),
@@ -83,5 +84,6 @@ LIMITS: dict[str, Any] = {
     "log_quantile": lambda: limits.log_quantile(window=4),
     "drift": lambda: limits.drift(window=4),
     "above_lowest": lambda: limits.above_lowest(),
+    "fraction_of_start": lambda: limits.fraction_of_start(),
 }
 """Each public limit, with as little history as it can do with."""

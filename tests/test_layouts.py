@@ -112,6 +112,8 @@ ROWS: dict[str, Callable] = {
     "limits.log_quantile": clip(limits.log_quantile()),
     "limits.drift": clip(limits.drift(1.5, window=4), per="leaf"),
     "limits.above_lowest": clip(limits.above_lowest()),
+    "limits.maximum": clip(limits.maximum(1.0, limits.quantile()), per="leaf"),
+    "limits.fraction_of_start": clip(limits.fraction_of_start(0.5)),
     "zclip, limits.zscore": of(optaxclip.zclip, 1.0, warmup=2),
     "autoclip, limits.percentile": of(optaxclip.autoclip, per="leaf", window=4),
     "adagc, limits.ema": of(optaxclip.adagc, warmup=2),

@@ -125,6 +125,18 @@ def naive_above_lowest(norms, totals, max_ratio=8, min_level=0.01, window=8):
     return found
 
 
+def naive_fraction_of_start(norms, totals, fraction=1e-3, num_steps=8):
+    logs = np.log(norms)
+    return [
+        fraction * math.exp(np.mean(logs[: min(step, num_steps)])) if step else 0
+        for step in range(len(norms))
+    ]
+
+
+def naive_maximum(norms, totals):
+    return np.maximum(naive_zscore(norms, totals), 3.0)
+
+
 def naive_minimum(norms, totals):
     return np.minimum(naive_zscore(norms, totals), 3.0)
 
@@ -143,7 +155,9 @@ CASES = {
     "log_quantile": case("log_quantile"),
     "drift": case("drift"),
     "above_lowest": case("above_lowest"),
+    "fraction_of_start": case("fraction_of_start"),
     "minimum": (limits.minimum(limits.zscore(), 3.0), naive_minimum),
+    "maximum": (limits.maximum(limits.zscore(), 3.0), naive_maximum),
     "short zscore": case("zscore", max_zscore=4.0, decay=0.8, warmup=7),
     "short percentile": case("percentile", percent=62.5, window=9),
     "short ema": case("ema", multiple=2.0, decay=0.8, warmup=12, max_warmup_norm=1.0),
@@ -153,6 +167,7 @@ CASES = {
     ),
     "short drift": case("drift", max_ratio=1.3, window=5, patience=2),
     "short above_lowest": case("above_lowest", max_ratio=1.2, window=3),
+    "short start": case("fraction_of_start", fraction=0.5, num_steps=3),
     "short quantile": case("quantile", target=0.883, initial_norm=9.0, rate=0.5),
 }
 EACH_KIND = ["minimum", *(name for name in CASES if "short" in name)]
@@ -316,6 +331,8 @@ def test_norms_near_the_smallest_float(name):
     flat[80:] *= 1.1
     for norms in (1e-37 * noisy(100, 3), flat):
         found, state = run(name, np.float32(norms))
+        if "start" in name:
+            continue  # it learns from the first norms alone
         assert (found > 0).all()
         last, _ = run(name, noisy(1000, 3), state)
         # With its defaults, ema grows by 1.001 a step.
@@ -731,3 +748,17 @@ def test_above_lowest_says_nothing_of_a_penalty_that_starts_at_zero():
 def test_above_lowest_says_nothing_of_losses_that_were_negative():
     losses = np.asarray([1.0, -0.1] + [1.0] * 10 + [100.0] * 20, np.float32)
     assert np.isinf(run("above_lowest", losses)[0]).all()
+
+
+def test_a_spike_among_the_first_hardly_moves_their_fraction():
+    norms = np.ones(9, np.float32)
+    norms[3] = 1e8
+    found = run("fraction_of_start", norms)[0]
+    np.testing.assert_allclose(found[8], 1e-3 * 10, rtol=1e-5)
+
+
+def test_a_fraction_of_losses_that_were_negative_is_no_floor():
+    losses = np.asarray([1.0, 1.0, -0.1] + [1.0] * 20, np.float32)
+    found = run("fraction_of_start", losses)[0]
+    np.testing.assert_allclose(found[:3], [0, 1e-3, 1e-3], rtol=1e-6)
+    assert np.all(found[3:] == -np.inf)

@@ -177,8 +177,8 @@ def rosenbrock(dtype) -> Any:
     return jnp.zeros(2, dtype), jnp.stack([a, a**2]), valley
 
 
-def end_of(tx, start, function) -> Any:
-    """(parameters, state) after 10,000 steps."""
+def run_on(function, tx, start) -> Any:
+    """(parameters after 10,000 steps, values on the way)."""
     tx = optax.with_extra_args_support(tx)
 
     def step(carry, _):
@@ -187,31 +187,32 @@ def end_of(tx, start, function) -> Any:
         grad = jnp.conj(grad)
         more = {"value": value, "grad": grad, "value_fn": function}
         updates, state = tx.update(grad, state, x, **more)
-        return (optax.apply_updates(x, updates), state), None
+        return (optax.apply_updates(x, updates), state), value
 
-    run = jax.jit(lambda carry: lax.scan(step, carry, length=10_000)[0])
-    return run((start, tx.init(start)))
+    run = jax.jit(lambda carry: lax.scan(step, carry, length=10_000))
+    (x, _), values = run((start, tx.init(start)))
+    return x, values
 
 
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
 @pytest.mark.parametrize("surface", [parabola, rosenbrock])
 @pytest.mark.parametrize("name", names(quick={"sgd"}))
 def test_converges_where_the_bare_one_does(name, surface, dtype):
-    if name not in SETTINGS or not hasattr(MODULE_OF[name], name):
+    """Within 3 %; the bare one within 1 %, and without an explosion on its way."""
+    if name not in SETTINGS:
         pytest.skip("Optax does not let it run on these surfaces")
     tx = getattr(MODULE_OF[name], name)(**SETTINGS[name])
     start, minimum, function = surface(dtype)
     try:
-        bare, _ = end_of(tx, start, function)
+        bare, values = run_on(function, tx, start)
     except (TypeError, ValueError) as error:
         pytest.skip(f"alone it does not take these parameters: {error}")
-    if not np.allclose(bare, minimum, rtol=3e-2, atol=3e-2):
+    if not np.allclose(bare, minimum, rtol=1e-2, atol=1e-2):
         pytest.skip("alone it does not converge")
-    found, state = end_of(optaxclip.stabilize(tx), start, function)
+    if np.max(values) > 2 * values[0]:
+        pytest.skip("alone it explodes")
+    found, _ = run_on(function, optaxclip.stabilize(tx), start)
     np.testing.assert_allclose(found, minimum, rtol=3e-2, atol=3e-2)
-    metrics = optaxclip.metrics(state)
-    assert metrics["explosions/num_rollbacks"] == 0
-    assert metrics["explosions/scale"] == 1
 
 
 # What wraps an optimizer that is wrapped.
@@ -219,41 +220,48 @@ def test_converges_where_the_bare_one_does(name, surface, dtype):
 
 @pytest.mark.parametrize("name", names(quick={"adam"}))
 def test_its_hyperparameters_can_be_injected(name):
-    if name in ("adafactor", "galore", "muon", "lbfgs"):
-        pytest.skip("bare, too, some of its arguments cannot be arrays")
     factory = getattr(MODULE_OF[name], name)
     settings = SETTINGS.get(name, {"learning_rate": 0.1})
+    params = {"w": -jnp.ones((2, 3)), "b": jnp.ones((2, 5, 2))}
+    grads, arguments = arguments_of(name, params)
+
+    def updates_of(tx):
+        tx = optax.with_extra_args_support(tx)
+        state = jax.jit(tx.init)(params)
+        return jax.jit(lambda s: tx.update(grads, s, params, **arguments)[0])(state)
+
+    try:
+        updates_of(optax.inject_hyperparams(factory)(**settings))
+    except TypeError as error:
+        pytest.skip(f"bare, too, some of its arguments cannot be traced: {error}")
 
     @functools.wraps(factory)  # from whose signature the hyperparameters are read
     def stabilized(*args, **kwargs):
         return optaxclip.stabilize(factory(*args, **kwargs))
 
-    injected = optax.inject_hyperparams(stabilized)(**settings)
-    params = {"w": -jnp.ones((2, 3)), "b": jnp.ones((2, 5, 2))}
-    grads, arguments = arguments_of(name, params)
-    found = []
-    for tx in (stabilized(**settings), injected):
-        state = jax.jit(tx.init)(params)
-        update = jax.jit(lambda g, s, p, tx=tx: tx.update(g, s, p, **arguments))
-        found.append(update(grads, state, params)[0])
-    chex.assert_trees_all_close(*found, rtol=1e-3)
+    injected = updates_of(optax.inject_hyperparams(stabilized)(**settings))
+    chex.assert_trees_all_close(injected, updates_of(stabilized(**settings)), rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", names(quick={"adam"}))
-def test_accumulation_in_it_updates_in_every_fourth_step(name):
-    tx = optaxclip.stabilize(
-        optax.MultiSteps(
-            make_optimizer(MODULE_OF[name], name), 4
-        ).gradient_transformation()
-    )
+def test_accumulation_in_it_is_that_of_the_bare_one(name):
+    bare: Any = optax.MultiSteps(make_optimizer(MODULE_OF[name], name), 2)
+    tx = optaxclip.stabilize(bare, max_norm=1e6)
     params = {"w": jnp.array([1.0, 2.0], jnp.bfloat16)}
     grads, arguments = arguments_of(name, params)
-    update = jax.jit(lambda s: tx.update(grads, s, params, **arguments))
-    state = tx.init(params)
-    for step in range(4):
-        updates, state = update(state)
-        assert updates["w"].dtype == jnp.bfloat16
-        assert np.any(updates["w"] != 0) == (step == 3)
+    found = []
+    for optimizer in (bare, tx):
+        update = jax.jit(
+            lambda s, tx=optimizer: tx.update(grads, s, params, **arguments)
+        )
+        state, updates = optimizer.init(params), []
+        for _ in range(4):
+            update_now, state = update(state)
+            updates.append(update_now)
+        found.append(updates)
+    chex.assert_trees_all_equal_dtypes(*found)
+    chex.assert_trees_all_close(*found, rtol=1e-2)  # a rounding of bfloat16
+    assert not np.any(found[1][0]["w"])
 
 
 # Sharded parameters.
@@ -265,27 +273,27 @@ def test_types_of_a_sharded_state_stay(name):
     explicit = (jax.sharding.AxisType.Explicit,)
     mesh = jax.make_mesh((8,), ("x",), explicit, devices=jax.devices("cpu")[:8])
     sharding = jax.sharding.NamedSharding(mesh, jax.P(None, "x"))
-    bare = make_optimizer(MODULE_OF[name], name)
+    bare = optax.with_extra_args_support(make_optimizer(MODULE_OF[name], name))
     tx = optaxclip.stabilize(bare)
+
+    def types(function, *args):
+        return jax.tree.map(jax.typeof, function(*args))
+
     with jax.set_mesh(mesh):
         params = jnp.full((2, 8, 4), 0.5, jnp.float16, out_sharding=sharding)
-        arguments = {"value": jnp.float32(1)}
+        _, arguments = arguments_of(name, params)
+
+        def step_of(tx):
+            return lambda x, state: tx.update(x, state, x, **arguments)
+
         try:
-            state = bare.init(params)
-            bare.update(params, state, params)
-        except (TypeError, ValueError, jax.errors.JaxRuntimeError) as error:
+            of_bare = types(jax.jit(step_of(bare)), params, bare.init(params))
+        except Exception as error:
             pytest.skip(f"alone it does not run: {error}")
-
-        def types(function, *args, **kwargs):
-            return jax.tree.map(jax.typeof, function(*args, **kwargs))
-
         state = tx.init(params)
         assert types(jax.jit(tx.init), params) == types(tx.init, params)
-        eager = types(tx.update, params, state, params, **arguments)
-        assert types(jax.jit(tx.update), params, state, params, **arguments) == eager
-        of_bare = jax.tree.map(
-            jax.typeof, bare.update(params, bare.init(params), params)
-        )
+        eager = types(step_of(tx), params, state)
+        assert types(jax.jit(step_of(tx)), params, state) == eager
     updates, after = eager
     assert updates == of_bare[0]
     assert after["explosions"].inner_state == of_bare[1]

@@ -32,15 +32,17 @@ off.
 
 | rule | signal | default limit |
 |---|---|---|
-| `norm` | the norm of all gradients | `limits.log_quantile()` |
+| `norm` | the norm of all gradients | `limits.log_quantile()`, with a floor |
 | `share` | the share of each leaf in that norm | `limits.drift()` |
-| `loss` | the loss, given as `value=` to `update` | the smaller of two, below |
+| `loss` | the loss, given as `value=` to `update` | the smaller of two, with a floor |
 
 * Behind the optimizer, `detect_explosions` sees the norm of the updates instead.
 * A share counts only in a leaf whose own norm has grown twentyfold within 64 steps.
   That finds a layer that explodes under larger ones.
 * The loss may have either sign. Its limit is the smaller of `limits.above_lowest()` and
   `limits.log_quantile(2.4, min_ratio=1.7, early_jump=2.5, min_level=0.01)`.
+* Nothing below 1/1000 of where norm or loss began is an explosion, by
+  `limits.fraction_of_start()`. Once a loss has been negative, there is no such floor.
 
 Any limit can detect as it can clip: a number, a schedule, a learned one, or your own.
 Only `limits.params` cannot, since a rule compares a signal with its past.

@@ -22,6 +22,7 @@ from optaxclip.checks import (
     own_state,
     takes_value,
     value_of,
+    with_extra_args,
 )
 from optaxclip.clipping.rescaling import limit_updates
 from optaxclip.explosions.deciding import Carried, Settings, decide
@@ -140,7 +141,7 @@ def skip_explosions(
     check_label(label)
     check_transformation("inner", inner)
     takes_loss = takes_value(inner.update)
-    inner = optax.with_extra_args_support(inner)
+    inner = with_extra_args(inner)
 
     def init(params):
         inner_state = inner.init(params)

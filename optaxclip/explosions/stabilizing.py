@@ -7,7 +7,7 @@ from typing import Any
 import optax
 
 from optaxclip import limits
-from optaxclip.checks import check_transformation
+from optaxclip.checks import check_transformation, with_extra_args
 from optaxclip.clipping.by_norm import clip_by_norm
 from optaxclip.explosions.rules import LOSS_LIMIT, NORM_LIMIT, SHARE_LIMIT
 from optaxclip.explosions.skipping import skip_explosions
@@ -70,7 +70,7 @@ def stabilize(
     check_transformation("inner", inner)
     if max_norm is not None:
         clip = clip_by_norm(max_norm, specs=specs, stacked=stacked)
-        inner = optax.chain(clip, inner)
+        inner = optax.chain(clip, with_extra_args(inner))
     return skip_explosions(
         inner,
         norm=norm,

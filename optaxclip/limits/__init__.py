@@ -29,6 +29,7 @@ not per unit. Its state is a few arrays, so a checkpoint holds all that it knows
 | `window_sigma(3)` | 3 standard deviations above the mean | yes | |
 | `quantile(0.5)` | follows the median with one number | yes | |
 | `minimum(a, b)` | the smaller of two limits | as they do | |
+| `maximum(a, b)` | the larger of two limits | as they do | |
 
 The means of `zscore` and `ema` are moving averages. `window_sigma` takes the last 128
 norms.
@@ -62,11 +63,12 @@ compares a signal with its own past.
 | `log_quantile()` | far above the median, in units of the spread | norm, loss |
 | `drift()` | for 3 steps above 5 times its slow moving average | share |
 | `above_lowest()` | for 8 steps above 8 times its lowest average | loss |
+| `fraction_of_start()` | above 1/1000 of its first values | a floor, in `maximum` |
 | `window_sigma(6)` | 6 standard deviations above the mean | norm, loss |
 
 The spread of `log_quantile` is how far the last 128 values lie above their median, on a
 logarithmic scale. A loss may have either sign: where one of the values is negative, the
-scale is linear. The default rules use `log_quantile`, `drift` and `above_lowest`;
+scale is linear. The default rules use the first four and `fraction_of_start`;
 `help(optaxclip.explosions)` says for which signal.
 
 ## Sources
@@ -80,7 +82,8 @@ scale is linear. The default rules use `log_quantile`, `drift` and `above_lowest
 * `window_sigma`: Levanter, which clips at 3; OLMo-core, which skips at 6.
 * `quantile`: Andrew et al., [1905.03871](https://arxiv.org/abs/1905.03871), for clients
   in federated learning; TensorFlow Federated and Opacus.
-* `log_quantile`, `drift`, `above_lowest`: of this project, for explosions.
+* `log_quantile`, `drift`, `above_lowest`, `fraction_of_start`: of this project, for
+  explosions.
 
 The docstring of each named method says where it differs from the published code. Nearly
 all of that code breaks at the first NaN.
@@ -169,6 +172,7 @@ from optaxclip.limits.averages import ema as ema
 from optaxclip.limits.averages import quantile as quantile
 from optaxclip.limits.averages import zscore as zscore
 from optaxclip.limits.fixed import RmsState as RmsState
+from optaxclip.limits.fixed import maximum as maximum
 from optaxclip.limits.fixed import minimum as minimum
 from optaxclip.limits.fixed import params as params
 from optaxclip.limits.fixed import rms as rms
@@ -180,8 +184,10 @@ from optaxclip.limits.limit import constant as constant
 from optaxclip.limits.limit import schedule as schedule
 from optaxclip.limits.persistent import DriftState as DriftState
 from optaxclip.limits.persistent import LowestState as LowestState
+from optaxclip.limits.persistent import StartState as StartState
 from optaxclip.limits.persistent import above_lowest as above_lowest
 from optaxclip.limits.persistent import drift as drift
+from optaxclip.limits.persistent import fraction_of_start as fraction_of_start
 from optaxclip.limits.windowed import PercentileState as PercentileState
 from optaxclip.limits.windowed import WindowSigmaState as WindowSigmaState
 from optaxclip.limits.windowed import log_quantile as log_quantile

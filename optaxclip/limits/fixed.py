@@ -1,7 +1,8 @@
-"""Limits that follow from parameters or sizes, and the smaller of two limits."""
+"""Limits that follow from parameters or sizes, and the choice between two limits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -123,6 +124,37 @@ def minimum(first: LimitLike, second: LimitLike) -> Limit:
       >>> print(capped, limit.update(norms, state, None)[0])
       8.0 5.0
     """
+    return _chosen(jnp.minimum, first, second)
+
+
+def maximum(first: LimitLike, second: LimitLike) -> Limit:
+    """Gives every scope the larger of two limits; both learn from the same norms.
+
+    Args:
+      first: A limit, a number or a schedule.
+      second: The same.
+
+    Returns:
+      The limit; its state is the pair of their states.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> falling = optaxclip.limits.schedule(lambda count: 10.0 / (1 + count))
+      >>> limit = optaxclip.limits.maximum(falling, 8.0)
+      >>> norms = jnp.array(1.0)
+      >>> first, state = limit.update(norms, limit.init(norms), None)
+      >>> print(first, limit.update(norms, state, None)[0])
+      10.0 8.0
+    """
+    return _chosen(jnp.maximum, first, second)
+
+
+def _chosen(
+    choose: Callable[[jax.Array, jax.Array], jax.Array],
+    first: LimitLike,
+    second: LimitLike,
+) -> Limit:
+    """Chooses between two limits."""
     pair = as_limit(first), as_limit(second)
 
     def init(sizes):
@@ -136,6 +168,6 @@ def minimum(first: LimitLike, second: LimitLike) -> Limit:
             ),
             strict=True,
         )
-        return jax.tree.map(jnp.minimum, *limits), states
+        return jax.tree.map(choose, *limits), states
 
     return Limit(init, update, any(limit.needs_params for limit in pair))

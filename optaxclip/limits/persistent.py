@@ -31,6 +31,14 @@ class LowestState(NamedTuple):
     many of the last norms in a row were above the limit."""
 
 
+class StartState(NamedTuple):
+    """State of `fraction_of_start`."""
+
+    memory: jax.Array
+    """`[..., 2]`: the mean logarithm of the first norms; and how many it holds, up to
+    `num_steps`, or -1 once a norm has been negative."""
+
+
 def drift(max_ratio: ArrayLike = 5.0, *, window: int = 64, patience: int = 3) -> Limit:
     """Limits a norm that stays above its slow moving average, as in an explosion.
 
@@ -170,5 +178,60 @@ def above_lowest(
         )
         learned = jnp.where((norms > 0)[..., None], learned, 0)
         return limits, keep_finite(jnp.abs(norms), LowestState(learned), state)
+
+    return Limit(init, update)
+
+
+def fraction_of_start(fraction: ArrayLike = 1e-3, *, num_steps: int = 8) -> Limit:
+    """Limits norms to a fraction of where they began: a floor for other limits.
+
+    `fraction` times the geometric mean of the first `num_steps` norms. Without noise a
+    loss and its gradient fall by any factor, and then rise again by nearly as much;
+    what is far below the start is no explosion. As in `maximum(log_quantile(),
+    fraction_of_start())`. Once a norm has been negative, ratios mean nothing, and the
+    limit is -inf: the other one decides.
+
+    Args:
+      fraction: The limit in units of the first norms, >= 0.
+      num_steps: Of how many norms the mean is, at least 1.
+
+    Returns:
+      The limit. State: 2 numbers per scope.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> limit = optaxclip.limits.fraction_of_start(0.01, num_steps=2)
+      >>> state = limit.init(jnp.ones(()))
+      >>> for loss in [100.0, 25.0, 3.0]:
+      ...     value, state = limit.update(jnp.array(loss), state, None)
+      >>> print(round(float(value), 3))
+      0.5
+    """
+    check_number("fraction", fraction, lambda x: x >= 0, ">= 0")
+    num_steps = check_length("num_steps", num_steps, 1)
+
+    def init(sizes):
+        refuse_units("fraction_of_start", sizes)
+        return StartState(jnp.zeros((*sizes.shape, 2), sizes.dtype))
+
+    def update(norms, state, param_norms=None):
+        del param_norms
+        mean, num_seen = (state.memory[..., i] for i in range(2))
+        (share,) = cast_like(norms, fraction)
+        limits = jnp.where(num_seen > 0, share * jnp.exp(mean), 0)
+        limits = jnp.where(num_seen < 0, -jnp.inf, limits)
+        is_first = (num_seen >= 0) & (num_seen < num_steps)
+        num = jnp.maximum(num_seen + 1, 1)
+        # Of logarithms, so that one large norm among the first hardly counts.
+        next_mean = mean + (_log(norms) - mean) / num
+        learned = jnp.stack(
+            [
+                jnp.where(is_first, next_mean, mean),
+                jnp.where(is_first, num, num_seen),
+            ],
+            axis=-1,
+        )
+        learned = jnp.where((norms > 0)[..., None], learned, -1)
+        return limits, keep_finite(jnp.abs(norms), StartState(learned), state)
 
     return Limit(init, update)

@@ -215,33 +215,40 @@ def num_rows_of_three(flags: np.ndarray) -> int:
     return int(third[0] + np.sum(third[1:] & ~third[:-1]))
 
 
-def describe_zoo() -> str:
-    """Says what the rules flag of healthy runs that they were not made on."""
+def healthy_runs(half: str) -> tuple[list[Trace], list[str]]:
+    """The healthy runs of a half of the zoo without protection, and their names."""
     import zoo
     from tasks.running import HEALTHY, train, unprotected
 
-    lines = []
-    for half in ("tune", "test"):
-        traces, names = [], []
-        for name in zoo.names():
-            if zoo.kind_of(name) != HEALTHY or zoo.half_of(name) != half:
-                continue
+    traces, names = [], []
+    for name in zoo.names():
+        if zoo.kind_of(name) == HEALTHY and zoo.half_of(name) == half:
             found = train(zoo.run_of(name), unprotected)
             for loss, leaves in zip(found.loss, found.norms, strict=True):
                 traces.append(Trace(loss, np.zeros(len(loss)), leaves, {}))
                 names.append(name)
-        flags = [verdict.flags for verdict in watch(traces)]
-        early, late = (
-            1e4 * np.mean([flag[part] for flag in flags])
-            for part in (slice(1, NUM_EARLY), slice(NUM_EARLY, None))
-        )
-        rows = [
-            name for name, x in zip(names, flags, strict=True) if num_rows_of_three(x)
-        ]
+    return traces, names
+
+
+def flagged(flags: Sequence[np.ndarray]) -> tuple[float, float, list[int]]:
+    """Flags in 10,000 steps, late and early, and which runs meet three in a row."""
+    early, late = (
+        1e4 * float(np.mean([flag[part] for flag in flags]))
+        for part in (slice(1, NUM_EARLY), slice(NUM_EARLY, None))
+    )
+    return late, early, [i for i, flag in enumerate(flags) if num_rows_of_three(flag)]
+
+
+def describe_zoo() -> str:
+    """Says what the rules flag of healthy runs that they were not made on."""
+    lines = []
+    for half in ("tune", "test"):
+        traces, names = healthy_runs(half)
+        late, early, rows = flagged([verdict.flags for verdict in watch(traces)])
         lines.append(
             f"Zoo, {half}: {late:.1f} flags in 10,000 steps of {len(traces)} healthy "
             f"runs, early {early:.1f}; {len(rows)} meet three in a row: "
-            f"{', '.join(dict.fromkeys(rows)) or 'none'}."
+            f"{', '.join(dict.fromkeys(names[i] for i in rows)) or 'none'}."
         )
     return "\n".join(lines)
 
@@ -262,8 +269,8 @@ class Verdict(NamedTuple):
 
 
 @functools.cache
-def watcher(num_leaves: int) -> Callable[..., Any]:
-    detect: Any = optaxclip.detect_explosions()
+def watcher(num_leaves: int, make: Callable[[], Any]) -> Callable[..., Any]:
+    detect = make()
 
     def watch_step(state, signals):
         loss, norms = signals
@@ -282,8 +289,10 @@ def watcher(num_leaves: int) -> Callable[..., Any]:
     return jax.jit(jax.vmap(watch_run))
 
 
-def watch(traces: Sequence[Trace]) -> list[Verdict]:
-    """Feeds all traces through `detect_explosions`, side by side.
+def watch(
+    traces: Sequence[Trace], make: Callable[[], Any] = optaxclip.detect_explosions
+) -> list[Verdict]:
+    """Feeds all traces through the detector that `make` gives, side by side.
 
     Zeros make them equally long and wide; no rule counts a zero as a value.
     """
@@ -294,7 +303,7 @@ def watch(traces: Sequence[Trace]) -> list[Verdict]:
     for i, trace in enumerate(traces):
         loss[i, : len(trace.loss)] = trace.loss
         norms[i, : len(trace.loss), : trace.leaves.shape[1]] = trace.leaves
-    found = jax.device_get(watcher(num_leaves)(loss, norms))
+    found = jax.device_get(watcher(num_leaves, make)(loss, norms))
     return [
         Verdict(*(x[i, : len(trace.loss)] for x in found))
         for i, trace in enumerate(traces)
