@@ -55,6 +55,9 @@ that `lax.scan` stacks, `stacked=`; in proportion to the weights, `agc()`.
 
 **Single elements are too large.** `clip_by_value(1.0)`.
 
+**My state has more than parameters, as batch statistics or a moving average.**
+`new = keep(opt_state, new, old)`, after the update.
+
 **I want to see what happened.** `record("gradients")` in the chain; then `metrics` for
 a dashboard, `explain` and `history` for the last steps, and `plot` for a picture.
 
@@ -90,7 +93,7 @@ raises.
 | `optaxclip.clipping` | edge cases; coming from elsewhere; partitions; stacked layers |
 | `optaxclip.explosions` | what counts as one, what happens, your trainer, its limits |
 | `optaxclip.recording` | the flight recorder |
-| `optaxclip.reporting` | metrics, history, reports in words, pictures, dashboards |
+| `optaxclip.reporting` | metrics, history, reports, pictures, the rest of the state |
 
 ## Many devices
 
@@ -205,8 +208,10 @@ from optaxclip.reporting import ExplosionError as ExplosionError
 from optaxclip.reporting import History as History
 from optaxclip.reporting import explain as explain
 from optaxclip.reporting import history as history
+from optaxclip.reporting import keep as keep
 from optaxclip.reporting import metrics as metrics
 from optaxclip.reporting import plot as plot
 from optaxclip.reporting import raise_if_exploded as raise_if_exploded
+from optaxclip.reporting import taken as taken
 
 __version__ = "0.1.0"

@@ -18,7 +18,13 @@ from registry import LIMITS, REGISTRY
 GUIDES = ["", ".norms", ".limits", ".clipping", ".explosions", ".recording"]
 GUIDES += [".reporting"]
 # What is neither a transformation nor a limit, but measures or reads.
-READERS = {"explain", "history", "metrics", "plot", "raise_if_exploded"}
+READERS = {"keep", "taken"} | {
+    "explain",
+    "history",
+    "metrics",
+    "plot",
+    "raise_if_exploded",
+}
 READERS |= {"global_norm", "leaf_norms", "unit_norms", "group_norms"}
 READERS |= {"leaf_names", "group_names"}
 # For transformations and limits of one's own.
@@ -64,6 +70,7 @@ def test_what_is_public():
         "group_names",
         "group_norms",
         "history",
+        "keep",
         "leaf_names",
         "leaf_norms",
         "metrics",
@@ -72,6 +79,7 @@ def test_what_is_public():
         "record",
         "skip_explosions",
         "stabilize",
+        "taken",
         "unit_norms",
         "zclip",
     ]

@@ -133,6 +133,10 @@ def count_response(
     is_new = is_spoiled & (counts["last"] < counts["steps"] - 1)
     counts["exploded"] += is_new.astype(jnp.int32)
     counts["skipped"] += (is_spoiled & ~decision.is_skipped).astype(jnp.int32)
+    is_skipped = decision.is_skipped | is_spoiled
+    counts["last_skipped"] = jnp.where(
+        is_skipped, counts["steps"] - 1, counts["last_skipped"]
+    )
     counts["mended"] += is_spoiled.astype(jnp.int32)
     counts["last"] = jnp.where(is_new, counts["steps"] - 1, counts["last"])
     return counts

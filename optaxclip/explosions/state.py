@@ -31,6 +31,7 @@ COUNTS = (
     "age",
     "strikes",
     "last_rollback",
+    "last_skipped",
     "last",
 )
 """What each element of `DetectExplosionsState.record.counts` is."""
@@ -54,7 +55,7 @@ class DetectExplosionsState(NamedTuple):
     rule_states: tuple[Any, Any, Any]
     """States of the limits on norm, share and loss."""
     record: RecordState
-    """Of the last `window` steps, per leaf. Its `counts`, int32 `[20]`: the number of
+    """Of the last `window` steps, per leaf. Its `counts`, int32 `[21]`: the number of
     steps; on how many of them the four rules fired (non-finite, norm, share, loss) and
     on how many any; how many `skip_explosions` skipped, its rollbacks, those that did
     not reach the parameters, and how often it mended the inner state; how many in a
@@ -62,8 +63,8 @@ class DetectExplosionsState(NamedTuple):
     non-finite), were non-finite, had non-finite updates, and spoke against the
     parameters (by the loss, or without one by the norm); whether it gave up, 2 for NaN
     in the parameters; where it stands in a rollback (`deciding.PHASES`), healthy steps
-    since the older snapshot, rollbacks in succession, the step of the last; and the
-    last step that exploded. -1 for none."""
+    since the older snapshot, rollbacks in succession, the number of steps at the last;
+    and the last step that was skipped, and that exploded. -1 for none."""
 
 
 def count(state: DetectExplosionsState, name: str) -> jax.Array:

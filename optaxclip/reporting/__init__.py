@@ -7,6 +7,8 @@
 | `explain` | a report in words | at the end, or after a crash |
 | `plot` | a picture | at the end, or after a crash |
 | `raise_if_exploded` | an `ExplosionError` | every few steps, outside `jit` |
+| `taken` | whether the last step was applied | every step, in `jit` or not |
+| `keep` | the rest of the training state, if it was | every step, in `jit` or not |
 
 Each finds the states of this package in any optimizer state. `params` gives the leaves
 their names; without it they are numbered.
@@ -28,6 +30,32 @@ clip/clipped_fraction 1.0
 gradients/norm/b 4.0
 
 ```
+
+## The rest of the training state
+
+`stabilize` skips the step of the optimizer. Batch statistics or a moving average of the
+parameters would still take in the bad batch. One line each keeps them:
+
+```python
+>>> tx = optaxclip.stabilize(optax.sgd(0.1), rollback=False)
+>>> def train(batches):
+...     params, average = jnp.ones(2), jnp.ones(2)
+...     state = tx.init(params)
+...     for grads in batches:
+...         updates, state = tx.update(grads, state, params)
+...         params = optax.apply_updates(params, updates)
+...         new = 0.9 * average + 0.1 * params + 0 * grads  # NaN of a bad batch
+...         average = optaxclip.keep(state, new, average)
+...     return average
+>>> good, bad = jnp.ones(2), jnp.full(2, jnp.nan)
+>>> print(train([good, bad, good]) == train([good, good]))
+[ True  True]
+
+```
+
+What a rollback cannot take back: `keep` leaves these states as they were after the last
+step that was applied. That step was healthy, so nothing in them is bad, but they are up
+to 100 healthy steps newer than the snapshot. The position in the data goes on.
 
 ## Metrics
 
@@ -120,5 +148,7 @@ from optaxclip.reporting.guarding import ExplosionError as ExplosionError
 from optaxclip.reporting.guarding import raise_if_exploded as raise_if_exploded
 from optaxclip.reporting.history import History as History
 from optaxclip.reporting.history import history as history
+from optaxclip.reporting.keeping import keep as keep
+from optaxclip.reporting.keeping import taken as taken
 from optaxclip.reporting.metrics import metrics as metrics
 from optaxclip.reporting.plotting import plot as plot

@@ -144,7 +144,10 @@ def _explosion_metrics(state: Any) -> dict[str, jax.Array]:
     if isinstance(state, SkipExplosionsState):
         num_skipped = count(noticed, "skipped")
         num_steps = jnp.maximum(count(noticed, "steps"), 1)
+        is_rolled_back = count(noticed, "last_rollback") == count(noticed, "steps")
         result = {
+            "is_skipped": (~was_taken(state)).astype(jnp.int32),
+            "is_rolled_back": is_rolled_back.astype(jnp.int32),
             "num_skipped": num_skipped,
             "skipped_fraction": num_skipped.astype(jnp.float32)
             / num_steps.astype(jnp.float32),
@@ -169,6 +172,13 @@ def _explosion_metrics(state: Any) -> dict[str, jax.Array]:
         "norm_limit": last["limit"],
         "loss_limit": last["loss_limit"],
     } | result
+
+
+def was_taken(state: SkipExplosionsState) -> jax.Array:
+    """Whether the last step was not skipped; True before any. bool `[...]`."""
+    noticed = detection_of(state)
+    last_step = count(noticed, "steps") - 1
+    return (count(noticed, "last_skipped") != last_step) | (last_step < 0)
 
 
 def _clip_metrics(state: ClipByNormState) -> list[dict[str, jax.Array]]:

@@ -58,6 +58,8 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     | `explosions/growth` | factor by which the norm grew per step, in the last 8 |
     | `explosions/norm_limit`, `loss_limit` | the limits in the last step |
     | `explosions/skipped_fraction` | skip only: the share of all steps so far |
+    | `explosions/is_skipped` | skip only: 1 if the last step was skipped, else 0 |
+    | `explosions/is_rolled_back` | skip only: 1 if it confirmed a rollback, else 0 |
     | `explosions/num_skipped` | skip only: the number of skipped steps |
     | `explosions/gave_up` | skip only: 1 if it gave up, see `skip_explosions` |
     | `explosions/scale` | skip only: the factor of the updates, below 1 to cool down |
