@@ -89,6 +89,20 @@ def test_which_rules_fire(size, loss, rules):
     chex.assert_trees_all_equal(updates[0], grads_of(size))
 
 
+@pytest.mark.parametrize(
+    ("size", "rules"),
+    [(0.9e-3, []), (1.1e-3, ["norm"]), (2.0, ["norm", "loss"])],
+)
+def test_what_is_far_below_the_start_is_no_explosion(size, rules):
+    """Norm and loss begin at 1 and fall to 1e-6: up to 1/1000 they may rise again."""
+    falling = 10.0 ** np.linspace(0, -6, 60)
+    before = [1.0] * 8 + falling.tolist() + [1e-6] * 128
+    _, state, _ = run(DETECT, before, before)
+    assert optaxclip.metrics(state)["explosions/num_exploded"] == 0
+    _, state, _ = run(DETECT, [size], [size], state)
+    assert fired(state) == rules
+
+
 def test_a_layer_that_explodes_under_a_larger_one():
     _, state, _ = run(DETECT, healthy(100))
     grads = {"a": grads_of(1.0)["a"], "b": grads_of(1e-3)["b"]}
