@@ -16,8 +16,8 @@ from optaxclip.explosions.state import (
     read_step,
 )
 from optaxclip.recording import RecordState
-from optaxclip.reporting.columns import VANISHED, have_vanished
 from optaxclip.reporting.history import History, explosions_of, history
+from optaxclip.reporting.scalars import VANISHED, have_vanished
 from optaxclip.reporting.states import detection_of, find_recorders, record_of
 
 SKIPPING = "stabilize or skip_explosions"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip.explosions.state import SkipExplosionsState
-from optaxclip.reporting.columns import was_taken
+from optaxclip.reporting.scalars import was_taken
 from optaxclip.reporting.states import find_states
 
 

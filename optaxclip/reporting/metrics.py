@@ -1,4 +1,4 @@
-"""Reads scalars for dashboards out of optimizer states."""
+"""Reads scalars for dashboards out of optimizer states; `scalars` makes each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from optaxclip.explosions.state import (
     DetectExplosionsState,
     SkipExplosionsState,
 )
-from optaxclip.reporting.columns import columns_of
+from optaxclip.reporting.scalars import scalars_of
 from optaxclip.reporting.states import (
     find_states,
     params_of,
@@ -125,7 +125,7 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     if any(isinstance(x, Tracer) for x in jax.tree.leaves((states, leaves))):
         return {
             name: value
-            for names, values in columns_of(states, leaves, structure)
+            for names, values in scalars_of(states, leaves, structure)
             for name, value in zip(names, jnp.unstack(values, axis=-1), strict=True)
         }
     packed = _pack(states, leaves, structure=structure)
@@ -163,10 +163,10 @@ class _Packed:
 
 @functools.partial(jax.jit, static_argnames=("structure",))
 def _pack(states: dict[str, Any], leaves: list[jax.Array], *, structure: Any):
-    """All of `columns_of` in few arrays, compiled once for each structure."""
+    """All of `scalars_of` in few arrays, compiled once for each structure."""
     found: dict[Any, list[jax.Array]] = {}
     places = []
-    for names, values in columns_of(states, leaves, structure):
+    for names, values in scalars_of(states, leaves, structure):
         parts = found.setdefault((values.dtype, values.shape[:-1]), [])
         block = list(found).index((values.dtype, values.shape[:-1]))
         place = sum(x.shape[-1] for x in parts)

@@ -1,4 +1,4 @@
-"""What `metrics` reads out of each kind of state. Internal."""
+"""Makes the scalars of each kind of state for `metrics`. Internal."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ VANISHED = 1e-6
 """A leaf has vanished if its norm is at most this share of the norm of all updates."""
 
 
-def columns_of(
+def scalars_of(
     states: dict[str, Any], leaves: list[jax.Array], structure: Any
 ) -> list[tuple[list[str], jax.Array]]:
     """(names, values `[..., num_names]`) for all that is told; `[...]` are the runs.
