@@ -19,12 +19,14 @@ def known_value(name: str, value: Any) -> float | None:
     Raises the error of an argument that is not a single real number.
     """
     is_array = isinstance(value, np.ndarray | jax.Array)
+    # True is a number for Python, and as a limit surely a mistake.
     if isinstance(value, bool) or not (
         is_real(value.dtype) if is_array else isinstance(value, numbers.Real)
     ):
         raise TypeError(f"{name} must be a number, not {value!r}")
     if is_array and value.ndim:
         raise ValueError(f"{name} must be a single number, not {value!r}")
+    # To read a JAX array would wait for the device, and fail under `jit`.
     return None if isinstance(value, jax.Array) else float(value)
 
 
@@ -44,6 +46,7 @@ def check_length(name: str, value: Any, least: int) -> int:
             f"{name} must be a whole number, not {value!r}; optax.inject_hyperparams "
             "takes it in static_args="
         )
+    # Twice of it has to fit an int32, as `2 * snapshot_every` does.
     if not least <= int(value) < 2**30:
         raise ValueError(f"{name} must be >= {least} and < 2**30, not {value!r}")
     return int(value)
@@ -62,6 +65,7 @@ def check_label(label: Any) -> None:
 
 def check_transformation(name: str, value: Any) -> None:
     """Raises the error of an optimizer that is none, or was not called."""
+    # A class has both methods too, before it is called.
     if isinstance(value, type) or not all(
         callable(getattr(value, method, None)) for method in ("init", "update")
     ):
@@ -139,11 +143,13 @@ def takes_value(update: Callable) -> bool:
     """Whether an optimizer's `update` can be called with `value=`."""
     parameters = inspect.signature(update).parameters
     kinds = [x.kind for x in parameters.values()]
+    # Optax refuses what an optimizer does not name, so not every one can have the loss.
     return "value" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def value_of(extra_args: dict[str, Any]) -> Any:
     """The loss that the training loop gives; None for none."""
+    # Extra arguments that nobody takes are dropped in silence, and with it a rule.
     if "loss" in extra_args and "value" not in extra_args:
         raise TypeError("give the loss as value=, the name that Optax has for it")
     return extra_args.get("value")

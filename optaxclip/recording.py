@@ -164,6 +164,7 @@ def record(
     check_label(label)
     window = check_length("window", window, 1)
     check_per(per)
+    # Units are too many for a record: as many numbers as a bias has, in every step.
     if per == "unit":
         raise ValueError(
             'record keeps one norm per tree, leaf or group, not per "unit"'
@@ -187,6 +188,7 @@ def record(
         if value is not None:
             is_finite &= jnp.isfinite(loss)
         counts = increment(before.counts, jnp.stack([jnp.ones([], bool), ~is_finite]))
+        # The row is that of a detector, so that all readers know one kind of row.
         none = jnp.full_like(norm, jnp.inf)
         new = append(
             before,
@@ -229,6 +231,7 @@ def append(
       norm: Of all updates, `[]`.
       counts: The next `counts`.
     """
+    # Before the first step this is the last row, which is empty: its largest is 0.
     before, _ = rows_of(state, state.counts[0] - 1)
     narrow = saturating_cast(norm, jnp.float32)
     is_larger = (narrow > before["largest"]) & (narrow < jnp.inf)
@@ -236,6 +239,7 @@ def append(
     columns["largest"] = jnp.where(is_larger, narrow, before["largest"])
     head = jnp.stack([columns[name].astype(norms.dtype) for name in COLUMNS])
     row = saturating_cast(jnp.concatenate([head, norms]), jnp.float32)
+    # One row in place. To shift the others would copy the record in each step.
     place = state.counts[0] % len(state.rows)
     rows = lax.dynamic_update_index_in_dim(state.rows, row, place, 0)
     return RecordState(rows=rows, counts=counts, layout=state.layout)
@@ -279,6 +283,7 @@ def _measure(tree: Any, scopes: Scopes) -> tuple[jax.Array, jax.Array]:
     if scopes.kind == "leaf":
         return measure_leaves(tree, scopes)
     norms, _ = measure(tree, scopes, 2)
+    # A derivative of a record means nothing, and costs a pass.
     norms = lax.stop_gradient(norms)
     if scopes.kind == "tree":
         return norms[None], norms

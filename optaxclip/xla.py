@@ -25,6 +25,7 @@ def materialize(x: jax.Array) -> jax.Array:
 
 def stack_scalars(values: Sequence[jax.Array]) -> jax.Array:
     """As `jnp.stack` of single numbers, with which XLA would not fuse."""
+    # Selects fuse with what reads the stack; a concatenation is a kernel of its own.
     place = lax.iota(jnp.int32, len(values))
     found = jnp.zeros(len(values), values[0].dtype)
     for i, x in enumerate(values):
@@ -48,6 +49,7 @@ def run_if(
         value = function(flag, value)
         return jnp.zeros_like(flag), value
 
+    # The flag is the condition: after one turn it is False.
     return lax.while_loop(lambda carry: carry[0], body, (when, start))
 
 

@@ -101,10 +101,10 @@ def test_no_function_has_more_than_60_lines_of_code(path):
 
 
 def test_there_are_comments():
-    """The aim is one on twenty lines of code; this keeps what there is."""
+    """At least one on twenty lines of code."""
     num_comments = sum(
         token.type == tokenize.COMMENT
         for path in ALL
         for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
     )
-    assert num_comments >= 0.035 * sum(len(lines_of_code(path)) for path in ALL)
+    assert num_comments >= 0.05 * sum(len(lines_of_code(path)) for path in ALL)

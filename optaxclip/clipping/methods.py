@@ -13,6 +13,7 @@ from optaxclip.norms.names import Per, Stacked
 
 
 def zclip(
+    # The three numbers of the reference, bluorion-com/ZClip.
     max_zscore: ArrayLike = 2.5,
     *,
     decay: ArrayLike = 0.97,
@@ -55,11 +56,13 @@ def zclip(
     """
     limit = limits.zscore(max_zscore, decay=decay, warmup=warmup)
     if max_norm is not None:
+        # Not by default: where norms are above 1, a cap of 1 is all that clips.
         limit = limits.minimum(limit, max_norm)
     return clip_by_norm(limit, per=per, specs=specs, stacked=stacked, label=label)
 
 
 def autoclip(
+    # The paper advises 10. A window of 1024 norms is ours: all of them have no end.
     percent: ArrayLike = 10.0,
     *,
     window: int = 1024,
@@ -100,6 +103,7 @@ def autoclip(
 
 
 def adagc(
+    # The four numbers of the paper.
     multiple: ArrayLike = 1.05,
     *,
     decay: ArrayLike = 0.98,
@@ -147,6 +151,7 @@ def adagc(
 
 
 def agc(
+    # Both are those of the NFNets, section 4.
     max_ratio: ArrayLike = 0.01,
     *,
     eps: ArrayLike = 1e-3,
@@ -200,6 +205,7 @@ def agc(
 
 
 def block_rms(
+    # The threshold d of Adafactor, section 6.
     max_rms: ArrayLike = 1.0,
     *,
     specs: Any = None,

@@ -143,6 +143,7 @@ def make_detection(norm, share, loss, specs, stacked, *, max_gap, window) -> Det
         scopes = find_scopes(params, "leaf", specs=specs, stacked=stacked)
         norms, _ = jax.eval_shape(lambda: measure_leaves(params, scopes))
         sizes = scopes.sizes().astype(norms.dtype)
+        # As bits beside whole numbers, so that a step is one row of one array.
         numbers = np.array([0, 0, 0, np.inf, np.inf, np.inf], np.float32)
         step = [-1, -1, 0, *numbers.view(np.int32)]
         counts = [-1 if name.startswith("last") else 0 for name in COUNTS]
@@ -222,6 +223,7 @@ def _next_counts(
     """The next `COUNTS`, before any response."""
     counts = state.record.counts
     flags = fired._asdict() | {"exploded": fired.any()}
+    # Each ends with the first step of which it is not true.
     in_a_row = {
         "in_a_row": _is_bad(signals, fired),
         "nonfinite_in_a_row": fired.nonfinite,

@@ -41,6 +41,7 @@ def are_spoiled(
 
     `of`: for each moment, of which leaf it is.
     """
+    # A flag has no derivative, and reverse mode would need one through the loop.
     moments = lax.stop_gradient(moments)
 
     def highest_level(flag, _):

@@ -72,6 +72,7 @@ def move_between(
     """
     num_steps = count(state.explosions, "steps")
     is_due = num_steps % CHECK_EVERY == CHECK_EVERY - 1
+    # By place and not by tree: a state may hold anything beside its moments.
     leaves, structure = jax.tree.flatten(state.inner_state)
     places = find_moments(state.inner_state, updates)
     moments = [jnp.asarray(leaves[i]) for i in places]
@@ -153,5 +154,6 @@ def unlearn(
     def keep(new, old):
         return jnp.where(when, old, new)
 
+    # Not `update_or_keep`: these are few numbers, and nothing is saved.
     kept = jax.tree.map(keep, explosions.rule_states, before.rule_states)
     return explosions._replace(rule_states=kept)

@@ -167,11 +167,13 @@ def skip_explosions(
         if not takes_loss:
             extra_args.pop("value", None)
         explosions, seen = detection.update(updates, value, state.explosions, params)
+        # Found anew in each trace: the updates may be wider than the parameters.
         scopes = find_scopes(updates, "leaf", specs=specs, stacked=stacked)
         now = {name: count(explosions, name) for name in COUNTS}
         is_away, is_broken = check_trial(state, seen, now, params, updates, scopes)
         decision = decide(settings, seen, now, Carried(*state.carried), is_away)
         explosions = unlearn(explosions, state.explosions, decision.is_skipped)
+        # An accepted step may be a thousand times too large; at the limit it is usual.
         updates = limit_updates(
             updates, decision.is_accepted, seen.norm, seen.norm_limit
         )
@@ -185,6 +187,7 @@ def skip_explosions(
         updates, inner_state = update_or_keep(
             update_inner, state.inner_state, moved.is_skipped, moved.kept
         )
+        # Without it the updates are not touched, not even by a factor of 1.
         factor = decision.carried.scale if cool_down is not None else None
         updates = respond(updates, params, moved, decision, factor)
         counts = count_response(now, decision, moved.is_spoiled, is_broken)

@@ -60,6 +60,7 @@ def params(max_ratio: ArrayLike = 0.01, *, eps: ArrayLike = 1e-3) -> Limit:
             )
 
         def limit_of(norm, param_norm):
+            # Traced, a float64 number would widen the norms.
             ratio, least = cast_like(norm, max_ratio, eps)
             return ratio * jnp.maximum(param_norm, least)
 
@@ -91,6 +92,7 @@ def rms(max_rms: ArrayLike = 1.0) -> Limit:
     check_number("max_rms", max_rms, lambda x: x >= 0, ">= 0")
 
     def init(sizes):
+        # Here and not in each step: the sizes do not change.
         return RmsState(jax.tree.map(jnp.sqrt, sizes))
 
     def update(norms, state, param_norms=None):
@@ -161,6 +163,7 @@ def _chosen(
         return tuple(limit.init(sizes) for limit in pair)
 
     def update(norms, state, param_norms=None):
+        # Both learn what came in: of clipped norms one would follow the other down.
         limits, states = zip(
             *(
                 limit.update(norms, part, param_norms)

@@ -28,6 +28,7 @@ class Limit(NamedTuple):
     leaf is), before the clip; `param_norms`: the parameters' norms in the same shape,
     or None where they are not known; `limits` in the shape of `norms`, +inf for none.
     """
+    # A field, so that clips with other limits do not read the parameters for nothing.
     needs_params: bool = False
     """Whether `update` reads `param_norms`; only then are they measured."""
 
@@ -74,6 +75,7 @@ def constant(max_norm: ArrayLike) -> Limit:
 
     def update(norms, state, param_norms=None):
         del param_norms
+        # Traced, `max_norm` was not checked: the clip turns what is bad into zeros.
         return jax.tree.map(lambda n: jnp.full_like(n, max_norm), norms), state
 
     return Limit(init, update)
@@ -110,6 +112,7 @@ def schedule(max_norm: Callable[[jax.Array], ArrayLike]) -> Limit:
     def update(norms, state, param_norms=None):
         del param_norms
         limit = max_norm(state.num_steps)
+        # As `lambda count: limits.zscore()`, whose error would come from deep inside.
         if isinstance(limit, Limit):
             raise TypeError("max_norm gave a Limit, and not a number: call it first")
         limits = jax.tree.map(lambda n: jnp.full_like(n, limit), norms)
@@ -149,6 +152,7 @@ def keep_finite(norms: jax.Array, learned: Any, state: Any) -> Any:
     learns = (norms > 0) & (norms < jnp.inf)
 
     def keep(new, old):
+        # A state may have more axes than the norms, such as that of a window.
         where = learns[(...,) + (None,) * (new.ndim - norms.ndim)]
         return jnp.where(where & (new == new), new, old)
 

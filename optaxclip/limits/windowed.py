@@ -68,6 +68,7 @@ def percentile(percent: ArrayLike = 10.0, *, window: int = 1024) -> Limit:
     def update(norms, state, param_norms=None):
         del param_norms
         learned = PercentileState(windows.push_in_order(state.window, norms))
+        # Learned first: as in the reference its own norm is part of the percentile.
         state = keep_finite(norms, learned, state)
         (percents,) = cast_like(norms, [percent])
         low, high, share = windows.percentiles_of(state.window, percents)
@@ -77,6 +78,7 @@ def percentile(percent: ArrayLike = 10.0, *, window: int = 1024) -> Limit:
     return Limit(init, update)
 
 
+# Levanter clips at 3 and keeps 128.
 def window_sigma(sigmas: ArrayLike = 3.0, *, window: int = 128) -> Limit:
     """Limits a norm to so many standard deviations above the mean of the last norms.
 

@@ -125,6 +125,7 @@ def group_norms(
 
 def check_ord(ord: Any) -> None:
     """Raises the error of an `ord` that is no number >= 1."""
+    # It decides which program is made, and so cannot be traced.
     if isinstance(ord, bool) or not isinstance(ord, numbers.Real):
         raise TypeError(
             f"ord must be a Python number, not {ord!r}; with optax.inject_hyperparams "
@@ -141,6 +142,7 @@ def measure(tree: Any, scopes: Scopes, ord: float) -> tuple[Any, Any]:
     largest float, where `norm` saturates.
     """
     leaves = zip(jax.tree.leaves(tree), scopes.leaves, strict=True)
+    # Leaves that are no gradients have no norm, and `scopes` fills in their zeros.
     gradients = [_as_array(x) for x, leaf in leaves if leaf.is_gradient]
     return reduce_scopes(gradients, scopes=scopes, ord=float(ord))
 
@@ -154,6 +156,7 @@ def measure_leaves(tree: Any, scopes: Scopes) -> tuple[jax.Array, jax.Array]:
     as fast as one norm of all.
     """
     leaves = zip(jax.tree.leaves(tree), scopes.leaves, strict=True)
+    # Records and detectors alone come here, and nobody takes their derivative.
     gradients = [
         lax.stop_gradient(_as_array(x)) for x, leaf in leaves if leaf.is_gradient
     ]
@@ -167,5 +170,6 @@ def _norms(tree: Any, per: Per, ord: float, specs: Any, stacked: Stacked | None)
 
 def _as_array(x: Any) -> jax.Array:
     """The array; zeros for one of which only shape and dtype are given."""
+    # `init` may be given shapes alone, as the tests of Optax ask.
     is_abstract = isinstance(x, jax.ShapeDtypeStruct)
     return jnp.zeros_like(x) if is_abstract else jnp.asarray(x)

@@ -82,6 +82,7 @@ def _line(kept: History, first: int, last: int, params: Any) -> str:
     """One explosion of several, in a line."""
     reasons = []
     nonfinite, norm, share, loss = kept.fired[first]
+    # Only the loss may have been non-finite, and then there is none.
     scopes = np.flatnonzero(~np.isfinite(kept.norms[first]))
     if nonfinite:
         where = _leaf_name(kept, scopes[0], params) if len(scopes) else "the loss"
@@ -178,6 +179,7 @@ def _aftermath(state: Any) -> list[str]:
     """Whether the run went on as a healthy one."""
     noticed = detection_of(state)
     num_since = int(count(noticed, "steps") - 1 - count(noticed, "last"))
+    # After a rollback it was no false alarm, whatever came then.
     if num_since < NUM_HEALTHY_AFTER or count(noticed, "rollbacks"):
         return []
     return [
@@ -249,10 +251,12 @@ def _grown(
     if not len(before):
         return None
     blocks = np.array_split(norms[before], -(-len(before) // 32))
+    # The quietest block, since a slow explosion may fill half of what is kept.
     usual = np.percentile(min(blocks, key=np.median), 90)
     start, end = int(known[norms[known] <= usual][-1]), int(known[-1])
     rise = slice(start + 1, end + 1)
     largest = norms[known[known <= start]].max()
+    # In a warm-up there is no limit, and of single leaves none is known.
     limits = np.where(limits < np.inf, limits, 2 * largest)[rise]
     if not np.any(norms[rise] > limits):
         return None

@@ -106,6 +106,7 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
     for label, state in states.items():
         if isinstance(state, SkipExplosionsState):
             _check_skipping(label, state, params)
+        # A detector in front of `skip_explosions` sees what that has skipped.
         elif num_nonfinite[label] > num_skipped:
             kept = history({label: state}, params, label=label)
             story = story_of(state, kept, params)
@@ -133,6 +134,7 @@ def _check_skipping(label: str, state: SkipExplosionsState, params: Any) -> None
             f"was taken. {story} Try a smaller learning rate, rollback=True or an "
             "earlier checkpoint, and look at the data and the precision of that step."
         )
+    # It is mended within three steps, unless it is not known as a moment.
     if name := _nonfinite_leaf(state.inner_state):
         raise ExplosionError(
             f"{label}: the inner state {name!r} holds inf or NaN, although every "

@@ -83,6 +83,7 @@ def keep(opt_state: Any, new: Any, old: Any, *, label: str | None = None) -> Any
     """
     was = taken(opt_state, label=label)
 
+    # Not a product with 0: NaN of a bad batch would stay.
     def select(x, y):
         where = was.reshape(was.shape + (1,) * (jnp.ndim(y) - was.ndim))
         return jnp.where(where, x, y)

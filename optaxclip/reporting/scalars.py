@@ -66,8 +66,10 @@ def scalars_of(
                 parts.append(_explosion_metrics(state))
             return parts
 
+        # Of several runs each needs its own: one tree would be taken apart.
         has_params = leaves and all(x.shape[: len(runs)] == runs for x in leaves)
         over = params if has_params or not runs else None
+        # One `vmap` for each axis of runs, so that the code reads one run.
         for _ in runs:
             read = jax.vmap(read)
         is_clip = isinstance(state, ClipByNormState)
@@ -97,6 +99,7 @@ def _record_metrics(
     if isinstance(state.layout, PerTree):
         return [result]
     shares = jnp.square(normalize_norms(norms)[0])
+    # A number, since trackers do not take flags.
     has_vanished = have_vanished(state).astype(jnp.int32)
     result |= {
         "squared_share": jnp.max(shares, initial=0),
@@ -132,6 +135,7 @@ def _ratios(norms: jax.Array, layout: Layout, label: str, params: Any):
 
     def ratio(norm, unit):
         quotient = divide(norm, jnp.where(unit > 0, unit, 1))
+        # Of a leaf that starts at zero any norm is infinitely large; none is none.
         return jnp.where((unit > 0) | (norm == 0), quotient, jnp.inf)
 
     unit = param_norm.astype(norms.dtype)
@@ -143,6 +147,7 @@ def _explosion_metrics(state: Any) -> dict[str, jax.Array]:
     result, noticed = {}, detection_of(state)
     if isinstance(state, SkipExplosionsState):
         num_skipped = count(noticed, "skipped")
+        # Before the first step the share is 0, not NaN.
         num_steps = jnp.maximum(count(noticed, "steps"), 1)
         is_rolled_back = count(noticed, "last_rollback") == count(noticed, "steps")
         result = {

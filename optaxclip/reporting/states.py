@@ -49,6 +49,8 @@ def find_states(opt_state: Any) -> dict[str, Any]:
         for path, state in jax.tree.leaves_with_path(tree, is_leaf=_is_found):
             if not isinstance(state, (*STATES, dict)):
                 continue
+            # Some checkpoints give named tuples back as dictionaries. Without this there
+            # would be no metrics, and no word.
             if isinstance(state, dict):
                 raise ValueError(
                     f"{jax.tree_util.keystr(path)} was a state of optaxclip and is a "
@@ -68,6 +70,7 @@ def find_states(opt_state: Any) -> dict[str, Any]:
                 )
             found[label] = state
             if isinstance(state, SkipExplosionsState):
+                # A clip or a recorder may stand inside of what skips.
                 visit(state.inner_state)
 
     visit(opt_state)
@@ -77,6 +80,7 @@ def find_states(opt_state: Any) -> dict[str, Any]:
 def _is_found(x: Any) -> bool:
     """Whether it is a state, or was one before a checkpoint made it a dictionary."""
     if isinstance(x, dict) and len(x) > 1:
+        # Fields without arrays may be gone, so not all names have to be there.
         names = set(x)
         return any(set(s._fields) - EMPTY <= names <= set(s._fields) for s in STATES)
     return isinstance(x, STATES)
@@ -84,6 +88,7 @@ def _is_found(x: Any) -> bool:
 
 def params_of(params: Any) -> Any:
     """The parameters, also of a training state that holds them."""
+    # As that of Flax, by its fields: the library does not import Flax.
     is_train_state = hasattr(params, "params") and hasattr(params, "opt_state")
     return params.params if is_train_state else params
 
