@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from optaxclip.explosions.state import (
     read_step,
 )
 from optaxclip.recording import RecordState
+from optaxclip.reporting.growth import growth_of
 from optaxclip.reporting.history import History, explosions_of, history
 from optaxclip.reporting.scalars import VANISHED, have_vanished
 from optaxclip.reporting.states import detection_of, find_recorders, record_of
@@ -118,7 +119,7 @@ def _sentences(kept: History, state: Any, params: Any) -> list[str]:
     if isinstance(state, RecordState):
         found = [f"{num_nonfinite} of {num_steps} steps were non-finite."]
         if kept.began is not None:
-            found += [_first_nonfinite(kept, kept.began), *_growth(kept, kept.began)]
+            found += [_first_nonfinite(kept, kept.began), *growth_of(kept, kept.began)]
     else:
         noticed = detection_of(state)
         found = [_counted(state)]
@@ -199,70 +200,6 @@ def _first_nonfinite(kept: History, first: int) -> str:
     return f"On step {kept.step[first]} that of {name!r} was the first non-finite."
 
 
-def _growth(kept: History, began: int) -> list[str]:
-    """How the norms had grown up to the last explosion."""
-    nonfinite = np.flatnonzero(kept.fired[began:, 0])
-    end = began + int(nonfinite[0] if len(nonfinite) else 0)
-    whole = _grown(kept.norm, kept.limit, began, end)
-    unknown = np.full_like(kept.limit, np.inf)
-    scopes = [_grown(norms, unknown, began, end) for norms in kept.norms.T]
-    found = [("The norm had grown by", whole)]
-    if len(scopes) > 1:
-        most = int(np.argmax([grown.rise if grown else 0 for grown in scopes]))
-        what = f"In the end that of {kept.names[most]!r} had grown most, by"
-        found.append((what, scopes[most]))
-    return [
-        f"{what} {grown.rate:.3g}x per step since step {kept.step[grown.start]}, "
-        f"from {grown.low:.3g} to {grown.high:.3g}."
-        for what, grown in found
-        if grown
-    ]
-
-
-class _Grown(NamedTuple):
-    start: int
-    end: int
-    low: float
-    high: float
-
-    @property
-    def rise(self) -> float:
-        return self.high / self.low
-
-    @property
-    def rate(self) -> float:
-        """Growth in a step."""
-        return self.rise ** (1 / (self.end - self.start))
-
-
-def _grown(
-    norms: np.ndarray, limits: np.ndarray, began: int, end: int
-) -> _Grown | None:
-    """From the last norm that was as usual to the last one up to `end`, if it rose.
-
-    As usual is up to the 90th percentile of the quietest 32 steps before it began. To
-    rise is to exceed the limit, or where there is none twice the largest norm before:
-    all else is noise.
-    """
-    norms = norms.astype(float)
-    known = np.flatnonzero((norms > 0) & np.isfinite(norms))
-    before = known[known < began]
-    known = known[known <= end]
-    if not len(before):
-        return None
-    blocks = np.array_split(norms[before], -(-len(before) // 32))
-    # The quietest block, since a slow explosion may fill half of what is kept.
-    usual = np.percentile(min(blocks, key=np.median), 90)
-    start, end = int(known[norms[known] <= usual][-1]), int(known[-1])
-    rise = slice(start + 1, end + 1)
-    largest = norms[known[known <= start]].max()
-    # In a warm-up there is no limit, and of single leaves none is known.
-    limits = np.where(limits < np.inf, limits, 2 * largest)[rise]
-    if not np.any(norms[rise] > limits):
-        return None
-    return _Grown(start, end, norms[start], norms[end])
-
-
 def story_of(state: DetectExplosionsState, kept: History, params: Any) -> str:
     """How the last explosion began, and became non-finite if one did."""
     state = jax.device_get(state)
@@ -298,5 +235,5 @@ def story_of(state: DetectExplosionsState, kept: History, params: Any) -> str:
     if is_of_leaf and began.leaf >= 0 and np.isfinite(began.norm):
         story.append(f"L{leaf_of(began)[1:]} had grown most.")
     if kept.began is not None:
-        story += _growth(kept, kept.began)
+        story += growth_of(kept, kept.began)
     return " ".join(story)

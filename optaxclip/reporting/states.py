@@ -49,8 +49,8 @@ def find_states(opt_state: Any) -> dict[str, Any]:
         for path, state in jax.tree.leaves_with_path(tree, is_leaf=_is_found):
             if not isinstance(state, (*STATES, dict)):
                 continue
-            # Some checkpoints give named tuples back as dictionaries. Without this there
-            # would be no metrics, and no word.
+            # Some checkpoints give named tuples back as dictionaries, and the metrics
+            # would be missing without a word.
             if isinstance(state, dict):
                 raise ValueError(
                     f"{jax.tree_util.keystr(path)} was a state of optaxclip and is a "
