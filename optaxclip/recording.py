@@ -49,8 +49,7 @@ Several recorders may stand in one chain, under different labels.
 
 `metrics` reads the last step, `history` all steps that are kept, `explain` describes
 them, and `plot` draws them; see `help(optaxclip.reporting)`. Nothing is read on the
-host until one of them is called. `examples/scan_training.py` trains inside a single
-`lax.scan`, explodes on purpose, and says afterward what happened.
+host until one of them is called. `examples/scan_training.py` explodes on purpose.
 """
 
 from __future__ import annotations
@@ -59,6 +58,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -108,6 +108,21 @@ class RecordState(NamedTuple):
     def norms(self) -> jax.Array:
         """`[window, num_scopes]`."""
         return self.rows[..., len(COLUMNS) :]
+
+    @property
+    def record(self) -> RecordState:
+        """Itself, as `record` of what holds one."""
+        return self
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """The axes of several runs, as `jax.vmap` stacks them; () for one."""
+        return np.shape(self.counts)[:-1]
+
+    @property
+    def read_by_metrics(self) -> RecordState:
+        """The state without what `metrics` does not read."""
+        return self
 
     @property
     def num_scopes(self) -> int:
@@ -190,14 +205,8 @@ def record(
         counts = increment(before.counts, jnp.stack([jnp.ones([], bool), ~is_finite]))
         # The row is that of a detector, so that all readers know one kind of row.
         none = jnp.full_like(norm, jnp.inf)
-        new = append(
-            before,
-            {"loss": loss, "loss_limit": none, "limit": none, "fired": ~is_finite},
-            norms,
-            norm,
-            counts,
-        )
-        return updates, {label: new}
+        columns = {"loss": loss, "loss_limit": none, "limit": none, "fired": ~is_finite}
+        return updates, {label: append(before, columns, norms, norm, counts)}
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -208,11 +217,7 @@ def empty(
     """A state before the first step, without limits."""
     head = [jnp.inf if name.endswith("limit") else 0 for name in COLUMNS]
     row = jnp.asarray(head + [0] * num_scopes, jnp.float32)
-    return RecordState(
-        rows=jnp.tile(row, (window, 1)),
-        counts=counts,
-        layout=layout,
-    )
+    return RecordState(jnp.tile(row, (window, 1)), counts, layout)
 
 
 def append(

@@ -472,7 +472,7 @@ def test_help_names_what_an_argument_may_be():
         for parameter in inspect.signature(function).parameters.values():
             assert len(str(parameter.annotation)) < 40, parameter
     text = pydoc.render_doc(optaxclip.stabilize)
-    assert "norm: 'limits.LimitLike | None' = <Limit log_quantile>," in text
+    assert "norm: 'limits.LimitLike | None' = <Limit maximum>," in text
 
 
 PROJECT = pathlib.Path(__file__).parents[1]

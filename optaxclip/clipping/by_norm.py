@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.typing import ArrayLike
@@ -41,6 +42,16 @@ class ClipByNormState(NamedTuple):
     """State of the limit."""
     layout: Layout
     """No arrays: the kind of the scopes, so that `metrics` can name them."""
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """The axes of several runs, as `jax.vmap` stacks them; () for one."""
+        return np.shape(self.num_steps)
+
+    @property
+    def read_by_metrics(self) -> ClipByNormState:
+        """The state without what `metrics` does not read."""
+        return self._replace(limit_state=())
 
 
 Bound = ArrayLike | Callable[[jax.Array], ArrayLike]

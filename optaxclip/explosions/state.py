@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from optaxclip.explosions.rules import RULES
+from optaxclip.norms.names import Layout
 from optaxclip.numerics import saturating_cast
 from optaxclip.recording import RecordState
 from optaxclip.xla import stack_scalars
@@ -65,6 +66,26 @@ class DetectExplosionsState(NamedTuple):
     in the parameters; where it stands in a rollback (`deciding.PHASES`), healthy steps
     since the older snapshot, rollbacks in succession, the number of steps at the last;
     and the last step that was skipped, and that exploded. -1 for none."""
+
+    @property
+    def detection(self) -> DetectExplosionsState:
+        """Itself, as `detection` of what holds one."""
+        return self
+
+    @property
+    def layout(self) -> Layout:
+        """That of the record."""
+        return self.record.layout
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """As of a `RecordState`."""
+        return self.record.runs
+
+    @property
+    def read_by_metrics(self) -> DetectExplosionsState:
+        """As of a `RecordState`."""
+        return self._replace(rule_states=((), (), ()))
 
 
 def count(state: DetectExplosionsState, name: str) -> jax.Array:
@@ -157,6 +178,32 @@ class SkipExplosionsState(NamedTuple):
     +inf for none."""
     snapshots: Snapshots | tuple[()]
     """() without rollback."""
+
+    @property
+    def detection(self) -> DetectExplosionsState:
+        """What was noticed."""
+        return self.explosions
+
+    @property
+    def record(self) -> RecordState:
+        """That of the detection."""
+        return self.explosions.record
+
+    @property
+    def layout(self) -> Layout:
+        """That of the record."""
+        return self.record.layout
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """As of a `RecordState`."""
+        return self.record.runs
+
+    @property
+    def read_by_metrics(self) -> SkipExplosionsState:
+        """As of a `RecordState`."""
+        explosions = self.explosions.read_by_metrics
+        return self._replace(explosions=explosions, inner_state=(), snapshots=())
 
     @property
     def scale(self) -> jax.Array:

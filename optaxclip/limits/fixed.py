@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -152,7 +151,7 @@ def maximum(first: LimitLike, second: LimitLike) -> Limit:
 
 
 def _chosen(
-    choose: Callable[[jax.Array, jax.Array], jax.Array],
+    choose: Any,
     first: LimitLike,
     second: LimitLike,
 ) -> Limit:
@@ -173,4 +172,6 @@ def _chosen(
         )
         return jax.tree.map(choose, *limits), states
 
+    # The name of the limit in signatures and messages.
+    init.__qualname__ = choose.__name__
     return Limit(init, update, any(limit.needs_params for limit in pair))

@@ -11,15 +11,13 @@ from optaxclip.explosions.rules import RULES
 from optaxclip.explosions.state import (
     DetectExplosionsState,
     Event,
-    SkipExplosionsState,
     count,
     read_step,
 )
-from optaxclip.recording import RecordState
 from optaxclip.reporting.growth import growth_of
 from optaxclip.reporting.history import History, explosions_of, history
 from optaxclip.reporting.scalars import VANISHED, have_vanished
-from optaxclip.reporting.states import detection_of, find_recorders, record_of
+from optaxclip.reporting.states import find_recorders
 
 SKIPPING = "stabilize or skip_explosions"
 
@@ -115,13 +113,13 @@ def _leaf_name(kept: History, leaf: Any, params: Any) -> str:
 
 def _sentences(kept: History, state: Any, params: Any) -> list[str]:
     state = jax.device_get(state)
-    num_steps, num_nonfinite = map(int, record_of(state).counts[:2])
-    if isinstance(state, RecordState):
+    num_steps, num_nonfinite = map(int, state.record.counts[:2])
+    if not hasattr(state, "detection"):
         found = [f"{num_nonfinite} of {num_steps} steps were non-finite."]
         if kept.began is not None:
             found += [_first_nonfinite(kept, kept.began), *growth_of(kept, kept.began)]
     else:
-        noticed = detection_of(state)
+        noticed = state.detection
         found = [_counted(state)]
         if count(noticed, "exploded"):
             found += [story_of(noticed, kept, params), *_aftermath(state)]
@@ -129,7 +127,7 @@ def _sentences(kept: History, state: Any, params: Any) -> list[str]:
             found.append("No loss was given as value=, so the rule on it was silent.")
     vanished = [
         repr(name)
-        for name, has in zip(kept.names, have_vanished(record_of(state)), strict=True)
+        for name, has in zip(kept.names, have_vanished(state.record), strict=True)
         if has
     ]
     if vanished:
@@ -142,7 +140,7 @@ def _sentences(kept: History, state: Any, params: Any) -> list[str]:
 
 
 def _counted(state: Any) -> str:
-    noticed = detection_of(state)
+    noticed = state.detection
     numbers = {rule: int(count(noticed, rule)) for rule in RULES}
     words = ["non-finite", "by the norm", "by the share of a leaf", "by the loss"]
     reasons = [
@@ -152,7 +150,7 @@ def _counted(state: Any) -> str:
     ]
     text = f"{count(noticed, 'exploded')} of {count(noticed, 'steps')} steps exploded"
     text += f": {', '.join(reasons)}." if reasons else "."
-    if isinstance(state, SkipExplosionsState) and count(noticed, "exploded"):
+    if hasattr(state, "inner_state") and count(noticed, "exploded"):
         num_skipped = int(count(noticed, "skipped"))
         num_rollbacks = int(count(noticed, "rollbacks"))
         was = "was" if num_skipped == 1 else "were"
@@ -178,7 +176,7 @@ def _times(num: int) -> str:
 
 def _aftermath(state: Any) -> list[str]:
     """Whether the run went on as a healthy one."""
-    noticed = detection_of(state)
+    noticed = state.detection
     num_since = int(count(noticed, "steps") - 1 - count(noticed, "last"))
     # After a rollback it was no false alarm, whatever came then.
     if num_since < NUM_HEALTHY_AFTER or count(noticed, "rollbacks"):

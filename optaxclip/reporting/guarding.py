@@ -11,7 +11,6 @@ import optax
 from optaxclip.explosions.state import (
     BROKEN,
     COUNTS,
-    DetectExplosionsState,
     SkipExplosionsState,
     count,
 )
@@ -21,9 +20,7 @@ from optaxclip.reporting.history import history
 from optaxclip.reporting.states import (
     STATES,
     check_one_run,
-    detection_of,
     find_states,
-    record_of,
 )
 
 
@@ -74,7 +71,7 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
     states = {
         label: state
         for label, state in find_states(opt_state).items()
-        if isinstance(state, DetectExplosionsState | SkipExplosionsState)
+        if hasattr(state, "detection")
     }
     if not states:
         raise ValueError(
@@ -90,7 +87,7 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
                 f"will forever: put {SKIPPING} around optax.MultiSteps, or give that "
                 "should_skip_update_fn=optax.skip_not_finite."
             )
-    counts = jax.device_get({label: record_of(x).counts for label, x in states.items()})
+    counts = jax.device_get({label: x.record.counts for label, x in states.items()})
     num_nonfinite = {
         label: int(values[COUNTS.index("nonfinite")])
         for label, values in counts.items()
@@ -99,12 +96,12 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
         (
             num_nonfinite[label]
             for label, state in states.items()
-            if isinstance(state, SkipExplosionsState)
+            if hasattr(state, "inner_state")
         ),
         default=0,
     )
     for label, state in states.items():
-        if isinstance(state, SkipExplosionsState):
+        if hasattr(state, "inner_state"):
             _check_skipping(label, state, params)
         # A detector in front of `skip_explosions` sees what that has skipped.
         elif num_nonfinite[label] > num_skipped:
@@ -119,16 +116,16 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
 
 def _check_skipping(label: str, state: SkipExplosionsState, params: Any) -> None:
     """Raises if `skip_explosions` could not save the run."""
-    is_broken = int(count(detection_of(state), "gave_up")) == BROKEN
+    is_broken = int(count(state.detection, "gave_up")) == BROKEN
     if is_broken or _is_stuck(state, params):
         raise ExplosionError(
             f"{label}: the parameters hold NaN, which no update can mend. No "
             "step that was taken has made it: go back to a checkpoint."
         )
     if bool(state.gave_up):
-        num = int(count(detection_of(state), "nonfinite_updates_in_a_row"))
+        num = int(count(state.detection, "nonfinite_updates_in_a_row"))
         kept = history({label: state}, params, label=label)
-        story = story_of(detection_of(state), kept, params)
+        story = story_of(state.detection, kept, params)
         raise ExplosionError(
             f"{label}: gave up after {num} non-finite steps in a row, none of which "
             f"was taken. {story} Try a smaller learning rate, rollback=True or an "
@@ -154,7 +151,7 @@ def _is_stuck(state: SkipExplosionsState, params: Any) -> bool:
     """Whether the last step was non-finite since parameters are NaN."""
     leaves = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
     arrays = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
-    if not int(count(detection_of(state), "nonfinite_updates_in_a_row")):
+    if not int(count(state.detection, "nonfinite_updates_in_a_row")):
         return False
     return any(bool(jnp.any(jnp.isnan(x))) for x in arrays)
 

@@ -17,7 +17,6 @@ from optaxclip.reporting.states import (
     check_one_run,
     find_recorders,
     params_of,
-    record_of,
 )
 
 
@@ -116,7 +115,7 @@ def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> 
     if label not in recorders:
         raise ValueError(f"label={label!r} is no recorder; found {sorted(recorders)}")
     check_one_run(label, recorders[label])
-    state = record_of(recorders[label])
+    state = recorders[label].record
     state = jax.device_get(state)
     window, num_steps = len(state.rows), int(state.counts[0])
     step = np.arange(max(0, num_steps - window), num_steps)

@@ -12,11 +12,6 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from optaxclip.clipping.by_norm import ClipByNormState
-from optaxclip.explosions.state import (
-    DetectExplosionsState,
-    SkipExplosionsState,
-)
 from optaxclip.reporting.scalars import scalars_of
 from optaxclip.reporting.states import (
     find_states,
@@ -115,9 +110,8 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
       >>> print(found["clip/norm"], found["clip/clipped_fraction"])
       5.0 1.0
     """
-    states = {
-        label: _without_optimizer(x) for label, x in find_states(opt_state).items()
-    }
+    # What is not read is not passed: arguments of a program cost microseconds each.
+    states = {label: x.read_by_metrics for label, x in find_states(opt_state).items()}
     leaves, structure = jax.tree.flatten(params_of(params))
     structure = None if params is None else structure
     if not all(isinstance(x, jax.Array | np.ndarray) for x in leaves):
@@ -136,19 +130,6 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
         for block in packed.blocks
     ]
     return {name: values[block][place] for name, block, place in packed.places}
-
-
-def _without_optimizer(state: Any) -> Any:
-    """The state without what `metrics` does not read."""
-    if isinstance(state, ClipByNormState):
-        # What is not read is not passed: arguments of a program cost microseconds each.
-        return state._replace(limit_state=())
-    if isinstance(state, SkipExplosionsState):
-        explosions = _without_optimizer(state.explosions)
-        return state._replace(explosions=explosions, inner_state=(), snapshots=())
-    if isinstance(state, DetectExplosionsState):
-        return state._replace(rule_states=((), (), ()))
-    return state
 
 
 @functools.partial(

@@ -31,11 +31,6 @@ from optaxclip.norms.scopes import find_scopes
 from optaxclip.numerics import divide, normalize_norms, root_sum_squares
 from optaxclip.recording import NO_LOSS, RecordState, rows_of
 from optaxclip.reporting.history import totals_of
-from optaxclip.reporting.states import (
-    detection_of,
-    record_of,
-    runs_of,
-)
 
 VANISHED = 1e-6
 """A leaf has vanished if its norm is at most this share of the norm of all updates."""
@@ -56,13 +51,13 @@ def scalars_of(
         params = structure.unflatten(leaves or [0] * structure.num_leaves)
     found = []
     for label, state in states.items():
-        runs = runs_of(state)
+        runs = state.runs
 
         def read(state, params, label=label):
-            if isinstance(state, ClipByNormState):
+            if not hasattr(state, "record"):
                 return _clip_metrics(state)
-            parts = _record_metrics(label, record_of(state), params)
-            if not isinstance(state, RecordState):
+            parts = _record_metrics(label, state.record, params)
+            if hasattr(state, "detection"):
                 parts.append(_explosion_metrics(state))
             return parts
 
@@ -72,8 +67,7 @@ def scalars_of(
         # One `vmap` for each axis of runs, so that the code reads one run.
         for _ in runs:
             read = jax.vmap(read)
-        is_clip = isinstance(state, ClipByNormState)
-        layout = (state if is_clip else record_of(state)).layout
+        layout = state.layout
         for part in read(state, over):
             for column, values in part.items():
                 names = [f"{label}/{column}"]
@@ -144,8 +138,8 @@ def _ratios(norms: jax.Array, layout: Layout, label: str, params: Any):
 
 
 def _explosion_metrics(state: Any) -> dict[str, jax.Array]:
-    result, noticed = {}, detection_of(state)
-    if isinstance(state, SkipExplosionsState):
+    result, noticed = {}, state.detection
+    if hasattr(state, "inner_state"):
         num_skipped = count(noticed, "skipped")
         # Before the first step the share is 0, not NaN.
         num_steps = jnp.maximum(count(noticed, "steps"), 1)
@@ -181,7 +175,7 @@ def _explosion_metrics(state: Any) -> dict[str, jax.Array]:
 
 def was_taken(state: SkipExplosionsState) -> jax.Array:
     """Whether the last step was not skipped; True before any. bool `[...]`."""
-    noticed = detection_of(state)
+    noticed = state.detection
     last_step = count(noticed, "steps") - 1
     return (count(noticed, "last_skipped") != last_step) | (last_step < 0)
 

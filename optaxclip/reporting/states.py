@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import numpy as np
 
 from optaxclip.clipping.by_norm import ClipByNormState
 from optaxclip.explosions.state import DetectExplosionsState, SkipExplosionsState
@@ -19,26 +18,13 @@ EMPTY = {"layout", "limit_state", "snapshots"}
 
 def find_recorders(opt_state: Any) -> dict[str, Any]:
     """The states that hold a recorder, by their label; the error of none."""
-    found = {
-        label: state
-        for label, state in find_states(opt_state).items()
-        if not isinstance(state, ClipByNormState)
-    }
+    states = find_states(opt_state)
+    found = {label: x for label, x in states.items() if hasattr(x, "record")}
     if not found:
         raise ValueError(
             "found no state of record, detect_explosions or skip_explosions"
         )
     return found
-
-
-def record_of(state: Any) -> RecordState:
-    """The recorder of a `record`, `detect_explosions` or `skip_explosions`."""
-    return state if isinstance(state, RecordState) else detection_of(state).record
-
-
-def detection_of(state: Any) -> DetectExplosionsState:
-    """What a `detect_explosions` or `skip_explosions` noticed."""
-    return state.explosions if isinstance(state, SkipExplosionsState) else state
 
 
 def find_states(opt_state: Any) -> dict[str, Any]:
@@ -69,9 +55,8 @@ def find_states(opt_state: Any) -> dict[str, Any]:
                     "different ones with label="
                 )
             found[label] = state
-            if isinstance(state, SkipExplosionsState):
-                # A clip or a recorder may stand inside of what skips.
-                visit(state.inner_state)
+            # A clip or a recorder may stand inside of what skips.
+            visit(getattr(state, "inner_state", ()))
 
     visit(opt_state)
     return found
@@ -93,17 +78,10 @@ def params_of(params: Any) -> Any:
     return params.params if is_train_state else params
 
 
-def runs_of(state: Any) -> tuple[int, ...]:
-    """The axes of a state of several runs, as `jax.vmap` stacks them; () for one."""
-    if isinstance(state, ClipByNormState):
-        return np.shape(state.num_steps)
-    return np.shape(record_of(state).counts)[:-1]
-
-
 def check_one_run(label: str, state: Any) -> None:
     """Raises the error of a state of several runs."""
-    if runs_of(state):
+    if state.runs:
         raise ValueError(
-            f"{label!r} holds runs {list(runs_of(state))}, and this reads one run: "
+            f"{label!r} holds runs {list(state.runs)}, and this reads one run: "
             "give jax.tree.map(lambda x: x[i], opt_state)"
         )
