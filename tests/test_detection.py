@@ -44,6 +44,15 @@ def test_explosions_are_caught(found):
     assert found.alive == 100
 
 
+def test_the_sweep_of_constants_begins_at_the_defaults(detection, traces, verdicts):
+    constants = importlib.import_module("constants")
+    chosen = [i for i, x in enumerate(traces) if x.group in ("A.finite", "D.layer")][:8]
+    found = detection.watch([traces[i] for i in chosen], constants.variant("norm", {}))
+    for i, verdict in zip(chosen, found, strict=True):
+        np.testing.assert_array_equal(verdict.fired, verdicts[i].fired)
+        assert verdict.fired[:, 1:].any()
+
+
 def test_healthy_steps_pass(found):
     assert found.false_alarms <= 10
     assert found.early <= 10
