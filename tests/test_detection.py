@@ -44,6 +44,7 @@ def test_explosions_are_caught(found):
     assert found.alive == 100
 
 
+@pytest.mark.slow
 def test_the_sweep_of_constants_begins_at_the_defaults(detection, traces, verdicts):
     constants = importlib.import_module("constants")
     chosen = [i for i, x in enumerate(traces) if x.group in ("A.finite", "D.layer")][:8]
@@ -132,6 +133,17 @@ def naive_rise(signal):
     return margins
 
 
+def naive_floor(signal):
+    """Likewise, above 1/1000 of the geometric mean of the first eight."""
+    known = np.flatnonzero((signal > 0) & (signal < np.inf))
+    logs = np.log(np.where(np.isfinite(signal) & (signal > 0), signal, 1))
+    margins = np.full(len(signal), np.inf)
+    for step in range(known[0] + 1, len(signal)):
+        first = known[known < step][:8]
+        margins[step] = logs[step] - logs[first].mean() - math.log(1e-3)
+    return margins
+
+
 def naive_share(norms, leaf, is_finite):
     """The least of how far above their limits the last three values were.
 
@@ -175,10 +187,13 @@ def naive(trace):
     norms = np.where(is_finite, np.sqrt((trace.leaves**2).sum(axis=1)), np.inf)
     shares = [naive_share(norms, leaf, is_finite) for leaf in trace.leaves.T]
     return {
-        "norm": naive_scalar(norms, 3, 3),
+        "norm": np.minimum(naive_scalar(norms, 3, 3), naive_floor(norms)),
         "share": np.max(shares, axis=0),
-        "loss": np.maximum(
-            naive_scalar(trace.loss, 2.4, 1.7, 2.5, 0.01), naive_rise(trace.loss)
+        "loss": np.minimum(
+            np.maximum(
+                naive_scalar(trace.loss, 2.4, 1.7, 2.5, 0.01), naive_rise(trace.loss)
+            ),
+            naive_floor(trace.loss),
         ),
     }
 

@@ -25,12 +25,9 @@ MODULE_OF = {x: optax.contrib for x in optimizers_of(optax.contrib)}
 MODULE_OF |= {x: optax for x in optimizers_of(optax)}
 
 
-def names(quick: set[str]) -> list[Any]:
-    """Every optimizer of Optax; those that are not `quick` run with `-m slow`."""
-    return [
-        pytest.param(x, marks=[] if x in quick else [pytest.mark.slow])
-        for x in MODULE_OF
-    ]
+every_optimizer = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) for name in MODULE_OF]
+)
 
 
 # Every optimizer in every wrapper, to the bit.
@@ -90,7 +87,7 @@ def train(name, tx, dtype, num_steps=12) -> Any:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("name", names(quick=set()))
+@every_optimizer
 def test_trains_as_the_bare_one_to_the_bit(name, dtype, request):
     if dtype == "float64":
         request.getfixturevalue("x64")
@@ -196,7 +193,7 @@ def run_on(function, tx, start) -> Any:
 
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
 @pytest.mark.parametrize("surface", [parabola, rosenbrock])
-@pytest.mark.parametrize("name", names(quick={"sgd"}))
+@every_optimizer
 def test_converges_where_the_bare_one_does(name, surface, dtype):
     """Within 3 %; the bare one within 1 %, and without an explosion on its way."""
     if name not in SETTINGS:
@@ -218,7 +215,7 @@ def test_converges_where_the_bare_one_does(name, surface, dtype):
 # What wraps an optimizer that is wrapped.
 
 
-@pytest.mark.parametrize("name", names(quick={"adam"}))
+@every_optimizer
 def test_its_hyperparameters_can_be_injected(name):
     factory = getattr(MODULE_OF[name], name)
     settings = SETTINGS.get(name, {"learning_rate": 0.1})
@@ -243,7 +240,7 @@ def test_its_hyperparameters_can_be_injected(name):
     chex.assert_trees_all_close(injected, updates_of(stabilized(**settings)), rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", names(quick={"adam"}))
+@every_optimizer
 def test_accumulation_in_it_is_that_of_the_bare_one(name):
     bare: Any = optax.MultiSteps(make_optimizer(MODULE_OF[name], name), 2)
     tx = optaxclip.stabilize(bare, max_norm=1e6)
@@ -267,7 +264,7 @@ def test_accumulation_in_it_is_that_of_the_bare_one(name):
 # Sharded parameters.
 
 
-@pytest.mark.parametrize("name", names(quick={"adam"}))
+@every_optimizer
 def test_types_of_a_sharded_state_stay(name):
     """Of `init` and `update`, under `jit` and without, on a mesh of explicit axes."""
     explicit = (jax.sharding.AxisType.Explicit,)
@@ -373,12 +370,12 @@ def test_apply_if_finite(make, momentum):
     """It takes the fifth NaN, after two and two; ours never takes one."""
     tx = make(optax.sgd(1.0, momentum))
     params = jnp.array(0.0)
-    state = tx.init(params)
-    expected = 0.0
+    state, expected = tx.init(params), 0.0
+    update = jax.jit(lambda g, s, p, value: tx.update(g, s, p, value=value))
     for grad in (1, jnp.nan, jnp.nan, 1, jnp.nan, jnp.nan, jnp.nan):
         gradient = jax.grad(lambda p, x: p * x)(params, jnp.float32(grad))
         value = jnp.float32(1)
-        updates, state = tx.update(gradient, state, params, value=value)
+        updates, state = update(gradient, state, params, value)
         params = optax.apply_updates(params, updates)
         is_taken = bool(np.isfinite(grad))
         expected -= is_taken
