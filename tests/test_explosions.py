@@ -200,6 +200,7 @@ def test_counts_and_the_step_at_which_it_began():
         "age": 0,
         "strikes": 0,
         "last_rollback": -1,
+        "last_skipped": -1,
         "last": 35,
     }
     assert read_step(state, "nonfinite").step == 22

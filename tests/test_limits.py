@@ -171,7 +171,14 @@ CASES = {
     "short quantile": case("quantile", target=0.883, initial_norm=9.0, rate=0.5),
 }
 EACH_KIND = ["minimum", *(name for name in CASES if "short" in name)]
-every_limit = pytest.mark.parametrize("name", CASES)
+LIKE_ANOTHER = {"maximum", "fraction_of_start"}  # "minimum" and "short start"
+every_limit = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=[pytest.mark.slow] if x in LIKE_ANOTHER else [])
+        for x in CASES
+    ],
+)
 # The same code with other numbers is slow.
 each_kind_of_limit = pytest.mark.parametrize(
     "name",

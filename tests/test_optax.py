@@ -365,7 +365,7 @@ def test_per_example_clip():
 
 
 @pytest.mark.parametrize("make", [optaxclip.skip_explosions, optaxclip.stabilize])
-@pytest.mark.parametrize("momentum", [None, 0.0])
+@pytest.mark.parametrize("momentum", [None, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_apply_if_finite(make, momentum):
     """It takes the fifth NaN, after two and two; ours never takes one."""
     tx = make(optax.sgd(1.0, momentum))
