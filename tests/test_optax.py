@@ -315,17 +315,19 @@ def test_clip():
     ("make", "sizes_of"),
     [
         (optaxclip.clip_by_norm, lambda tree: [optax.tree.norm(tree)]),
-        (
+        pytest.param(
             optaxclip.block_rms,
             lambda tree: [jnp.sqrt(jnp.mean(x**2)) for x in jax.tree.leaves(tree)],
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             optaxclip.agc,
             lambda tree: jax.tree.leaves(
                 jax.tree.map(
                     lambda x, p: jnp.linalg.norm(x) / jnp.linalg.norm(p), tree, PARAMS
                 )
             ),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["clip_by_global_norm", "clip_by_block_rms", "adaptive_grad_clip"],
