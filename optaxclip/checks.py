@@ -82,8 +82,7 @@ def with_extra_args(
 
     Optax goes by the type alone, and so would drop those of `optax.MultiSteps`.
     """
-    kinds = [x.kind for x in inspect.signature(inner.update).parameters.values()]
-    if inspect.Parameter.VAR_KEYWORD in kinds:
+    if _takes_any(inner.update):
         return optax.GradientTransformationExtraArgs(inner.init, inner.update)
     return optax.with_extra_args_support(inner)
 
@@ -141,10 +140,14 @@ def check_structure(old: Any, new: Any) -> None:
 
 def takes_value(update: Callable) -> bool:
     """Whether an optimizer's `update` can be called with `value=`."""
-    parameters = inspect.signature(update).parameters
-    kinds = [x.kind for x in parameters.values()]
     # Optax refuses what an optimizer does not name, so not every one can have the loss.
-    return "value" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+    return _takes_any(update) or "value" in inspect.signature(update).parameters
+
+
+def _takes_any(update: Callable) -> bool:
+    """Whether it takes extra arguments by any name."""
+    kinds = [x.kind for x in inspect.signature(update).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def value_of(extra_args: dict[str, Any]) -> Any:

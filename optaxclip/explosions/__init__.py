@@ -94,9 +94,9 @@ With `rollback=True` also:
    exploded were skipped, so it knows nothing of them.
 5. With `cool_down` a rollback also sets a factor for the updates. Within the first 64
    steps it is `cool_down`, later the larger of `cool_down` and 1/16 (`cool_down` where
-   the factor is no more than 1/16 already). A rollback that
-   follows another within 300 steps divides the factor by 8, to `cool_down` or less,
-   down to 1/4096. Each healthy step multiplies it by `recovery`, up to 1.
+   the factor is no more than 1/16 already). A rollback that follows another within 300
+   steps divides the factor by 8, to `cool_down` or less, down to 1/4096. Each healthy
+   step multiplies it by `recovery`, up to 1.
 6. If the parameters are NaN, the run is given up at once.
 
 Without `rollback`, the third explosion in a row multiplies the updates by `cool_down`.

@@ -15,9 +15,9 @@ from optaxclip.xla import materialize
 
 RULES = ("nonfinite", "norm", "share", "loss")
 
-# The figures below are false alarms in 10,000 healthy steps of 72 recorded runs, and
-# percent of their explosions that are noticed. `tests/benchmarks/constants.py` changes
-# each number alone and prints them.
+# The figures below are false alarms in 10,000 healthy steps of the 72 recorded runs on
+# which the rules were tuned, and percent of their explosions that are noticed.
+# `tests/benchmarks/constants.py` changes each number alone and prints them.
 
 # Below 1/1000 of where norm and loss began nothing has exploded. Without noise both
 # fall by any factor, and a schedule-free average lets them rise again by nearly as

@@ -10,7 +10,6 @@ import numpy as np
 from jax import lax
 
 from optaxclip.explosions.rules import RULES
-from optaxclip.norms.names import Layout
 from optaxclip.numerics import saturating_cast
 from optaxclip.recording import RecordState
 from optaxclip.xla import stack_scalars
@@ -71,16 +70,6 @@ class DetectExplosionsState(NamedTuple):
     def detection(self) -> DetectExplosionsState:
         """Itself, as `detection` of what holds one."""
         return self
-
-    @property
-    def layout(self) -> Layout:
-        """That of the record."""
-        return self.record.layout
-
-    @property
-    def runs(self) -> tuple[int, ...]:
-        """As of a `RecordState`."""
-        return self.record.runs
 
     @property
     def read_by_metrics(self) -> DetectExplosionsState:
@@ -188,16 +177,6 @@ class SkipExplosionsState(NamedTuple):
     def record(self) -> RecordState:
         """That of the detection."""
         return self.explosions.record
-
-    @property
-    def layout(self) -> Layout:
-        """That of the record."""
-        return self.record.layout
-
-    @property
-    def runs(self) -> tuple[int, ...]:
-        """As of a `RecordState`."""
-        return self.record.runs
 
     @property
     def read_by_metrics(self) -> SkipExplosionsState:

@@ -68,8 +68,8 @@ compares a signal with its own past.
 
 The spread of `log_quantile` is how far the last 128 values lie above their median, on a
 logarithmic scale. A loss may have either sign: where one of the values is negative, the
-scale is linear. The default rules use the first four and `fraction_of_start`;
-`help(optaxclip.explosions)` says for which signal.
+scale is linear. The default rules use `log_quantile`, `drift`, `above_lowest` and
+`fraction_of_start`; `help(optaxclip.explosions)` says for which signal.
 
 ## Sources
 

@@ -11,6 +11,7 @@ from optaxclip.explosions.rules import RULES
 from optaxclip.explosions.state import (
     DetectExplosionsState,
     Event,
+    SkipExplosionsState,
     count,
     read_step,
 )
@@ -150,7 +151,7 @@ def _counted(state: Any) -> str:
     ]
     text = f"{count(noticed, 'exploded')} of {count(noticed, 'steps')} steps exploded"
     text += f": {', '.join(reasons)}." if reasons else "."
-    if hasattr(state, "inner_state") and count(noticed, "exploded"):
+    if isinstance(state, SkipExplosionsState) and count(noticed, "exploded"):
         num_skipped = int(count(noticed, "skipped"))
         num_rollbacks = int(count(noticed, "rollbacks"))
         was = "was" if num_skipped == 1 else "were"

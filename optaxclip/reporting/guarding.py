@@ -96,12 +96,12 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
         (
             num_nonfinite[label]
             for label, state in states.items()
-            if hasattr(state, "inner_state")
+            if isinstance(state, SkipExplosionsState)
         ),
         default=0,
     )
     for label, state in states.items():
-        if hasattr(state, "inner_state"):
+        if isinstance(state, SkipExplosionsState):
             _check_skipping(label, state, params)
         # A detector in front of `skip_explosions` sees what that has skipped.
         elif num_nonfinite[label] > num_skipped:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optaxclip.explosions.state import SkipExplosionsState
 from optaxclip.reporting.scalars import was_taken
 from optaxclip.reporting.states import find_states
 
@@ -39,7 +40,7 @@ def taken(opt_state: Any, *, label: str | None = None) -> jax.Array:
     found = {
         name: state
         for name, state in find_states(opt_state).items()
-        if hasattr(state, "inner_state") and label in (None, name)
+        if isinstance(state, SkipExplosionsState) and label in (None, name)
     }
     if not found:
         of_label = "" if label is None else f" with the label {label!r}"

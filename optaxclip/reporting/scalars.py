@@ -51,7 +51,8 @@ def scalars_of(
         params = structure.unflatten(leaves or [0] * structure.num_leaves)
     found = []
     for label, state in states.items():
-        runs = state.runs
+        kept = getattr(state, "record", state)
+        runs, layout = kept.runs, kept.layout
 
         def read(state, params, label=label):
             if not hasattr(state, "record"):
@@ -67,7 +68,6 @@ def scalars_of(
         # One `vmap` for each axis of runs, so that the code reads one run.
         for _ in runs:
             read = jax.vmap(read)
-        layout = state.layout
         for part in read(state, over):
             for column, values in part.items():
                 names = [f"{label}/{column}"]
@@ -139,7 +139,7 @@ def _ratios(norms: jax.Array, layout: Layout, label: str, params: Any):
 
 def _explosion_metrics(state: Any) -> dict[str, jax.Array]:
     result, noticed = {}, state.detection
-    if hasattr(state, "inner_state"):
+    if isinstance(state, SkipExplosionsState):
         num_skipped = count(noticed, "skipped")
         # Before the first step the share is 0, not NaN.
         num_steps = jnp.maximum(count(noticed, "steps"), 1)

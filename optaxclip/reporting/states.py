@@ -80,8 +80,9 @@ def params_of(params: Any) -> Any:
 
 def check_one_run(label: str, state: Any) -> None:
     """Raises the error of a state of several runs."""
-    if state.runs:
+    runs = getattr(state, "record", state).runs
+    if runs:
         raise ValueError(
-            f"{label!r} holds runs {list(state.runs)}, and this reads one run: "
+            f"{label!r} holds runs {list(runs)}, and this reads one run: "
             "give jax.tree.map(lambda x: x[i], opt_state)"
         )
