@@ -9,16 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 from jax.typing import ArrayLike
 
 from optaxclip.checks import check_label, check_leaves, own_state
-from optaxclip.clipping.rescaling import clip_factor, fits_limit, power_of_two, rescale
-from optaxclip.limits.limit import LimitLike, as_limit
+from optaxclip.clipping.rescaling import fits_limit, rescale_scopes
+from optaxclip.clipping.responding import (
+    RESPONSES,
+    Respond,
+    band,
+    check_respond,
+    raise_to,
+)
+from optaxclip.limits.limit import LimitLike
 from optaxclip.norms.measuring import check_ord, measure
-from optaxclip.norms.names import Layout, Per, Stacked, layout_of
-from optaxclip.norms.scopes import check_per, find_scopes
-from optaxclip.numerics import increment, next_count, saturating_cast, widen
+from optaxclip.norms.names import Layout, Per, Stacked, Where, layout_of
+from optaxclip.norms.scopes import Scopes, check_per, find_scopes
+from optaxclip.norms.units import UnitAxis
+from optaxclip.numerics import increment, next_count, saturating_cast
 
 
 class ClipByNormState(NamedTuple):
@@ -40,6 +47,9 @@ class ClipByNormState(NamedTuple):
     """int32: on how many steps so far the scope held inf or NaN."""
     limit_state: Any
     """State of the limit."""
+    target: Any
+    """As `norm`: the norms that the response asked for; +inf for those left as they
+    were. () for a cap, where they follow from norm and limit."""
     layout: Layout
     """No arrays: the kind of the scopes, so that `metrics` can name them."""
 
@@ -60,7 +70,11 @@ Bound = ArrayLike | Callable[[jax.Array], ArrayLike]
 def clip_by_norm(
     max_norm: LimitLike,
     *,
+    min_norm: LimitLike | None = None,
+    respond: Respond = "cap",
     per: Per = "tree",
+    where: Where | None = None,
+    unit_axis: UnitAxis | None = None,
     ord: float = 2,
     specs: Any = None,
     stacked: Stacked | None = None,
@@ -81,22 +95,29 @@ def clip_by_norm(
       max_norm: The limit, in the unit of the norm: a number >= 0, a function of the
         number of steps so far (an Optax schedule), or a `Limit`. A traced limit
         that is negative or NaN gives zeros.
+      min_norm: Scales a smaller norm, but zero, up to this one: a band. As `max_norm`,
+        which wins where it is smaller; where it is bad or +inf, there is no such bound.
+      respond: What becomes of a norm n with the limit c. "cap": `min(n, c)`. "soft":
+        `n * c / (n + c)`, smooth. "set": c, also for a smaller norm, but zero.
       per: What one norm is taken over. "tree": all leaves. "leaf": each array. "unit":
-        each output unit, over all axes but the last; vectors whole. A function from a
-        leaf's name (`"rnn/hh/kernel"`) to the name of its group: each group.
+        each output unit, over all axes but `unit_axis`; vectors whole. A function from
+        a leaf's name (`"rnn/hh/kernel"`) to the name of its group: each group.
+      where: True for the names of the leaves to measure and clip; others pass through.
+      unit_axis: For "unit", the axis that counts output units, or a function of names;
+        without stacked axes. By default the last, in layers of Equinox the first.
       ord: Order of the norm: any number >= 1, or `math.inf`.
       specs: Inside `jax.shard_map`, the tree (or prefix) of `PartitionSpec`s that the
         parameters have.
-      stacked: True for the names of leaves whose axis 0 runs over layers (scanned
-        layers); each layer then counts as a leaf of its own.
+      stacked: For a leaf's name, how many of its leading axes run over layers or
+        experts (True is 1); each of these arrays then counts as a leaf of its own.
       label: Under which name the state and the metrics appear.
 
     Returns:
       The transformation, with the state `{label: ClipByNormState}`.
 
     Raises:
-      ValueError: At `init` if `specs` or `stacked` does not fit the parameters, or in
-        `update` without `params` if the limit needs them.
+      ValueError: At `init` if `specs`, `stacked` or `unit_axis` does not fit the
+        parameters, or in `update` without `params` if the limit needs them.
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
@@ -106,15 +127,24 @@ def clip_by_norm(
       >>> print(jnp.round(updates["w"], 3), state["clip"].norm)
       [0.6 0.8] 5.0
 
-    Reference: Pascanu et al., arXiv:1211.5063, section 3.2, algorithm 1.
+    Reference: Pascanu et al., arXiv:1211.5063, section 3.2, algorithm 1; "soft": Yang
+    et al., arXiv:2206.07136, equation 6.
     """
-    limit = as_limit(max_norm)
     check_per(per)
     check_ord(ord)
+    check_respond(respond)
     check_label(label)
+    if min_norm is not None and respond != "cap":
+        raise ValueError(f'min_norm= needs respond="cap", not {respond!r}')
+    if unit_axis is not None and per != "unit":
+        raise ValueError(f'unit_axis= needs per="unit", not {per!r}')
+    limit = band(max_norm, min_norm)
+    is_cap = min_norm is None and respond == "cap"
 
     def scopes_of(tree):
-        return find_scopes(tree, per, specs=specs, stacked=stacked)
+        return find_scopes(
+            tree, per, specs=specs, stacked=stacked, where=where, unit_axis=unit_axis
+        )
 
     def init(params):
         scopes = scopes_of(params)
@@ -134,6 +164,7 @@ def clip_by_norm(
             limit_state=limit.init(
                 jax.tree.map(lambda n, norm: n.astype(norm.dtype), scopes.sizes(), like)
             ),
+            target=() if is_cap else full(jnp.inf),
             layout=layout_of(params, per, stacked),
         )
         return {label: state}
@@ -147,27 +178,19 @@ def clip_by_norm(
             [x.shape for x in jax.tree.leaves(tree)] for tree in (state.norm, norms)
         )
         check_leaves(made_for, found, updates, params)
-        seen = jax.tree.map(
-            lambda n, like: saturating_cast(n, like.dtype), norms, state.norm
-        )
+        seen = _cast(norms, state.norm)
         param_norms = None
         if limit.needs_params and params is not None:
-            param_scopes = scopes_of(params)
-            if [x.shape for x in param_scopes.leaves] != [
-                x.shape for x in scopes.leaves
-            ]:
-                raise ValueError(
-                    "the limit compares each scope with its parameters, but params do "
-                    "not have the leaves of the updates; optax.masked hides leaves"
-                )
-            param_norms, _ = measure(params, param_scopes, ord)
-            param_norms = jax.tree.map(
-                lambda n, like: saturating_cast(n, like.dtype), param_norms, seen
-            )
-        limits, limit_state = limit.update(seen, state.limit_state, param_norms)
-        limits = jax.tree.map(
-            lambda x, n: jnp.broadcast_to(x, n.shape).astype(n.dtype), limits, seen
+            param_norms = _measure_params(params, scopes_of(params), scopes, ord)
+            param_norms = _cast(param_norms, seen)
+        (limits, least), limit_state = limit.update(
+            seen, state.limit_state, param_norms
         )
+        limits = _broadcast(limits, seen)
+        targets = jax.tree.map(RESPONSES[respond], norms, excess, limits)
+        if least is not None:
+            least = _broadcast(least, seen)
+            targets = jax.tree.map(raise_to, targets, norms, least, limits)
         fits = jax.tree.map(fits_limit, norms, excess, limits)
         state = ClipByNormState(
             num_steps=next_count(state.num_steps),
@@ -185,22 +208,32 @@ def clip_by_norm(
                 norms,
             ),
             limit_state=limit_state,
+            target=() if is_cap else _cast(targets, seen),
             layout=state.layout,
         )
-        pre = jax.tree.map(power_of_two, norms, limits)
-        post = jax.tree.map(clip_factor, norms, excess, limits, fits, pre)
-
-        def clip(x, leaf, *numbers):
-            if not leaf.is_gradient:
-                return x
-            # Without the barrier XLA shares the conversion of a bfloat16 leaf with the
-            # norm, and stores the whole leaf in float32.
-            x = lax.optimization_barrier(jnp.asarray(x))
-            return rescale(widen(x, numbers[0].dtype), *numbers).astype(x.dtype)
-
-        leaves, structure = jax.tree.flatten(updates)
-        numbers = map(scopes.spread, (pre, post, norms, excess, limits))
-        leaves = map(clip, leaves, scopes.leaves, *numbers)
-        return jax.tree.unflatten(structure, leaves), {label: state}
+        updates = rescale_scopes(updates, scopes, norms, excess, targets)
+        return updates, {label: state}
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _cast(norms: Any, like: Any) -> Any:
+    """The norms in the dtypes of others; finite ones stay finite."""
+    return jax.tree.map(lambda n, other: saturating_cast(n, other.dtype), norms, like)
+
+
+def _broadcast(limits: Any, norms: Any) -> Any:
+    """The limits in the shapes and dtypes of the norms."""
+    return jax.tree.map(
+        lambda x, n: jnp.broadcast_to(x, n.shape).astype(n.dtype), limits, norms
+    )
+
+
+def _measure_params(params: Any, own: Scopes, scopes: Scopes, ord: float) -> Any:
+    """The norms of the parameters, whose scopes must be those of the updates."""
+    if [x.shape for x in own.leaves] != [x.shape for x in scopes.leaves]:
+        raise ValueError(
+            "the limit compares each scope with its parameters, but params do not have "
+            "the leaves of the updates; optax.masked hides leaves"
+        )
+    return measure(params, own, ord)[0]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optaxclip.norms.scopes import Scopes
 from optaxclip.numerics import accumulator, divide, is_gradient, scale, where, widen
 
 
@@ -28,38 +29,58 @@ def fits_limit(norm, excess, limit):
 # end it would compute again for every element, in the loop that reads it.
 
 
-def power_of_two(norm, limit):
-    """The first of two factors: 1, unless limit / norm is too small for one float."""
+def power_of_two(norm, target):
+    """The first of two factors: 1, unless target / norm is outside of one float."""
     tiny = jnp.finfo(norm.dtype).tiny
-    limit = limit.astype(norm.dtype)
-    return 1 / where((limit > 0) & (limit < tiny * norm), 1 / tiny, 1)
+    is_small = (target > 0) & (target < tiny * norm)
+    is_large = (norm > 0) & (norm < tiny * target) & (target < jnp.inf)
+    return 1 / where(is_small, 1 / tiny, where(is_large, tiny, 1))
 
 
-def clip_factor(norm, excess, limit, fits, pre):
-    """The second factor: limit / norm, 1 if it fits, 0 if one of the two is bad."""
-    is_bad = ~jnp.isfinite(norm) | ~(limit > 0)
-    limit = limit.astype(norm.dtype) / excess
-    dividend = where(fits, 1, where(is_bad, 0, limit))
-    return dividend / where(fits | is_bad, 1, norm * pre)
+def rescale_factor(norm, excess, target, pre):
+    """The second factor: target / norm, 1 if it is +inf, 0 if one of the two is bad."""
+    is_bad = ~jnp.isfinite(norm) | ~(target > 0)
+    is_left = ~is_bad & (target == jnp.inf)
+    dividend = where(is_left, 1, where(is_bad, 0, target / excess))
+    return dividend / where(is_left | is_bad, 1, norm * pre)
 
 
 @jax.custom_jvp
-def rescale(x, pre, post, norm, excess, limit):
-    """Multiplies by pre * post, which is 1 or limit / (norm * excess)."""
+def rescale(x, pre, post, norm, excess, target):
+    """Multiplies by pre * post, which is 1 or target / (norm * excess)."""
     return scale(scale(x, pre), post)
 
 
 @rescale.defjvp
 def _rescale_jvp(primals, tangents):
     # By hand, in ratios: the derivative of 1 / norm leaves the range of floats early.
-    x, pre, post, norm, excess, _ = primals
-    d_x, _, _, d_norm, _, d_limit = tangents
-    is_clipped = (pre < 1) | (post < 1)
+    x, pre, post, norm, excess, target = primals
+    d_x, _, _, d_norm, _, d_target = tangents
     direction = divide(divide(x, where(norm > 0, norm, 1)), excess)
-    direction = where(is_clipped & jnp.isfinite(norm), direction, 0)
+    direction = where((target < jnp.inf) & jnp.isfinite(norm), direction, 0)
     d_x = d_x - scale(direction, d_norm)
-    d_out = scale(scale(d_x, pre), post) + scale(direction, d_limit.astype(norm.dtype))
+    d_out = scale(scale(d_x, pre), post) + scale(direction, d_target)
     return rescale(*primals), d_out
+
+
+def rescale_scopes(
+    updates: Any, scopes: Scopes, norms: Any, excess: Any, targets: Any
+) -> Any:
+    """The updates with each scope brought from its norm to its target."""
+    pre = jax.tree.map(power_of_two, norms, targets)
+    post = jax.tree.map(rescale_factor, norms, excess, targets, pre)
+
+    def rescaled(x, leaf, *numbers):
+        if not leaf.is_gradient:
+            return x
+        # Without the barrier XLA shares the conversion of a bfloat16 leaf with the
+        # norm, and stores the whole leaf in float32.
+        x = lax.optimization_barrier(jnp.asarray(x))
+        return rescale(widen(x, numbers[0].dtype), *numbers).astype(x.dtype)
+
+    leaves, structure = jax.tree.flatten(updates)
+    numbers = map(scopes.spread, (pre, post, norms, excess, targets))
+    return jax.tree.unflatten(structure, map(rescaled, leaves, scopes.leaves, *numbers))
 
 
 def limit_updates(
@@ -75,7 +96,7 @@ def limit_updates(
     def limited(u):
         if not is_gradient(u):
             return u
-        # The barrier is that of `clip_by_norm`.
+        # The barrier is that of `rescale_scopes`.
         u = lax.optimization_barrier(jnp.asarray(u))
         dtype = accumulator([u])
         return scale(widen(u, dtype), factor.astype(dtype)).astype(u.dtype)

@@ -13,6 +13,7 @@ from jax import lax
 from optaxclip.norms.names import Per, Stacked
 from optaxclip.norms.reduction import reduce_leaves, reduce_scopes
 from optaxclip.norms.scopes import Scopes, find_scopes
+from optaxclip.norms.units import UnitAxis
 
 
 def global_norm(tree: Any, *, ord: float = 2, specs: Any = None) -> jax.Array:
@@ -50,8 +51,8 @@ def leaf_norms(
       tree: As in `global_norm`.
       ord: As in `global_norm`.
       specs: As in `global_norm`.
-      stacked: True for the names of leaves whose axis 0 runs over layers (scanned
-        layers); each layer is then a leaf of its own.
+      stacked: For a leaf's name, how many of its leading axes run over layers or
+        experts (True is 1); each of these arrays is then a leaf of its own.
 
     Returns:
       `[num_leaves]`, dtype as in `global_norm`.
@@ -66,16 +67,23 @@ def leaf_norms(
 
 
 def unit_norms(
-    tree: Any, *, ord: float = 2, specs: Any = None, stacked: Stacked | None = None
+    tree: Any,
+    *,
+    unit_axis: UnitAxis | None = None,
+    ord: float = 2,
+    specs: Any = None,
+    stacked: Stacked | None = None,
 ) -> Any:
-    """Gives the norm of each output unit: over all axes of a leaf but the last.
+    """Gives the norm of each output unit: over all axes of a leaf but one.
 
     Vectors and scalars are one unit each (Brock et al., arXiv:2102.06171, section 4.1).
 
     Args:
       tree: As in `global_norm`.
+      unit_axis: The axis that counts output units, or a function of names; without
+        stacked axes. By default the last, in layers of Equinox the first.
       ord: As in `global_norm`.
-      specs: As in `global_norm`. The result is sharded as the last axis is.
+      specs: As in `global_norm`. The result is sharded as that axis is.
       stacked: As in `leaf_norms`; the norms of such a leaf have shape
         `[layers, units]`, or `[layers]` where each layer is a vector.
 
@@ -89,7 +97,7 @@ def unit_norms(
       >>> print(optaxclip.unit_norms(tree)["kernel"])
       [5. 1.]
     """
-    norms = _norms(tree, "unit", ord, specs, stacked)
+    norms = _norms(tree, "unit", ord, specs, stacked, unit_axis)
     structure = jax.tree.structure(tree)
     return jax.tree.unflatten(structure, norms if structure.num_leaves else ())
 
@@ -163,9 +171,17 @@ def measure_leaves(tree: Any, scopes: Scopes) -> tuple[jax.Array, jax.Array]:
     return reduce_leaves(gradients, scopes=scopes)
 
 
-def _norms(tree: Any, per: Per, ord: float, specs: Any, stacked: Stacked | None) -> Any:
+def _norms(
+    tree: Any,
+    per: Per,
+    ord: float,
+    specs: Any,
+    stacked: Stacked | None,
+    unit_axis: UnitAxis | None = None,
+) -> Any:
     check_ord(ord)
-    return measure(tree, find_scopes(tree, per, specs=specs, stacked=stacked), ord)[0]
+    scopes = find_scopes(tree, per, specs=specs, stacked=stacked, unit_axis=unit_axis)
+    return measure(tree, scopes, ord)[0]
 
 
 def _as_array(x: Any) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -13,8 +14,13 @@ Per = Literal["tree", "leaf", "unit"] | Callable[[str], str]
 """What one norm is taken over; a function maps a leaf's name to its group's name."""
 
 
-Stacked = Callable[[str], bool]
-"""True for the names of leaves whose axis 0 runs over layers."""
+Stacked = Callable[[str], bool | int]
+"""For the name of a leaf, how many of its leading axes run over layers, experts or
+other arrays of their own; True stands for 1."""
+
+
+Where = Callable[[str], bool]
+"""True for the names of the leaves that are measured and clipped."""
 
 
 def leaf_names(tree: Any, *, stacked: Stacked | None = None) -> list[str]:
@@ -23,14 +29,14 @@ def leaf_names(tree: Any, *, stacked: Stacked | None = None) -> list[str]:
     Args:
       tree: Any tree. The trailing `/value` of Flax nnx variables is left out; a tree
         that is a single array is called "array".
-      stacked: True for the names of leaves whose axis 0 runs over layers; each layer
-        gets a name of its own.
+      stacked: For a leaf's name, how many of its leading axes run over layers (or
+        layers and experts); True is 1. Each layer gets a name of its own.
 
     Returns:
       One name per leaf, or per layer of a stacked leaf.
 
     Raises:
-      ValueError: If `stacked` picks a leaf without axes.
+      ValueError: If `stacked` gives a leaf more axes than it has.
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
@@ -43,13 +49,33 @@ def leaf_names(tree: Any, *, stacked: Stacked | None = None) -> list[str]:
     names = []
     for path, leaf in jax.tree.leaves_with_path(tree):
         name = path_name(path)
-        if stacked is not None and stacked(name):
-            if not np.ndim(leaf):
-                raise ValueError(f"stacked= picks {name!r}, which has no axis 0")
-            names += [f"{name}[{layer}]" for layer in range(np.shape(leaf)[0])]
-        else:
-            names.append(name)
+        names += layer_names(name, stacked_shape(name, np.shape(leaf), stacked))
     return names
+
+
+def stacked_shape(
+    name: str, shape: tuple[int, ...], stacked: Stacked | None
+) -> tuple[int, ...]:
+    """The lengths of a leaf's stacked axes; () if it is not stacked."""
+    num_axes = 0 if stacked is None else stacked(name)
+    if not isinstance(num_axes, numbers.Integral | np.bool_) or int(num_axes) < 0:
+        raise TypeError(
+            f"stacked= must give {name!r} True, False or a number of axes, not "
+            f"{num_axes!r}"
+        )
+    if int(num_axes) > len(shape):
+        raise ValueError(
+            f"stacked= gives {name!r} {int(num_axes)} leading axes, but its shape is "
+            f"{shape}"
+        )
+    return shape[: int(num_axes)]
+
+
+def layer_names(name: str, layers: tuple[int, ...]) -> list[str]:
+    """The names of a leaf's layers; its own if it is not stacked."""
+    if not layers:
+        return [name]
+    return [f"{name}[{', '.join(map(str, layer))}]" for layer in np.ndindex(*layers)]
 
 
 def group_names(
@@ -86,8 +112,13 @@ def group_names(
 class LeafLayout(NamedTuple):
     """Layout of one leaf."""
 
-    layers: tuple[()] | tuple[tuple[()], ...]
-    """One () for each layer of a stacked leaf, none for any other."""
+    layers: tuple[tuple[tuple[()], ...], ...]
+    """For each stacked axis a () for each of its layers: `shape` without numbers."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The lengths of the stacked axes; () if the leaf is not stacked."""
+        return tuple(map(len, self.layers))
 
 
 class _AnyTree(tuple):
@@ -152,7 +183,10 @@ def layout_of(tree: Any, per: Per, stacked: Stacked | None) -> Layout:
         leaf
         if isinstance(leaf, optax.MaskedNode)
         else LeafLayout(
-            ((),) * np.shape(leaf)[0] if stacked and stacked(path_name(path)) else ()
+            tuple(
+                ((),) * n
+                for n in stacked_shape(path_name(path), np.shape(leaf), stacked)
+            )
         )
         for path, leaf in paths_and_leaves
     ]
@@ -191,15 +225,15 @@ def scope_names(layout: Layout, num_scopes: int, label: str, params: Any) -> lis
     names = leaf_names(params)
     return [
         name
-        for i, num_layers in scope_leaves(layout, num_scopes, label, params)
-        for name in [f"{names[i]}[{k}]" for k in range(num_layers)] or [names[i]]
+        for i, layers in scope_leaves(layout, num_scopes, label, params)
+        for name in layer_names(names[i], layers)
     ]
 
 
 def scope_leaves(
     layout: PerLeaf | PerUnit, num_scopes: int, label: str, params: Any
-) -> list[tuple[int, int]]:
-    """Which leaves of `params` a state has, and how many layers, 0 if not stacked."""
+) -> list[tuple[int, tuple[int, ...]]]:
+    """Which leaves of `params` a state has, and the lengths of their stacked axes."""
     structure = jax.tree.structure(params)
     error = ValueError(
         f"params, with {structure.num_leaves} leaves, does not have the structure that "
@@ -208,7 +242,7 @@ def scope_leaves(
     if layout.tree == ():
         if structure.num_leaves != num_scopes:
             raise error
-        return [(i, 0) for i in range(num_scopes)]
+        return [(i, ()) for i in range(num_scopes)]
     remaining = iter(range(structure.num_leaves))
 
     def walk(node, structure):
@@ -219,7 +253,7 @@ def scope_leaves(
         if isinstance(node, LeafLayout):
             if not jax.tree_util.treedef_is_leaf(structure):
                 raise error
-            return [(next(remaining), len(node.layers))]
+            return [(next(remaining), node.shape)]
         children = structure.children()
         if len(children) != len(node):
             raise error

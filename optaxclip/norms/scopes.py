@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
-from optaxclip.norms.names import Per, Stacked, group_names, leaf_names, path_name
+from optaxclip.norms.names import (
+    Per,
+    Stacked,
+    Where,
+    group_names,
+    leaf_names,
+    path_name,
+    stacked_shape,
+)
+from optaxclip.norms.units import UnitAxis, default_unit_axes, find_unit_axis
 from optaxclip.numerics import is_gradient
 
 # XLA makes a chain of additions of a sum of numbers that lie apart, and on CPU takes
@@ -26,7 +35,8 @@ class Leaf(NamedTuple):
     kept: tuple[int, ...]
     """Axes that are not summed: each of their indices is a part with its own sum."""
     is_gradient: bool
-    """False for integers, keys, float0 and zero-size leaves: their norm is 0."""
+    """False for leaves that `where` leaves out, and for integers, keys, float0 and
+    zero-size leaves: their norm is 0."""
     mesh_axes: tuple[str, ...]
     """Manual mesh axes, sorted, over which the summed axes are sharded."""
     kept_mesh_axes: tuple[str, ...]
@@ -151,22 +161,29 @@ class Scopes(NamedTuple):
 
 
 def find_scopes(
-    tree: Any, per: Per, *, specs: Any = None, stacked: Stacked | None = None
+    tree: Any,
+    per: Per,
+    *,
+    specs: Any = None,
+    stacked: Stacked | None = None,
+    where: Where | None = None,
+    unit_axis: UnitAxis | None = None,
 ) -> Scopes:
-    """The scopes that `per` makes of a tree; the errors of `specs` and `stacked`."""
+    """The scopes that `per` makes of a tree; the errors of the other arguments."""
     paths_and_leaves = jax.tree.leaves_with_path(tree)
     names = leaf_names(tree, stacked=stacked)
+    axes = default_unit_axes(tree) if per == "unit" else [-1] * len(paths_and_leaves)
     leaves = []
-    for (path, leaf), spec in zip(
-        paths_and_leaves, _leaf_specs(specs, paths_and_leaves), strict=True
+    for (path, leaf), spec, default in zip(
+        paths_and_leaves, _leaf_specs(specs, paths_and_leaves), axes, strict=True
     ):
         shape, name = np.shape(leaf), path_name(path)
         kept = ()
         if per != "tree":
-            is_stacked = stacked is not None and stacked(name)
-            kept = (0,) if is_stacked else ()
+            kept = tuple(range(len(stacked_shape(name, shape, stacked))))
             if per == "unit" and len(shape) - len(kept) > 1:
-                kept += (len(shape) - 1,)
+                axis = default if unit_axis is None else unit_axis
+                kept += (find_unit_axis(name, shape, len(kept), axis),)
         entries = tuple(spec) + (None,) * (len(shape) - len(spec))
         kept_mesh_axes = _manual_axes([entries[axis] for axis in kept])
         if per != "unit" and kept_mesh_axes:
@@ -175,7 +192,8 @@ def find_scopes(
                 "stacked= every device needs all layers"
             )
         mesh_axes = _manual_axes([e for i, e in enumerate(entries) if i not in kept])
-        leaves.append(Leaf(shape, kept, is_gradient(leaf), mesh_axes, kept_mesh_axes))
+        is_measured = is_gradient(leaf) and (where is None or bool(where(name)))
+        leaves.append(Leaf(shape, kept, is_measured, mesh_axes, kept_mesh_axes))
     if isinstance(per, str):
         if per == "unit" and not leaves:
             # One number stands for a tuple of arrays of any length, so that the state

@@ -124,7 +124,7 @@ def _ratios(norms: jax.Array, layout: Layout, label: str, params: Any):
         return None
     found = scope_leaves(layout, len(norms), label, params)
     tree = [leaves[i] for i, _ in found]
-    scopes = find_scopes(tree, "leaf", stacked=lambda i: found[int(i)][1] > 0)
+    scopes = find_scopes(tree, "leaf", stacked=lambda i: len(found[int(i)][1]))
     param_norms, param_norm = measure_leaves(tree, scopes)
 
     def ratio(norm, unit):
@@ -185,9 +185,13 @@ def _clip_metrics(state: ClipByNormState) -> list[dict[str, jax.Array]]:
     norm, limit, num_clipped, num_nonfinite = map(jax.tree.leaves, fields)
     (num_steps,) = jax.tree.leaves(state.num_steps)
     num_steps = jnp.maximum(num_steps, 1).astype(jnp.float32)
+    # Of a cap the target is the limit, for norms above it.
+    target = jax.tree.leaves(state.target) or [
+        jnp.where(n <= x, jnp.inf, x) for n, x in zip(norm, limit, strict=True)
+    ]
     columns = {
         "norm": norm,
-        "norm_after": list(map(_norm_after, norm, limit)),
+        "norm_after": list(map(_norm_after, norm, target)),
         "limit": limit,
         "clipped_fraction": [n.astype(jnp.float32) / num_steps for n in num_clipped],
         "num_nonfinite": num_nonfinite,
@@ -201,9 +205,9 @@ def _clip_metrics(state: ClipByNormState) -> list[dict[str, jax.Array]]:
     return [largest, columns]
 
 
-def _norm_after(norm: jax.Array, limit: jax.Array) -> jax.Array:
-    fits = ~jnp.isfinite(norm) | (norm <= limit)
-    return jnp.where(fits, norm, jnp.where(limit > 0, limit, 0))
+def _norm_after(norm: jax.Array, target: jax.Array) -> jax.Array:
+    is_left = ~jnp.isfinite(norm) | (target == jnp.inf)
+    return jnp.where(is_left, norm, jnp.where(target > 0, target, 0))
 
 
 def _per_name(arrays: list[jax.Array], layout: Layout) -> jax.Array:
@@ -212,7 +216,8 @@ def _per_name(arrays: list[jax.Array], layout: Layout) -> jax.Array:
         return jnp.asarray(arrays[0])
     leaves = leaf_layouts(layout.tree) or [LeafLayout(())] * len(arrays)
     rows = [
-        jnp.max(jnp.reshape(array, (max(len(leaf.layers), 1), -1)), axis=1, initial=0)
+        jnp.max(array, axis=tuple(range(len(leaf.shape), array.ndim)), initial=0)
         for array, leaf in zip(arrays, leaves, strict=True)
     ]
+    rows = [jnp.reshape(row, -1) for row in rows]
     return jnp.concatenate(rows) if rows else jnp.zeros(0)

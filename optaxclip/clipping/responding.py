@@ -1,0 +1,87 @@
+"""Which norm a scope gets for the one it has: what each response makes of a limit.
+
+A target of +inf leaves the scope as it is. One that is negative or NaN, from a traced
+limit, gives zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip.clipping.rescaling import fits_limit
+from optaxclip.limits.limit import Limit, LimitLike, as_limit
+from optaxclip.numerics import divide, where
+
+Respond = Literal["cap", "soft", "set"]
+"""What becomes of a norm n with the limit c: `min(n, c)`, `n * c / (n + c)`, or c."""
+
+
+def cap(norm: jax.Array, excess: jax.Array, limit: jax.Array) -> jax.Array:
+    """At most the limit."""
+    return where(fits_limit(norm, excess, limit), jnp.inf, limit.astype(norm.dtype))
+
+
+def soft(norm: jax.Array, excess: jax.Array, limit: jax.Array) -> jax.Array:
+    """A little less than the norm far below the limit, nearly the limit far above."""
+    limit = limit.astype(norm.dtype)
+    is_large = norm > limit
+    # n * c / (n + c) by the ratio of the smaller to the larger: the sum may overflow.
+    smaller, larger = where(is_large, limit, norm), where(is_large, norm, limit)
+    ratio = divide(smaller, where(larger > 0, larger, 1))
+    target = smaller / (1 + where(is_large, divide(ratio, excess), ratio))
+    return set_to(norm, excess, where(limit > 0, target, limit))
+
+
+def set_to(norm: jax.Array, excess: jax.Array, limit: jax.Array) -> jax.Array:
+    """The limit, also for a smaller norm; a zero has no direction and stays."""
+    del excess
+    return where(norm == 0, jnp.inf, limit.astype(norm.dtype))
+
+
+RESPONSES: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]]
+RESPONSES = {"cap": cap, "soft": soft, "set": set_to}
+
+
+def raise_to(target: jax.Array, norm: jax.Array, least: jax.Array, limit: jax.Array):
+    """The target; where the norm is below `least`, that, but never above the limit."""
+    # +inf stands for a bound that is not yet learned.
+    is_known = (least > 0) & (least < jnp.inf)
+    least = jnp.minimum(least, limit).astype(norm.dtype)
+    # As much room as `fits_limit` has.
+    room = 1 - 4 * jnp.finfo(norm.dtype).eps
+    is_low = is_known & (norm > 0) & (norm < least * room)
+    return where(is_low, least, target)
+
+
+def band(max_norm: LimitLike, min_norm: LimitLike | None) -> Limit:
+    """Two limits in one, with a pair of limits; without `min_norm` (limits, None)."""
+    upper = as_limit(max_norm)
+    if min_norm is None:
+
+        def update_upper(norms, state, param_norms=None):
+            limits, state = upper.update(norms, state, param_norms)
+            return (limits, None), state
+
+        return upper._replace(update=update_upper)
+    lower = as_limit(min_norm)
+
+    def init(sizes):
+        return upper.init(sizes), lower.init(sizes)
+
+    def update(norms, state, param_norms=None):
+        # Both learn from the norms that came in.
+        limits, upper_state = upper.update(norms, state[0], param_norms)
+        least, lower_state = lower.update(norms, state[1], param_norms)
+        return (limits, least), (upper_state, lower_state)
+
+    return Limit(init, update, upper.needs_params or lower.needs_params)
+
+
+def check_respond(respond: str) -> None:
+    """Raises the error of an unknown response."""
+    if respond not in RESPONSES:
+        raise ValueError(f"respond must be one of {tuple(RESPONSES)}, not {respond!r}")

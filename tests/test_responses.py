@@ -1,0 +1,342 @@
+"""What each response makes of a norm, against float64 NumPy; bands; `where`."""
+
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optaxclip
+from optaxclip import limits
+
+RESPONSES = ("cap", "soft", "set")
+
+
+def target_of(respond, norm, limit):
+    """The naive definition."""
+    if norm == 0:
+        return 0.0
+    if respond == "soft":
+        return norm * limit / (norm + limit)
+    return limit if respond == "set" else min(norm, limit)
+
+
+def clipped(clip, updates) -> Any:
+    return clip.update(updates, clip.init(updates), updates)
+
+
+NORMS = [0.0, 2e-38, 1e-30, 1e-3, 0.999, 1.0, 7.0, 1e19, 3e38]
+LIMITS = [1e-37, 1e-12, 0.5, 1.0, 1e30, 3e38]
+
+
+@pytest.mark.parametrize("respond", RESPONSES)
+@pytest.mark.parametrize("limit", LIMITS)
+def test_target_of_every_finite_norm(respond, limit):
+    clip = optaxclip.clip_by_norm(limit, respond=respond, per="leaf")
+    # Of the later leaves every sum of squares is that of two elements.
+    updates = [jnp.array([x]) for x in NORMS]
+    updates += [jnp.array([0.6 * x, -0.8 * x]) for x in NORMS]
+    found, state = clipped(clip, updates)
+    for before, after in zip(updates, found, strict=True):
+        x = np.asarray(before, np.float64)
+        norm = np.sqrt(np.sum(x**2))
+        target = target_of(respond, norm, limit)
+        expected = x * (target / norm) if norm else x
+        # Elements that end below the smallest normal float may become 0.
+        np.testing.assert_allclose(after, expected, rtol=2e-6, atol=1.2e-38)
+    after = optaxclip.metrics({"clip": state["clip"]})["clip/norm_after"]
+    largest = max(target_of(respond, x, limit) for x in NORMS)
+    np.testing.assert_allclose(after, largest, rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("respond", RESPONSES)
+def test_target_in_every_dtype(respond, dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        rng = np.random.default_rng(0)
+        updates = {"w": jnp.asarray(rng.normal(size=(4, 3)), dtype)}
+        for limit in (0.5, 20.0):
+            clip = optaxclip.clip_by_norm(limit, respond=respond)
+            after = clipped(clip, updates)[0]["w"]
+            x = np.asarray(updates["w"], np.float64)
+            norm = np.linalg.norm(x)
+            expected = x * (target_of(respond, norm, limit) / norm)
+            assert after.dtype == dtype
+            rtol = 2 * float(jnp.finfo(dtype).eps) + 1e-15
+            np.testing.assert_allclose(np.asarray(after, float), expected, rtol=rtol)
+
+
+def test_a_norm_beyond_the_largest_float():
+    updates = {"w": jnp.full(16, 3e38)}
+    norm = 4 * np.float64(np.float32(3e38))
+    for respond in RESPONSES:
+        clip = optaxclip.clip_by_norm(1e38, respond=respond)
+        after = np.asarray(clipped(clip, updates)[0]["w"], np.float64)
+        expected = target_of(respond, norm, 1e38)
+        np.testing.assert_allclose(np.sqrt(np.sum(after**2)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("per", ["tree", "leaf", "unit", lambda name: name[0]])
+@pytest.mark.parametrize("respond", ["soft", "set"])
+def test_damage_stays_within_its_scope(per, respond):
+    clip = optaxclip.clip_by_norm(1.0, respond=respond, per=per)
+    updates = {"a": jnp.array([jnp.inf, 2.0]), "b": jnp.array([3.0, 4.0])}
+    after, state = clipped(clip, updates)
+    np.testing.assert_array_equal(after["a"], [np.nan, 0])
+    if per == "tree":
+        np.testing.assert_array_equal(after["b"], [0, 0])
+    else:
+        assert np.isfinite(after["b"]).all()
+        assert (after["b"] != 0).all()
+    assert sum(map(np.sum, jax.tree.leaves(state["clip"].num_nonfinite))) == 1
+
+
+@pytest.mark.parametrize("respond", ["soft", "set"])
+@pytest.mark.parametrize("limit", [0.0, -1.0, math.nan, math.inf])
+def test_limits_that_are_bad_or_none(respond, limit):
+    updates = {"w": jnp.array([3.0, 4.0])}
+    clip = optaxclip.clip_by_norm(jnp.asarray(limit), respond=respond)
+    after, state = clipped(clip, updates)
+    expected = updates["w"] if limit == math.inf else [0, 0]
+    np.testing.assert_array_equal(after["w"], expected)
+    found = optaxclip.metrics({"clip": state["clip"]})["clip/norm_after"]
+    np.testing.assert_allclose(found, 5.0 if limit == math.inf else 0.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("respond", RESPONSES)
+def test_derivative(respond):
+    x = np.array([0.3, -1.2, 2.0])
+
+    def clip(x, limit):
+        clip = optaxclip.clip_by_norm(limit, respond=respond)
+        return clip.update(x, clip.init(x))[0]
+
+    for limit in (0.7, 9.0):
+        with jax.enable_x64(True):
+            found = jax.jacobian(clip, argnums=(0, 1))(jnp.asarray(x), limit)
+        step = 1e-6
+        for i in range(3):
+            moved = x + step * np.eye(3)[i], x - step * np.eye(3)[i]
+            up, down = (
+                y * (target_of(respond, np.linalg.norm(y), limit) / np.linalg.norm(y))
+                for y in moved
+            )
+            np.testing.assert_allclose(
+                found[0][:, i], (up - down) / (2 * step), atol=1e-8
+            )
+        norm = np.linalg.norm(x)
+        up, down = (target_of(respond, norm, limit + s) for s in (step, -step))
+        slope = (up - down) / (2 * step)
+        np.testing.assert_allclose(found[1], x / norm * slope, atol=1e-8)
+
+
+@pytest.mark.parametrize("respond", RESPONSES)
+def test_derivative_at_zero_is_the_identity(respond):
+    clip = optaxclip.clip_by_norm(1.0, respond=respond)
+    x = jnp.zeros(2)
+    jacobian = jax.jacobian(lambda x: clip.update(x, clip.init(x))[0])(x)
+    np.testing.assert_array_equal(jacobian, np.eye(2))
+
+
+def test_band():
+    clip = optaxclip.clip_by_norm(2.0, min_norm=0.5, per="leaf")
+    updates = {"a": 0.1, "b": 0.5, "c": 1.0, "d": 2.0, "e": 3.0, "f": 0.0, "g": 1e-37}
+    updates = {name: jnp.array([x]) for name, x in updates.items()}
+    after, state = clipped(clip, updates)
+    found = np.concatenate(list(after.values()))
+    np.testing.assert_allclose(found, [0.5, 0.5, 1, 2, 2, 0, 0.5], rtol=1e-6)
+    for name in "bcd":  # to the bit
+        np.testing.assert_array_equal(after[name], updates[name])
+    np.testing.assert_array_equal(state["clip"].num_clipped, [0, 0, 0, 0, 1, 0, 0])
+    norms = optaxclip.metrics({"clip": state["clip"]}, updates)
+    assert norms["clip/norm_after/a"] == 0.5
+    assert norms["clip/norm_after/c"] == 1
+
+
+@pytest.mark.parametrize("least", [-1.0, math.nan, math.inf])
+def test_a_lower_bound_that_is_bad_or_not_yet_known_is_none(least):
+    clip = optaxclip.clip_by_norm(2.0, min_norm=jnp.asarray(least))
+    updates = {"w": jnp.array([0.1])}
+    np.testing.assert_array_equal(clipped(clip, updates)[0]["w"], updates["w"])
+
+
+def test_of_two_bounds_that_cross_the_upper_wins():
+    clip = optaxclip.clip_by_norm(1.0, min_norm=2.0, per="leaf")
+    after, _ = clipped(clip, [jnp.array([0.1]), jnp.array([1.5]), jnp.array([9.0])])
+    np.testing.assert_allclose(np.concatenate(after), [1, 1, 1], rtol=1e-6)
+
+
+def test_both_bounds_of_a_band_learn_from_the_norms_that_come_in():
+    learned = limits.ema(2.0, decay=0.5, warmup=2)
+    clip = optaxclip.clip_by_norm(
+        learned, min_norm=limits.ema(1.5, decay=0.5, warmup=2)
+    )
+    state, found = clip.init(jnp.ones(1)), []
+    for norm in [1.0, 0.1, 8.0]:
+        after, state = clip.update(jnp.array([norm]), state)
+        found.append(float(after[0]))
+    # In the second step the mean is 1, so the band is [1.5, 2]. Then it is that of 1
+    # and 0.1, which is 0.55.
+    np.testing.assert_allclose(found, [1, 1.5, 1.1], rtol=1e-6)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"respond must be one of .* not 'clip'"):
+        optaxclip.clip_by_norm(1.0, respond="clip")  # pyright: ignore
+    with pytest.raises(ValueError, match="min_norm= needs respond=\"cap\", not 'set'"):
+        optaxclip.clip_by_norm(1.0, respond="set", min_norm=0.5)
+    with pytest.raises(ValueError, match="max_norm must be >= 0"):
+        optaxclip.clip_by_norm(1.0, min_norm=-0.5)
+    with pytest.raises(ValueError, match="unit_axis= needs per=\"unit\", not 'leaf'"):
+        optaxclip.clip_by_norm(1.0, per="leaf", unit_axis=0)
+
+
+def test_where_measures_and_clips_the_chosen_leaves_alone():
+    updates = {"body": jnp.array([3.0, 4.0]), "head": jnp.array([1e30, jnp.nan])}
+    for per in ("tree", "leaf", "unit", lambda name: "all"):
+        clip = optaxclip.clip_by_norm(1.0, per=per, where=lambda name: name == "body")
+        after, state = clipped(clip, updates)
+        np.testing.assert_allclose(after["body"], [0.6, 0.8], rtol=1e-6)
+        np.testing.assert_array_equal(after["head"], updates["head"])
+        norms = jax.tree.leaves(state["clip"].norm)
+        np.testing.assert_allclose(np.hstack(norms).sum(), 5, rtol=1e-6)
+
+
+def test_where_also_measures_the_parameters_of_the_chosen_leaves_alone():
+    limit = limits.params(0.1)
+    clip = optaxclip.clip_by_norm(limit, where=lambda name: name == "a")
+    updates = {"a": jnp.array([1.0]), "b": jnp.array([1.0])}
+    params = {"a": jnp.array([2.0]), "b": jnp.array([1e9])}
+    after, _ = clip.update(updates, clip.init(params), params)
+    np.testing.assert_allclose(after["a"], [0.2], rtol=1e-6)
+
+
+def test_layers_and_experts_come_apart():
+    rng = np.random.default_rng(0)
+    stacked = jnp.asarray(rng.normal(size=(3, 5, 2, 2)), jnp.float32)
+    alone = [stacked[i, j] for i in range(3) for j in range(5)]
+    for per in ("leaf", "unit"):
+        clip = optaxclip.clip_by_norm(1.0, per=per, stacked=lambda name: 2)
+        after, state = clipped(clip, {"moe": stacked})
+        plain = optaxclip.clip_by_norm(1.0, per=per)
+        expected, unstacked = clipped(plain, alone)
+        np.testing.assert_array_equal(after["moe"].reshape(15, 2, 2), expected)
+        np.testing.assert_array_equal(
+            np.ravel(state["clip"].norm), np.ravel(unstacked["clip"].norm)
+        )
+        names = optaxclip.metrics({"clip": state["clip"]}, {"moe": stacked})
+        assert "clip/norm/moe[2, 4]" in names
+        assert len(names) == 5 * (1 + 15)
+
+
+def test_norms_of_many_experts_are_those_of_the_unstacked_tree():
+    """`[48, 384, 8, 8]`: 18,432 matrices."""
+    shape = 48, 384, 8, 8
+    x = jax.random.normal(jax.random.key(0), shape) * 10.0 ** jnp.arange(48).reshape(
+        48, 1, 1, 1
+    )
+    norms = optaxclip.leaf_norms({"w": x / 1e20}, stacked=lambda name: 2)
+    layers = [x[i] / 1e20 for i in range(48)]
+    expected = optaxclip.leaf_norms(layers, stacked=lambda name: 1)
+    np.testing.assert_array_equal(norms, expected)
+    some = optaxclip.leaf_norms([x[7, i] / 1e20 for i in range(20)])
+    np.testing.assert_allclose(norms[7 * 384 : 7 * 384 + 20], some, rtol=2e-7)
+
+
+@pytest.mark.parametrize(
+    ("stacked", "error", "match"),
+    [
+        (
+            lambda name: 3,
+            ValueError,
+            "stacked= gives 'w' 3 leading axes, but its shape",
+        ),
+        (lambda name: -1, TypeError, "stacked= must give 'w' True, False or a number"),
+        (lambda name: "w", TypeError, "stacked= must give 'w' True, False or a number"),
+    ],
+)
+def test_errors_of_stacked(stacked, error, match):
+    with pytest.raises(error, match=match):
+        optaxclip.leaf_norms({"w": jnp.ones((2, 2))}, stacked=stacked)
+
+
+class TestUnitAxis:
+    def test_agc_on_equinox_is_agc_on_the_transposed_flax_tree(self):
+        key = jax.random.key(0)
+        layer = eqx.nn.MLP(3, 4, 5, depth=2, key=key)
+        params = eqx.filter(layer, eqx.is_array)
+        grads = jax.tree.map(lambda x: jnp.cumsum(x, 0) * 10, params)
+        flax = [x.T for x in jax.tree.leaves(params)]
+        after, _ = _agc(params, grads)
+        expected, _ = _agc(flax, [x.T for x in jax.tree.leaves(grads)])
+        for found, other in zip(jax.tree.leaves(after), expected, strict=True):
+            np.testing.assert_array_equal(found, other.T)
+
+    def test_an_array_of_a_module_of_ones_own_keeps_the_last_axis(self):
+        class Own(eqx.Module):
+            weight: jax.Array
+            inner: eqx.nn.Linear
+
+        model = Own(jnp.ones((2, 3)), eqx.nn.Linear(4, 5, key=jax.random.key(0)))
+        norms = jax.tree.leaves(optaxclip.unit_norms(model))
+        assert [x.shape for x in norms] == [(3,), (5,), ()]
+
+    def test_a_choice_by_name(self):
+        tree = {"a": jnp.ones((2, 3, 4)), "b": jnp.ones((2, 3))}
+        axis = {"a": 1, "b": -2}
+        norms = optaxclip.unit_norms(tree, unit_axis=axis.__getitem__)
+        np.testing.assert_allclose(norms["a"], np.sqrt([8, 8, 8]), rtol=1e-6)
+        np.testing.assert_allclose(norms["b"], np.sqrt([3, 3]), rtol=1e-6)
+
+    def test_behind_stacked_axes(self):
+        x = jnp.arange(24.0).reshape(2, 3, 4)
+        norms = optaxclip.unit_norms({"w": x}, unit_axis=0, stacked=lambda name: True)
+        np.testing.assert_allclose(norms["w"], np.linalg.norm(x, axis=2), rtol=1e-6)
+
+    def test_an_axis_that_is_not_there(self):
+        with pytest.raises(ValueError, match=r"unit_axis= gives 'w' axis 2, but"):
+            optaxclip.unit_norms({"w": jnp.ones((2, 3))}, unit_axis=2)
+
+
+def _agc(params, grads) -> Any:
+    agc = optaxclip.agc(0.1)
+    return agc.update(grads, agc.init(params), params)
+
+
+class TestMuon:
+    """Muon scales a matrix's update by itself: a clip before it changes the others."""
+
+    @staticmethod
+    def train(clip):
+        # The matrix's gradient is 1e8 times that of the vector.
+        def loss(params):
+            return 1e8 * jnp.sum((params["w"] - 1) ** 2) + jnp.sum(
+                (params["b"] - 1) ** 2
+            )
+
+        tx = optax.chain(clip, optax.contrib.muon(0.05))
+        params = {"w": jnp.zeros((4, 4)), "b": jnp.zeros(4)}
+
+        @jax.jit
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        params = jax.lax.scan(step, (params, tx.init(params)), length=100)[0][0]
+        return float(jnp.max(jnp.abs(params["w"] - 1))), float(
+            jnp.max(jnp.abs(params["b"] - 1))
+        )
+
+    def test_a_norm_of_1e8_trains(self):
+        matrix, vector = self.train(optaxclip.clip_by_norm(1.0))
+        assert matrix < 0.3
+        assert vector < 0.3
+
+    def test_left_out_of_the_clip_the_others_train_as_without_it(self):
+        clip = optaxclip.clip_by_norm(1e3, where=lambda name: name != "w")
+        assert self.train(clip) == self.train(optax.identity())
