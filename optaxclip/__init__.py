@@ -70,7 +70,8 @@ These mean the same wherever they appear:
 | `per` | what one norm is taken over: `"tree"`, `"leaf"`, `"unit"`, or a function |
 | `ord` | order of the norm: a number >= 1, or `math.inf`; 2 by default |
 | `specs` | inside `jax.shard_map`, the `PartitionSpec`s of the parameters |
-| `stacked` | true for the names of leaves whose axis 0 runs over layers |
+| `stacked` | for a leaf's name, how many leading axes run over layers; true is 1 |
+| `where` | true for the names of the leaves that are measured and clipped |
 | `label` | the name of the state, `{label: state}`, and of its metrics; not empty |
 | `value` | of `update`: the loss, a real number, reduced over the devices |
 
@@ -184,12 +185,18 @@ XLA then stores the squares of the gradients before it adds them up.
 from optaxclip import limits as limits
 from optaxclip.clipping import ClipByNormState as ClipByNormState
 from optaxclip.clipping import ClipByValueState as ClipByValueState
+from optaxclip.clipping import SpamState as SpamState
 from optaxclip.clipping import adagc as adagc
 from optaxclip.clipping import agc as agc
+from optaxclip.clipping import aggc as aggc
 from optaxclip.clipping import autoclip as autoclip
 from optaxclip.clipping import block_rms as block_rms
+from optaxclip.clipping import clip_by_historical_norm as clip_by_historical_norm
 from optaxclip.clipping import clip_by_norm as clip_by_norm
 from optaxclip.clipping import clip_by_value as clip_by_value
+from optaxclip.clipping import gradient_stabilizer as gradient_stabilizer
+from optaxclip.clipping import spam as spam
+from optaxclip.clipping import stable_adam as stable_adam
 from optaxclip.clipping import zclip as zclip
 from optaxclip.explosions import DetectExplosionsState as DetectExplosionsState
 from optaxclip.explosions import SkipExplosionsState as SkipExplosionsState

@@ -118,6 +118,17 @@ def root_sum_squares(norms: jax.Array) -> jax.Array:
     return jnp.where(jnp.all(norms < jnp.inf), total, jnp.sum(norms))
 
 
+def root_mean_square(
+    first: jax.Array, second: jax.Array, share: jax.Array
+) -> jax.Array:
+    """`sqrt((1 - share) * first**2 + share * second**2)`; the squares may overflow."""
+    unit = safe_unit(jnp.maximum(first, second))
+    unit = jnp.where(unit > 0, unit, 1)
+    first, second = jnp.square(first / unit), jnp.square(second / unit)
+    mean = first + share * (second - first)
+    return jnp.where(mean > 0, unit * jnp.sqrt(jnp.where(mean > 0, mean, 1)), 0)
+
+
 def is_complex(x: jax.Array) -> bool:
     """Whether an array is complex."""
     return jnp.issubdtype(x.dtype, jnp.complexfloating)

@@ -2,6 +2,10 @@
 
 pip install torch==2.13.0 zclip==1.0.0 autoclip==0.2.1 pytorch_optimizer==4.1.0
 python tests/record_references.py
+
+Two are not on PyPI, and have to be in `PYTHONPATH`: `src` of the GitHub repository
+TianjinYellow/GradientStabilizer at d77016f, and `GRPO/verl/utils` of
+ZhiyuanLi218/AGGC at 786f86f.
 """
 
 import importlib
@@ -20,6 +24,7 @@ FILE = Path(__file__).with_name("references.json")
 NUM_STEPS = 500
 SPIKES = {40: 30, 101: 10, 137: 1000, 223: 10, 224: 100, 311: 300, 402: 1000, 490: 20}
 ZCLIP_CAP, AGC_RATIO = 3.0, 0.5
+AGGC_BAND = 0.5, 2.0
 
 Tree = dict[str, np.ndarray]
 """Leaves by name, sorted; of gradients, axis 0 runs over the steps."""
@@ -164,6 +169,77 @@ def agc(model):
     return step
 
 
+def gradient_stabilizer(model):
+    stabilizer = importlib.import_module("gradient_stabilizer").GradientStabilizer()
+
+    def step():
+        stabilizer(model)
+        return [p.grad.norm() for p in model]  # what it sets
+
+    return step
+
+
+def aggc(model):
+    package = importlib.import_module("grad_clip")
+    clipper = package.PerModuleGradClipper(
+        options=package.PerModuleGradNormOptions(
+            enable=True,
+            auto_bounds=True,
+            raise_small=True,
+            low_mult=AGGC_BAND[0],
+            high_mult=AGGC_BAND[1],
+            ema_beta=0.95,
+            min_norm=0.01,
+        ),
+        local_rank=1,
+    )
+    clipper.mod2params = {str(i): [p] for i, p in enumerate(model)}
+    clipper.modules = set(clipper.mod2params)
+    is_first = itertools.chain([np.inf] * len(model), itertools.repeat(0))
+
+    def step():
+        for i, p in enumerate(model):
+            clipper.module_sums[str(i)] = p.grad.square().sum().item()
+            # Ours starts there, without a limit on the first gradient; from 0, as it
+            # does alone, the second would be cut to a tenth.
+            clipper.module_ema.setdefault(str(i), p.grad.norm().item())
+        found = {x["module"]: x["upper"] for x in clipper.on_before_optimizer_step(0)}
+        return [next(is_first) or found[str(i)] for i in range(len(model))]
+
+    return step
+
+
+def spam(model):
+    # Without momentum the first moment is the clipped gradient.
+    optimizer = importlib.import_module("pytorch_optimizer").SPAM(
+        model, lr=1e-6, betas=(0.0, 0.999), update_proj_gap=1000, foreach=False
+    )
+
+    def step():
+        optimizer.step()
+        for p in model:
+            p.grad = optimizer.state[p]["exp_avg"].reshape(p.shape).clone()
+        return [np.inf for _ in model]
+
+    return step
+
+
+def stable_adam(model):
+    optimizer = importlib.import_module("pytorch_optimizer").StableAdamW(
+        model, lr=1.0, betas=(0.9, 0.999), weight_decay=0.0, foreach=False
+    )
+
+    def step():
+        for p in model:
+            p.data.zero_()
+        optimizer.step()
+        for p in model:
+            p.grad = -p.detach().clone()
+        return [np.inf for _ in model]
+
+    return step
+
+
 REFERENCES = {
     "zclip": Reference("zclip", "tree", zclip),
     "zclip_capped": Reference("zclip", "tree", partial(zclip, cap=ZCLIP_CAP)),
@@ -174,6 +250,15 @@ REFERENCES = {
     ),
     "adagc": Reference("pytorch_optimizer", "leaf", adagc),
     "agc": Reference("pytorch_optimizer", "unit", agc),
+    "gradient_stabilizer": Reference(
+        "gradient_stabilizer", "leaf", gradient_stabilizer
+    ),
+    "aggc": Reference("grad_clip", "leaf", aggc),
+}
+# Of these only what comes out is compared: they have no limit on a norm.
+OPTIMIZERS = {
+    "spam": Reference("pytorch_optimizer", "leaf", spam),
+    "stable_adam": Reference("pytorch_optimizer", "leaf", stable_adam),
 }
 
 
@@ -205,7 +290,7 @@ def main():
     assert norms_of(gradients, "unit").min() > 1e-6
     references = {
         name: record(reference, params, gradients)
-        for name, reference in REFERENCES.items()
+        for name, reference in (REFERENCES | OPTIMIZERS).items()
     }
     is_outlier = ~np.isnan(references["zclip"]["limits"][0])
     runs = [len([*run]) for key, run in itertools.groupby(is_outlier) if key]

@@ -1,11 +1,50 @@
 """Every public transformation and limit, a row or more each: what the laws run over."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import optaxclip
 from optaxclip import limits
+from optaxclip.numerics import is_gradient
+
+
+class SecondMoment(NamedTuple):
+    count: jax.Array
+    nu: Any
+
+
+def scale_by_second_moment() -> Any:
+    """An Adam without a first moment, which Optax's is not under strict promotion."""
+
+    def init(params):
+        def zeros(x):
+            return jnp.zeros_like(x, jnp.float32) if is_gradient(x) else x
+
+        return SecondMoment(jnp.zeros([], jnp.int32), jax.tree.map(zeros, params))
+
+    def update(updates, state, params=None):
+        count = state.count + 1
+        weight = 1 - 0.999 ** count.astype(jnp.float32)
+
+        def learn(g, v):
+            if not is_gradient(g):
+                return v
+            return 0.999 * v + 0.001 * jnp.square(g.astype(jnp.float32))
+
+        def scale(g, v):
+            if not is_gradient(g):
+                return g
+            root = jnp.sqrt(v / weight) + 1e-8
+            return (g.astype(jnp.float32) / root).astype(g.dtype)
+
+        nu = jax.tree.map(learn, updates, state.nu)
+        return jax.tree.map(scale, updates, nu), SecondMoment(count, nu)
+
+    return optax.GradientTransformation(init, update)
+
 
 REGISTRY: dict[str, Any] = {
     "clip_by_norm": lambda: optaxclip.clip_by_norm(1.0),
@@ -20,6 +59,15 @@ REGISTRY: dict[str, Any] = {
     "clip_by_norm schedule": lambda: optaxclip.clip_by_norm(
         optax.linear_schedule(2.0, 1.0, 10)
     ),
+    "clip_by_norm soft": lambda: optaxclip.clip_by_norm(
+        1.0, respond="soft", per="leaf", where=lambda name: name != "b"
+    ),
+    "clip_by_norm set": lambda: optaxclip.clip_by_norm(
+        1.0, respond="set", per="unit", unit_axis=0
+    ),
+    "clip_by_norm band": lambda: optaxclip.clip_by_norm(
+        limits.zscore(warmup=2), min_norm=0.5, per="leaf"
+    ),
     "clip_by_norm minimum": lambda: optaxclip.clip_by_norm(
         limits.minimum(limits.window_sigma(1.0, window=2), limits.quantile()),
         per="leaf",
@@ -31,6 +79,11 @@ REGISTRY: dict[str, Any] = {
     "adagc": lambda: optaxclip.adagc(warmup=2),
     "agc": lambda: optaxclip.agc(stacked=lambda name: name == "w"),
     "block_rms": lambda: optaxclip.block_rms(0.1),
+    "clip_by_historical_norm": lambda: optaxclip.clip_by_historical_norm(window=3),
+    "gradient_stabilizer": lambda: optaxclip.gradient_stabilizer(),
+    "aggc": lambda: optaxclip.aggc(0.5, 2.0, per=lambda name: name[:1]),
+    "spam": lambda: optaxclip.spam(warmup=2),
+    "stable_adam": lambda: optaxclip.stable_adam(scale_by_second_moment()),
     "detect_explosions": lambda: optaxclip.detect_explosions(
         stacked=lambda name: name == "w"
     ),
@@ -56,6 +109,7 @@ SKIPS = {"skip_explosions", "stabilize"}
 PASSES = {"detect_explosions", "record", "record per group"}
 # The label under which a clip's state stands; None where there is no label.
 LABELS = {name: None if "value" in name else "clip" for name in REGISTRY}
+LABELS |= {"spam": None, "stable_adam": None}  # a tuple, with the state of Adam
 LABELS |= {"autoclip": "auto", "skip_explosions": "skip"}
 LABELS |= {"record": "gradients", "record per group": "norms"}
 LABELS |= dict.fromkeys(("detect_explosions", "stabilize"), "explosions")
@@ -64,6 +118,12 @@ SLOW = {"clip_by_norm ord=1", "clip_by_norm ord=3", "clip_by_norm schedule"}
 SLOW |= {"clip_by_norm stacked", "clip_by_norm minimum"}
 SLOW |= {"detect_explosions", "skip_explosions"}  # "stabilize" holds both
 SLOW |= {"clip_by_norm per group", "autoclip", "block_rms", "record per group"}
+SLOW |= {
+    "clip_by_historical_norm",
+    "clip_by_norm soft",
+    "clip_by_norm set",
+    "gradient_stabilizer",
+}
 SLOW |= {"clip_by_norm per leaf", "clip_by_norm per unit", "zclip", "agc"}
 SLOW_TO_COMPOSE = SLOW | {"adagc"}
 SLOW_WITHOUT_JIT = SLOW | {"stabilize"}
@@ -76,8 +136,10 @@ LIMITS: dict[str, Any] = {
     "rms": lambda: limits.rms(1.0),
     "minimum": lambda: limits.minimum(limits.zscore(), 1.0),
     "maximum": lambda: limits.maximum(limits.zscore(), 1.0),
+    "with_global": lambda: limits.with_global(1.0, 1.0),
     "zscore": lambda: limits.zscore(2.5, warmup=2),
     "ema": lambda: limits.ema(1.05, warmup=2),
+    "mean_over_rms": lambda: limits.mean_over_rms(),
     "quantile": lambda: limits.quantile(0.5),
     "percentile": lambda: limits.percentile(10.0, window=3),
     "window_sigma": lambda: limits.window_sigma(3.0, window=2),

@@ -15,6 +15,7 @@ import pytest
 
 import optaxclip
 from conftest import stores_no_squares
+from optaxclip import limits
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="the bounds are those of XLA's CPU compiler"
@@ -23,6 +24,11 @@ pytestmark = pytest.mark.skipif(
 CLIPS = {
     "none": optax.identity(),
     "norm": optaxclip.clip_by_norm(1.0),
+    "soft": optaxclip.clip_by_norm(1.0, respond="soft"),
+    "set": optaxclip.clip_by_norm(1.0, respond="set"),
+    "band": optaxclip.clip_by_norm(1.0, min_norm=0.5),
+    "leaf": optaxclip.clip_by_norm(1.0, per="leaf"),
+    "global": optaxclip.clip_by_norm(limits.with_global(1.0, 5.0), per="leaf"),
     "value": optaxclip.clip_by_value(1.0),
     "zclip": optaxclip.zclip(),
     "autoclip": optaxclip.autoclip(),
@@ -115,6 +121,19 @@ def test_norm_reads_the_gradients_once():
     # is written: Adam scales the gradients as it reads them.
     added = cost("norm").accessed - cost("none").accessed
     assert 1.99 < added < 2.01
+
+
+@stores_no_squares
+@pytest.mark.parametrize(
+    ("name", "like"),
+    [("soft", "norm"), ("set", "norm"), ("band", "norm"), ("global", "leaf")],
+)
+def test_every_response_costs_what_a_cap_does(name, like):
+    found, cap = cost(name), cost(like)
+    assert abs(found.accessed - cap.accessed) < 1e-3
+    assert abs(found.temporaries - cap.temporaries) < 1e-3
+    for op in ("divide", "select", "compare"):
+        assert num_in_loops(op, found.hlo) == num_in_loops(op, cap.hlo)
 
 
 def test_norm_of_many_leaves_is_not_one_chain_of_additions():

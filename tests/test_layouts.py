@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import optaxclip
 from optaxclip import limits
+from registry import scale_by_second_moment
 
 
 class Layout(NamedTuple):
@@ -105,6 +106,16 @@ ROWS: dict[str, Callable] = {
     "clip_by_norm, ord=3": clip(4.0, ord=3, per="leaf"),
     "clip_by_norm, ord=inf": clip(1.0, ord=float("inf"), per=group),
     "clip_by_norm, limits.schedule": clip(SCHEDULE),
+    "clip_by_norm, soft": clip(3.0, respond="soft"),
+    "clip_by_norm, set": clip(3.0, respond="set", per="unit"),
+    "clip_by_norm, band": clip(3.0, min_norm=limits.quantile(), per="leaf"),
+    "clip_by_norm, where": clip(3.0, where=lambda name: "kernel" in name),
+    "limits.with_global": clip(limits.with_global(2.0, 3.0), per=group),
+    "gradient_stabilizer, limits.mean_over_rms": of(optaxclip.gradient_stabilizer),
+    "aggc": of(optaxclip.aggc, 0.5, 1.5, per=group),
+    "spam": lambda specs: optaxclip.spam(4.0, warmup=2),
+    "stable_adam": of(optaxclip.stable_adam, scale_by_second_moment(), max_rms=1.1),
+    "clip_by_historical_norm": of(optaxclip.clip_by_historical_norm, window=4),
     "limits.constant": clip(limits.constant(2.0), per="leaf"),
     "limits.minimum": clip(limits.minimum(limits.quantile(), SCHEDULE), per="leaf"),
     "limits.window_sigma": clip(limits.window_sigma(1.0, window=4)),
@@ -139,6 +150,7 @@ QUICK = (
     "clip_by_norm, ord=inf",
     "agc, limits.params",
     "block_rms, limits.rms",
+    "stable_adam",
     "skip_explosions, rollback",
     "record, per group",
 )
@@ -405,6 +417,8 @@ ALL_REDUCES = dict.fromkeys(ROWS, (0, 1, 1, 3)) | {
     "clip_by_value, schedule": (0, 0, 0, 0),
     "clip_by_norm, ord=3": (0, 2, 2, 6),
     "clip_by_norm, per unit": (0, 2, 1, 3),
+    "clip_by_norm, set": (0, 2, 1, 3),
+    "spam": (0, 0, 0, 0),
     "clip_by_norm, stacked units": (0, 2, 1, 3),
     "unit_norms": (0, 2, 1, 3),
     "agc, limits.params": (0, 3, 1, 4),

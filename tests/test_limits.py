@@ -133,6 +133,17 @@ def naive_fraction_of_start(norms, totals, fraction=1e-3, num_steps=8):
     ]
 
 
+def naive_mean_over_rms(norms, totals, decay=0.6, squares_decay=0.999):
+    mean = square = 0
+    found = []
+    for n, norm in enumerate(norms, start=1):
+        mean = decay * mean + (1 - decay) * norm
+        square = squares_decay * square + (1 - squares_decay) * norm**2
+        corrected = square / (1 - squares_decay**n)
+        found.append(mean / (1 - decay**n) / math.sqrt(corrected))
+    return found
+
+
 def naive_maximum(norms, totals):
     return np.maximum(naive_zscore(norms, totals), 3.0)
 
@@ -156,6 +167,7 @@ CASES = {
     "drift": case("drift"),
     "above_lowest": case("above_lowest"),
     "fraction_of_start": case("fraction_of_start"),
+    "mean_over_rms": case("mean_over_rms"),
     "minimum": (limits.minimum(limits.zscore(), 3.0), naive_minimum),
     "maximum": (limits.maximum(limits.zscore(), 3.0), naive_maximum),
     "short zscore": case("zscore", max_zscore=4.0, decay=0.8, warmup=7),
@@ -167,6 +179,7 @@ CASES = {
     ),
     "short drift": case("drift", max_ratio=1.3, window=5, patience=2),
     "short above_lowest": case("above_lowest", max_ratio=1.2, window=3),
+    "short mean_over_rms": case("mean_over_rms", decay=0.9, squares_decay=0.7),
     "short start": case("fraction_of_start", fraction=0.5, num_steps=3),
     "short quantile": case("quantile", target=0.883, initial_norm=9.0, rate=0.5),
 }

@@ -53,6 +53,7 @@ SHORT: dict[str, Any] = {
     "adagc": {"multiple": 1.2, "decay": 0.9, "warmup": 3, "max_warmup_norm": 5.0},
     "agc": {"max_ratio": 0.3, "eps": 0.2},
     "block_rms": {"max_rms": 2.0},
+    "clip_by_historical_norm": {"sigmas": 2.0, "window": 4},
 }
 COMPOSITIONS: dict[str, Any] = {
     "zclip": (limits.zscore(1.5, decay=0.9, warmup=3), "tree"),
@@ -60,6 +61,7 @@ COMPOSITIONS: dict[str, Any] = {
     "adagc": (limits.ema(1.2, decay=0.9, warmup=3, max_warmup_norm=5.0), "leaf"),
     "agc": (limits.params(0.3, eps=0.2), "unit"),
     "block_rms": (limits.rms(2.0), "leaf"),
+    "clip_by_historical_norm": (limits.window_sigma(2.0, window=4), "tree"),
 }
 
 
@@ -75,7 +77,9 @@ def test_a_method_is_the_composition_it_says(name):
     chex.assert_trees_all_equal_shapes(state, stacked.init(tree()))
 
 
-@pytest.mark.parametrize("name", ["zclip", "autoclip", "adagc"])
+@pytest.mark.parametrize(
+    "name", ["zclip", "autoclip", "adagc", "clip_by_historical_norm"]
+)
 def test_a_learned_method_takes_any_scope(name):
     def group(leaf: str) -> str:
         return "layers" if is_stacked(leaf) else "rest"
@@ -148,3 +152,169 @@ def test_parameters_are_measured_only_for_limits_that_need_them():
 
     assert num_reads(clip_by_norm(limits.minimum(limits.params(), 1.0))) > 0
     assert num_reads(clip_by_norm(limits.minimum(limits.rms(), 1.0))) == 0
+
+
+class TestGradientStabilizer:
+    def test_is_the_composition_it_says(self):
+        limit = limits.mean_over_rms(0.5, squares_decay=0.9)
+        found = updates_of(optaxclip.gradient_stabilizer(0.5, squares_decay=0.9))
+        expected = updates_of(clip_by_norm(limit, respond="set", per="leaf"))
+        chex.assert_trees_all_equal(found, expected)
+
+    def test_neither_the_unit_nor_the_size_of_a_spike_matters(self):
+        clip = optaxclip.gradient_stabilizer()
+        update = jax.jit(clip.update)
+
+        def norms(unit, spike):
+            state, found = clip.init([jnp.ones(1)]), []
+            for step in range(3000):
+                size = unit * (spike if step == 2999 else 1.0)
+                updates, state = update([jnp.array([size], jnp.float32)], state)
+                found.append(float(updates[0][0]))
+            return np.array(found)
+
+        ordinary = norms(1.0, 1e20)
+        np.testing.assert_allclose(ordinary[:-1], 1, rtol=1e-4)
+        # As its docstring says, but for the bias correction.
+        largest = (1 - 0.6) / np.sqrt(1 - 0.999) * np.sqrt(1 - 0.999**3000)
+        np.testing.assert_allclose(ordinary[-1], largest, rtol=1e-4)
+        np.testing.assert_allclose(norms(1e-25, 1e20), ordinary, rtol=1e-4)
+
+
+class TestAggc:
+    def test_band_around_the_mean_of_what_came_out(self):
+        clip = optaxclip.aggc(0.5, 2.0, decay=0.5, min_norm=0.01)
+        state, found = clip.init([jnp.ones(1)]), []
+        for norm in [1.0, 100.0, 0.1, jnp.nan, 0.0, 1.0]:
+            updates, state = clip.update([jnp.array([norm])], state)
+            found.append(float(updates[0][0]))
+        # Means: 1, 1.5, 1.125, and no change by NaN and zero.
+        np.testing.assert_allclose(found, [1, 2, 0.75, np.nan, 0, 1], rtol=1e-6)
+
+    def test_small_norms_are_raised_to_min_norm(self):
+        clip = optaxclip.aggc(0.5, 2.0, min_norm=0.01)
+        updates, _ = clip.update([jnp.array([1e-8])], clip.init([jnp.ones(1)]))
+        np.testing.assert_allclose(updates[0], [0.01], rtol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("low", "high", "match"),
+        [(0.95, 0.6, "high must be > 1, not 0.6"), (1.0, 2.0, r"low must be within")],
+    )
+    def test_an_empty_band_is_refused(self, low, high, match):
+        with pytest.raises(ValueError, match=match):
+            optaxclip.aggc(low, high)
+
+
+class TestSpam:
+    def test_equals_the_definition(self):
+        rng = np.random.default_rng(0)
+        grads = rng.standard_t(1.5, size=(200, 5)).astype(np.float32)
+        clip = optaxclip.spam(20.0, decay=0.9, warmup=5)
+        state, update = clip.init([jnp.zeros(5)]), jax.jit(clip.update)
+        v, num_clipped = np.zeros(5), 0
+        for step, g in enumerate(grads, start=1):
+            (found,), state = update([jnp.asarray(g)], state)
+            bound = np.sqrt(20 * v) if step >= 5 else np.full(5, np.inf)
+            expected = np.clip(g.astype(np.float64), -bound, bound)
+            num_clipped += np.sum(expected != g)
+            v = 0.9 * v + 0.1 * expected**2
+            np.testing.assert_allclose(found, expected, rtol=2e-6)
+        assert 10 < num_clipped < 300
+
+    def test_an_element_without_a_gradient_so_far_is_not_dead(self):
+        clip = optaxclip.spam(warmup=2)
+        state = clip.init(jnp.zeros(2))
+        for _ in range(30):
+            _, state = clip.update(jnp.array([1.0, 0.0]), state)
+        found, _ = clip.update(jnp.array([1.0, 1.0]), state)
+        np.testing.assert_array_equal(found, [1, 1])
+
+    def test_what_is_non_finite_or_huge(self):
+        clip = optaxclip.spam(4.0, decay=0.5, warmup=2)
+        state = clip.init(jnp.zeros(3))
+        for g in ([1e30, 1e-30, 1.0], [jnp.inf, jnp.nan, -jnp.inf]):
+            found, state = clip.update(jnp.array(g), state)
+        # v is half of the square: the bound is sqrt(2) of the first gradient.
+        np.testing.assert_allclose(found, [2**0.5 * 1e30, np.nan, -(2**0.5)], 1e-6)
+        found, state = clip.update(jnp.array([9e30, 9e-30, 9.0]), state)
+        expected = 2**0.5 * np.array([1e30, 1e-30, 1])
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+    def test_where_and_other_leaves(self):
+        clip = optaxclip.spam(4.0, warmup=2, where=lambda name: name == "a")
+        tree = {"a": jnp.ones(2), "b": jnp.ones((3, 3)), "n": jnp.arange(2)}
+        state = clip.init(tree)
+        assert state.rms["b"].shape == () == state.rms["n"].shape
+        for _ in range(2):
+            found, state = clip.update(tree, state)
+        np.testing.assert_array_equal(found["b"], tree["b"])
+
+    def test_complex_leaves_are_refused(self):
+        with pytest.raises(ValueError, match="spam cannot clip complex values: 'w'"):
+            optaxclip.spam().init({"w": jnp.ones(2, jnp.complex64)})
+
+
+SHAPES = {"b": (4,), "w": (3, 2)}
+
+
+class TestStableAdam:
+    def gradients(self, sizes):
+        """Signs at random, so that Adam's second moments are those of the sizes."""
+        rng = np.random.default_rng(0)
+        return [
+            {
+                name: size * rng.choice([-1.0, 1.0], size=shape)
+                for name, shape in SHAPES.items()
+            }
+            for size in sizes
+        ]
+
+    def trained(self, tx, sizes):
+        params = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
+        tx = optax.with_extra_args_support(tx)
+        state, found = tx.init(params), []
+        for grads in self.gradients(sizes):
+            grads = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), grads)
+            with jax.numpy_dtype_promotion("standard"):
+                updates, state = tx.update(grads, state, params)
+            found.append(updates)
+        return found, state
+
+    def test_divides_the_update_by_the_rms_of_the_ratio(self):
+        sizes = [1.0] * 20 + [100.0]
+        bare, adam = self.trained(optax.scale_by_adam(), sizes)
+        found, state = self.trained(optaxclip.stable_adam(optax.scale_by_adam()), sizes)
+        chex.assert_trees_all_close(found[:-1], bare[:-1], rtol=2e-5)
+        for index, name in enumerate(SHAPES):
+            g = self.gradients(sizes)[-1][name]
+            v = np.asarray(adam.nu[name], float) / (1 - 0.999**21)
+            rms = np.sqrt(np.mean(g**2 / v))
+            assert rms > 4
+            expected = bare[-1][name] / rms
+            np.testing.assert_allclose(found[-1][name], expected, rtol=2e-5)
+            np.testing.assert_allclose(state[0]["clip"].norm[index], rms, rtol=1e-5)
+
+    @pytest.mark.parametrize("kind", ["adamw", "chain", "partition"])
+    def test_around_what_has_an_adam_inside(self, kind):
+        parts = {"adam": optax.adam(1e-3), "sgd": optax.sgd(1e-3)}
+        inner: Any = {
+            "adamw": optax.adamw(1e-3),
+            "chain": optax.chain(optax.identity(), optax.adam(1e-3)),
+            "partition": optax.partition(parts, {"w": "adam", "b": "sgd"}),
+        }[kind]
+        sizes = [1.0] * 5 + [1e4]
+        found, state = self.trained(optaxclip.stable_adam(inner, max_rms=1.5), sizes)
+        # What Adam does not see is left as it is.
+        num_clipped = [int(kind != "partition"), 1]
+        np.testing.assert_array_equal(state[0]["clip"].num_clipped, num_clipped)
+        bare, _ = self.trained(inner, sizes)
+        is_same = [bool((found[-1][n] == bare[-1][n]).all()) for n in SHAPES]
+        assert is_same == [not x for x in num_clipped]
+
+    @pytest.mark.parametrize(
+        ("inner", "num"),
+        [(optax.sgd(0.1), 0), (optax.chain(optax.adam(0.1), optax.adam(0.1)), 2)],
+    )
+    def test_without_one_adam_inside(self, inner, num):
+        with pytest.raises(ValueError, match=f"inner must have one .* found {num}"):
+            optaxclip.stable_adam(inner).init({"w": jnp.ones(2)})

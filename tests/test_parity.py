@@ -13,7 +13,9 @@ import record_references
 from optaxclip import limits
 from record_references import (
     AGC_RATIO,
+    AGGC_BAND,
     NUM_STEPS,
+    OPTIMIZERS,
     REFERENCES,
     SPIKES,
     ZCLIP_CAP,
@@ -49,17 +51,23 @@ METHODS = {
     ),
     "adagc": optaxclip.adagc(),
     "agc": optaxclip.agc(AGC_RATIO),
+    "gradient_stabilizer": optaxclip.gradient_stabilizer(),
+    "aggc": optaxclip.aggc(*AGGC_BAND),
 }
 
 
-def run(tx: Any) -> tuple[dict[str, np.ndarray], Any]:
+def run(tx: Any, dtype: Any = np.float32) -> tuple[dict[str, np.ndarray], Any]:
     """The updates that come out and the states, both with the steps as axis 0."""
+    params, gradients = (
+        {name: x.astype(dtype) for name, x in tree.items()}
+        for tree in (PARAMS, GRADIENTS)
+    )
 
     def step(state, gradients):
-        updates, state = tx.update(gradients, state, PARAMS)
+        updates, state = tx.update(gradients, state, params)
         return state, (updates, state)
 
-    updates, states = jax.lax.scan(step, tx.init(PARAMS), GRADIENTS)[1]
+    updates, states = jax.lax.scan(step, tx.init(params), gradients)[1]
     return jax.tree.map(np.asarray, updates), states
 
 
@@ -92,10 +100,34 @@ def test_recorded_reference_clips_the_spikes_and_not_everything(name):
     assert np.isfinite(RECORDED[name]["limits"]).any(axis=1).all()
 
 
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize(
+    ("name", "ours", "unclipped"),
+    [
+        ("spam", optaxclip.spam(), optax.identity()),
+        (
+            "stable_adam",
+            optaxclip.stable_adam(optax.scale_by_adam()),
+            optax.scale_by_adam(),
+        ),
+    ],
+)
+def test_recorded_updates(name, ours, unclipped):
+    # Optax's Adam needs promotion, and in float32 its bias correction loses 1e-5.
+    with jax.numpy_dtype_promotion("standard"), jax.enable_x64(True):
+        norms, bare = (
+            norms_of(run(tx, np.float64)[0], "leaf") for tx in (ours, unclipped)
+        )
+    np.testing.assert_allclose(norms, RECORDED[name]["norms"], RTOL)
+    is_smaller = norms < 0.9 * bare
+    assert is_smaller[:, list(SPIKES)[2:]].any(axis=0).sum() >= 4
+    assert is_smaller.mean() < 0.5
+
+
+@pytest.mark.parametrize("name", [*REFERENCES, *OPTIMIZERS])
 def test_reference_gives_what_was_recorded(name):
-    pytest.importorskip(REFERENCES[name].package)
-    found = record_references.record(REFERENCES[name], PARAMS, GRADIENTS)
+    reference = (REFERENCES | OPTIMIZERS)[name]
+    pytest.importorskip(reference.package)
+    found = record_references.record(reference, PARAMS, GRADIENTS)
     for key, values in found.items():
         np.testing.assert_allclose(values, RECORDED[name][key], rtol=1e-6)
 

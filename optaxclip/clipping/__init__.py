@@ -1,4 +1,4 @@
-"""How to clip: scale updates down to a limit on their norm, or cut single elements.
+"""How to clip: bring the norm of updates to a limit, or cut single elements.
 
 ```python
 >>> import jax.numpy as jnp, optax, optaxclip
@@ -23,8 +23,68 @@
 | clip in proportion to the weights | `agc()` |
 | clip in proportion to the size of an array | `block_rms()` |
 | combine a learned limit with a scope | `clip_by_norm(limits.zscore(), per="leaf")` |
+| clip smoothly | `clip_by_norm(1.0, respond="soft")` |
+| set the norm, also where it is small | `clip_by_norm(1.0, respond="set")` |
+| keep the norm in a band | `clip_by_norm(2.0, min_norm=0.5)`, `aggc(0.5, 2.0)` |
+| give each gradient a steady norm | `gradient_stabilizer()` |
+| clip each leaf, and all together | `limits.with_global(1.0, 5.0)`, `per="leaf"` |
+| leave some leaves out | `clip_by_norm(1.0, where=lambda name: ...)` |
+| clip elements by their own past | `spam()` |
+| slow down where Adam's second moments lag | `stable_adam(optax.adamw(1e-3))` |
+| clip updates, behind the optimizer | `clip_by_historical_norm()`, `block_rms()` |
 
 The bounds of `clip_by_value` may be schedules as well.
+
+## What becomes of a norm
+
+Limit and response are independent: any limit goes with any response.
+
+| `respond` | norm n with the limit c becomes | at n = c | for |
+|---|---|---|---|
+| `"cap"` | min(n, c) | c | rare outliers; a healthy update is not touched |
+| `"cap"`, `min_norm=b` | max(b, min(n, c)) | c | norms that also get too small |
+| `"soft"` | n c / (n + c) | c / 2 | a smooth clip; every update is scaled |
+| `"set"` | c | c | normalized updates; every update is scaled |
+
+```python
+>>> grads = {"small": jnp.array([0.3, 0.4]), "large": jnp.array([30.0, 40.0])}
+>>> for options in [{}, {"min_norm": 0.8}, {"respond": "soft"}, {"respond": "set"}]:
+...     clip = optaxclip.clip_by_norm(1.0, per="leaf", **options)
+...     updates, _ = clip.update(grads, clip.init(grads))
+...     norms = optaxclip.leaf_norms(updates)
+...     print(options, [round(float(x), 2) for x in norms])
+{} [1.0, 0.5]
+{'min_norm': 0.8} [1.0, 0.8]
+{'respond': 'soft'} [0.98, 0.33]
+{'respond': 'set'} [1.0, 1.0]
+
+```
+
+An update that is zero stays zero. A limit of +inf, as in a warm-up, leaves the update
+as it is, and so does a lower bound of +inf. All of them cost the same: one read of the
+updates, and one multiplication in the loop of the optimizer. "set" and `min_norm`
+enlarge updates; in float16 an element may then leave its range.
+
+## Before Muon
+
+Muon orthogonalizes the update of each matrix, so its gradient may have any scale. In a
+global norm that scale harms the other leaves: a matrix with a gradient of 1e10 makes
+the gradient of an embedding 1e10 times smaller, under the `eps` of its Adam, and the
+embedding stands still. Clip the other leaves alone:
+
+```python
+>>> is_matrix = lambda name: name.endswith("kernel")
+>>> tx = optax.chain(
+...     optaxclip.clip_by_norm(1.0, where=lambda name: not is_matrix(name)),
+...     optax.contrib.muon(1e-2),
+... )
+>>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+>>> grads = {"kernel": jnp.full((2, 2), 1e10), "bias": jnp.array([0.6, 0.8])}
+>>> updates, state = tx.update(grads, tx.init(params), params)
+>>> print(state[0]["clip"].norm.round(3))
+1.0
+
+```
 
 ## Edge cases: non-finite, zero, or too large
 
@@ -95,7 +155,7 @@ From Optax and its users:
 | `optax.adaptive_grad_clip(0.01)` | `agc(0.01)` |
 | `optax.clip_by_block_rms(1.0)` | `block_rms(1.0)` |
 | `optax.global_norm(grads)`, `optax.tree.norm(grads)` | `global_norm(grads)` |
-| Levanter `clip_update_by_historical_norm` | `clip_by_norm(limits.window_sigma(3.0))` |
+| Levanter `clip_update_norm` | `clip_by_historical_norm()` |
 
 Rules that skip steps:
 
@@ -131,7 +191,7 @@ they let through, and so does its norm. Before the partition it sees all leaves:
 
 A model whose layers run in `lax.scan` holds each parameter of all layers in one array,
 stacked along axis 0. `stacked=` names these leaves, and each layer is clipped by
-itself:
+itself. For an array `[layers, experts, in, out]` it gives 2, the number of such axes:
 
 ```python
 >>> is_stacked = lambda name: name.startswith("layers/")
@@ -152,5 +212,13 @@ from optaxclip.clipping.by_value import clip_by_value as clip_by_value
 from optaxclip.clipping.methods import adagc as adagc
 from optaxclip.clipping.methods import agc as agc
 from optaxclip.clipping.methods import autoclip as autoclip
-from optaxclip.clipping.methods import block_rms as block_rms
 from optaxclip.clipping.methods import zclip as zclip
+from optaxclip.clipping.normalizing import aggc as aggc
+from optaxclip.clipping.normalizing import gradient_stabilizer as gradient_stabilizer
+from optaxclip.clipping.second_moments import SpamState as SpamState
+from optaxclip.clipping.second_moments import spam as spam
+from optaxclip.clipping.second_moments import stable_adam as stable_adam
+from optaxclip.clipping.updates import block_rms as block_rms
+from optaxclip.clipping.updates import (
+    clip_by_historical_norm as clip_by_historical_norm,
+)

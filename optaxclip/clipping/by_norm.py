@@ -134,12 +134,12 @@ def clip_by_norm(
     check_ord(ord)
     check_respond(respond)
     check_label(label)
-    if min_norm is not None and respond != "cap":
-        raise ValueError(f'min_norm= needs respond="cap", not {respond!r}')
+    limit = band(max_norm, min_norm)
+    if limit.is_band and respond != "cap":
+        raise ValueError(f'a lower bound needs respond="cap", not {respond!r}')
     if unit_axis is not None and per != "unit":
         raise ValueError(f'unit_axis= needs per="unit", not {per!r}')
-    limit = band(max_norm, min_norm)
-    is_cap = min_norm is None and respond == "cap"
+    is_cap = respond == "cap" and not limit.is_band
 
     def scopes_of(tree):
         return find_scopes(
@@ -183,9 +183,8 @@ def clip_by_norm(
         if limit.needs_params and params is not None:
             param_norms = _measure_params(params, scopes_of(params), scopes, ord)
             param_norms = _cast(param_norms, seen)
-        (limits, least), limit_state = limit.update(
-            seen, state.limit_state, param_norms
-        )
+        found, limit_state = limit.update(seen, state.limit_state, param_norms)
+        limits, least = found if limit.is_band else (found, None)
         limits = _broadcast(limits, seen)
         targets = jax.tree.map(RESPONSES[respond], norms, excess, limits)
         if least is not None:

@@ -9,7 +9,8 @@ from jax.typing import ArrayLike
 
 from optaxclip import limits
 from optaxclip.clipping.by_norm import clip_by_norm
-from optaxclip.norms.names import Per, Stacked
+from optaxclip.norms.names import Per, Stacked, Where
+from optaxclip.norms.units import UnitAxis
 
 
 def zclip(
@@ -20,6 +21,7 @@ def zclip(
     warmup: int = 25,
     max_norm: limits.LimitLike | None = None,
     per: Per = "tree",
+    where: Where | None = None,
     specs: Any = None,
     stacked: Stacked | None = None,
     label: str = "clip",
@@ -41,7 +43,8 @@ def zclip(
       warmup: Number of norms before the clip starts, at least 2.
       max_norm: A limit on top, also during the warm-up: a number, schedule or limit.
       per: "tree", "leaf", or a function of names; not "unit".
-      specs: A common argument, see `help(optaxclip)`.
+      where: A common argument, see `help(optaxclip)`.
+      specs: Likewise.
       stacked: Likewise.
       label: Likewise.
 
@@ -58,7 +61,9 @@ def zclip(
     if max_norm is not None:
         # Not by default: where norms are above 1, a cap of 1 is all that clips.
         limit = limits.minimum(limit, max_norm)
-    return clip_by_norm(limit, per=per, specs=specs, stacked=stacked, label=label)
+    return clip_by_norm(
+        limit, per=per, where=where, specs=specs, stacked=stacked, label=label
+    )
 
 
 def autoclip(
@@ -67,6 +72,7 @@ def autoclip(
     *,
     window: int = 1024,
     per: Per = "tree",
+    where: Where | None = None,
     specs: Any = None,
     stacked: Stacked | None = None,
     label: str = "clip",
@@ -85,7 +91,8 @@ def autoclip(
       window: Number of norms remembered, at least 1; as in the paper where it is not
         less than the number of steps.
       per: "tree", "leaf", or a function of names; not "unit".
-      specs: A common argument, see `help(optaxclip)`.
+      where: A common argument, see `help(optaxclip)`.
+      specs: Likewise.
       stacked: Likewise.
       label: Likewise.
 
@@ -99,7 +106,9 @@ def autoclip(
     Reference: Seetharaman et al., arXiv:2007.14469.
     """
     limit = limits.percentile(percent, window=window)
-    return clip_by_norm(limit, per=per, specs=specs, stacked=stacked, label=label)
+    return clip_by_norm(
+        limit, per=per, where=where, specs=specs, stacked=stacked, label=label
+    )
 
 
 def adagc(
@@ -110,6 +119,7 @@ def adagc(
     warmup: int = 100,
     max_warmup_norm: ArrayLike = 1.0,
     per: Per = "leaf",
+    where: Where | None = None,
     specs: Any = None,
     stacked: Stacked | None = None,
     label: str = "clip",
@@ -131,7 +141,8 @@ def adagc(
       warmup: The first step whose limit is learned, at least 2 (see `limits.ema`).
       max_warmup_norm: The fixed global limit before that step, > 0.
       per: "tree", "leaf", or a function of names; not "unit".
-      specs: A common argument, see `help(optaxclip)`.
+      where: A common argument, see `help(optaxclip)`.
+      specs: Likewise.
       stacked: Likewise.
       label: Likewise.
 
@@ -147,7 +158,9 @@ def adagc(
     limit = limits.ema(
         multiple, decay=decay, warmup=warmup, max_warmup_norm=max_warmup_norm
     )
-    return clip_by_norm(limit, per=per, specs=specs, stacked=stacked, label=label)
+    return clip_by_norm(
+        limit, per=per, where=where, specs=specs, stacked=stacked, label=label
+    )
 
 
 def agc(
@@ -155,6 +168,8 @@ def agc(
     max_ratio: ArrayLike = 0.01,
     *,
     eps: ArrayLike = 1e-3,
+    unit_axis: UnitAxis | None = None,
+    where: Where | None = None,
     specs: Any = None,
     stacked: Stacked | None = None,
     label: str = "clip",
@@ -163,7 +178,8 @@ def agc(
 
     `clip_by_norm(limits.params(max_ratio, eps=eps), per="unit")`: the limit is
     `max_ratio * max(norm of the weights, eps)`. A unit is what the last axis of a Flax
-    kernel counts, over all other axes; a vector is one unit.
+    kernel counts, and the first of a layer's weights in Equinox, over all other axes; a
+    vector is one unit.
 
     Unlike `optax.adaptive_grad_clip`, it sums a kernel of any rank over all axes but
     the last (optax: rank 3 over the first alone, and `[1, out]` is one unit), takes the
@@ -174,7 +190,9 @@ def agc(
       max_ratio: The limit in units of the weights' norm, >= 0. The paper takes 0.01 for
         batches of 4096, and more for smaller ones.
       eps: The least norm that weights count for, >= 0.
-      specs: A common argument, see `help(optaxclip)`.
+      unit_axis: As in `clip_by_norm`.
+      where: A common argument, see `help(optaxclip)`.
+      specs: Likewise.
       stacked: Likewise.
       label: Likewise.
 
@@ -186,14 +204,11 @@ def agc(
       ValueError: In `update` without `params`.
 
     Example:
-      The paper leaves out the last linear layer; `optax.masked` does that by its name.
+      The paper leaves out the last linear layer.
 
-      >>> import jax, jax.numpy as jnp, optax, optaxclip
+      >>> import jax.numpy as jnp, optaxclip
       >>> params = {"body": jnp.ones((4, 2)), "head": jnp.ones((2, 1))}
-      >>> is_clipped = jax.tree.map_with_path(
-      ...     lambda path, _: "head" not in jax.tree_util.keystr(path), params
-      ... )
-      >>> tx = optax.masked(optaxclip.agc(), is_clipped)
+      >>> tx = optaxclip.agc(where=lambda name: "head" not in name)
       >>> updates, _ = tx.update(params, tx.init(params), params)
       >>> print(updates["body"][0].round(3), updates["head"][0])
       [0.01 0.01] [1.]
@@ -201,44 +216,12 @@ def agc(
     Reference: Brock et al., arXiv:2102.06171, section 4, equation 3.
     """
     limit = limits.params(max_ratio, eps=eps)
-    return clip_by_norm(limit, per="unit", specs=specs, stacked=stacked, label=label)
-
-
-def block_rms(
-    # The threshold d of Adafactor, section 6.
-    max_rms: ArrayLike = 1.0,
-    *,
-    specs: Any = None,
-    stacked: Stacked | None = None,
-    label: str = "clip",
-) -> optax.GradientTransformationExtraArgs:
-    """Block RMS: clips the root mean square of each array, as Adafactor does.
-
-    `clip_by_norm(limits.rms(max_rms), per="leaf")`: `g / max(1, rms(g) / max_rms)`.
-
-    Unlike `optax.clip_by_block_rms`, it is right where the squares of the elements
-    overflow or underflow, and takes the layers of a scanned array apart with
-    `stacked=`. Adafactor applies it to updates: put it after `scale_by_*`.
-
-    Args:
-      max_rms: The largest root mean square, in the unit of the updates, >= 0.
-      specs: A common argument, see `help(optaxclip)`.
-      stacked: Likewise.
-      label: Likewise.
-
-    Returns:
-      The transformation, with the state `{label: ClipByNormState}`.
-
-    Example:
-      >>> import jax.numpy as jnp, optaxclip
-      >>> clip = optaxclip.block_rms(1.0)
-      >>> grads = {"w": jnp.full((2, 2), 3.0), "b": jnp.array([0.5])}
-      >>> updates, _ = clip.update(grads, clip.init(grads))
-      >>> print(updates["w"].round(3), updates["b"])
-      [[1. 1.]
-       [1. 1.]] [0.5]
-
-    Reference: Shazeer and Stern, arXiv:1804.04235, section 6.
-    """
-    limit = limits.rms(max_rms)
-    return clip_by_norm(limit, per="leaf", specs=specs, stacked=stacked, label=label)
+    return clip_by_norm(
+        limit,
+        per="unit",
+        unit_axis=unit_axis,
+        where=where,
+        specs=specs,
+        stacked=stacked,
+        label=label,
+    )

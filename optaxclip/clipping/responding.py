@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip.clipping.rescaling import fits_limit
-from optaxclip.limits.limit import Limit, LimitLike, as_limit
+from optaxclip.limits.limit import Band, Limit, LimitLike, as_limit
 from optaxclip.numerics import divide, where
 
 Respond = Literal["cap", "soft", "set"]
@@ -58,27 +58,24 @@ def raise_to(target: jax.Array, norm: jax.Array, least: jax.Array, limit: jax.Ar
 
 
 def band(max_norm: LimitLike, min_norm: LimitLike | None) -> Limit:
-    """Two limits in one, with a pair of limits; without `min_norm` (limits, None)."""
+    """One limit for both bounds."""
     upper = as_limit(max_norm)
     if min_norm is None:
-
-        def update_upper(norms, state, param_norms=None):
-            limits, state = upper.update(norms, state, param_norms)
-            return (limits, None), state
-
-        return upper._replace(update=update_upper)
+        return upper
     lower = as_limit(min_norm)
+    if upper.is_band or lower.is_band:
+        raise ValueError("max_norm= has a lower bound already: leave out min_norm=")
 
     def init(sizes):
         return upper.init(sizes), lower.init(sizes)
 
     def update(norms, state, param_norms=None):
         # Both learn from the norms that came in.
-        limits, upper_state = upper.update(norms, state[0], param_norms)
+        most, upper_state = upper.update(norms, state[0], param_norms)
         least, lower_state = lower.update(norms, state[1], param_norms)
-        return (limits, least), (upper_state, lower_state)
+        return Band(most, least), (upper_state, lower_state)
 
-    return Limit(init, update, upper.needs_params or lower.needs_params)
+    return Limit(init, update, upper.needs_params or lower.needs_params, is_band=True)
 
 
 def check_respond(respond: str) -> None:

@@ -28,14 +28,19 @@ not per unit. Its state is a few arrays, so a checkpoint holds all that it knows
 | `ema(1.05)` | 1.05 times the mean of the clipped norms | yes | `adagc()`, per leaf |
 | `window_sigma(3)` | 3 standard deviations above the mean | yes | |
 | `quantile(0.5)` | follows the median with one number | yes | |
+| `mean_over_rms()` | mean / root mean square, to set | yes | `gradient_stabilizer()` |
 | `minimum(a, b)` | the smaller of two limits | as they do | |
 | `maximum(a, b)` | the larger of two limits | as they do | |
+| `with_global(a, b)` | a for each scope, b for all together | as they do | |
 
 The means of `zscore` and `ema` are moving averages. `window_sigma` takes the last 128
 norms.
 
 * `zscore` gives an outlier a lower limit: the larger it is, the nearer to the mean.
 * `percentile(10)` clips about 90 % of all steps, by design.
+* `mean_over_rms` is a norm to aim at, for `clip_by_norm(..., respond="set")`.
+* `with_global` clips each scope, and then all together where their global norm is still
+  above the second limit; it reads the updates once.
 * `adagc` has a global limit of 1.0 for its first 99 steps.
 
 ```python
@@ -79,6 +84,7 @@ scale is linear. The default rules use `log_quantile`, `drift`, `above_lowest` a
 * `percentile`: AutoClip, [2007.14469](https://arxiv.org/abs/2007.14469).
 * `ema`: AdaGC, [2502.11034](https://arxiv.org/abs/2502.11034). axlearn skips at 20
   times the mean.
+* `mean_over_rms`: GradientStabilizer, [2502.17055](https://arxiv.org/abs/2502.17055).
 * `window_sigma`: Levanter, which clips at 3; OLMo-core, which skips at 6.
 * `quantile`: Andrew et al., [1905.03871](https://arxiv.org/abs/1905.03871), for clients
   in federated learning; TensorFlow Federated and Opacus.
@@ -155,6 +161,7 @@ tree, leaf or group, under `jit` and `vmap`.
 
 ```
 
+A limit that knows a lower bound as well gives a `Band` of two, and sets `is_band=True`.
 A limit that compares with the parameters sets `needs_params=True`, and then gets their
 norms as `param_norms`.
 
@@ -176,6 +183,8 @@ from optaxclip.limits.fixed import maximum as maximum
 from optaxclip.limits.fixed import minimum as minimum
 from optaxclip.limits.fixed import params as params
 from optaxclip.limits.fixed import rms as rms
+from optaxclip.limits.fixed import with_global as with_global
+from optaxclip.limits.limit import Band as Band
 from optaxclip.limits.limit import Limit as Limit
 from optaxclip.limits.limit import LimitLike as LimitLike
 from optaxclip.limits.limit import ScheduleState as ScheduleState
@@ -188,6 +197,9 @@ from optaxclip.limits.persistent import StartState as StartState
 from optaxclip.limits.persistent import above_lowest as above_lowest
 from optaxclip.limits.persistent import drift as drift
 from optaxclip.limits.persistent import fraction_of_start as fraction_of_start
+from optaxclip.limits.targets import EmaBandState as EmaBandState
+from optaxclip.limits.targets import MeanOverRmsState as MeanOverRmsState
+from optaxclip.limits.targets import mean_over_rms as mean_over_rms
 from optaxclip.limits.windowed import PercentileState as PercentileState
 from optaxclip.limits.windowed import WindowSigmaState as WindowSigmaState
 from optaxclip.limits.windowed import log_quantile as log_quantile

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from optaxclip.checks import check_length, check_number
 from optaxclip.limits.limit import Limit, cast_like, keep_finite, refuse_units
-from optaxclip.numerics import normalize_norms, safe_unit
+from optaxclip.numerics import normalize_norms, root_mean_square
 
 
 class ZScoreState(NamedTuple):
@@ -121,7 +121,7 @@ def zscore(
         is_lowered = is_outlier & (num_seen < 2 * warmup - 1)
         x = jnp.where(is_lowered, limits, norms)
         mean = mean + rate * (x - mean)
-        std = _root_mean_square(std, widening * jnp.abs(x - mean), rate)
+        std = root_mean_square(std, widening * jnp.abs(x - mean), rate)
         balance = jnp.where(is_outlier, num_seen + 1, num_seen - 1)
         balance = jnp.clip(balance, warmup, 2 * warmup)
         num_seen = jnp.where(is_warmup, num_seen + 1, balance)
@@ -270,12 +270,3 @@ def quantile(
         return limits, keep_finite(norms, learned, state)
 
     return Limit(init, update)
-
-
-def _root_mean_square(first: jax.Array, second: jax.Array, share: jax.Array):
-    """`sqrt((1 - share) * first**2 + share * second**2)`; the squares may overflow."""
-    unit = safe_unit(jnp.maximum(first, second))
-    unit = jnp.where(unit > 0, unit, 1)
-    first, second = jnp.square(first / unit), jnp.square(second / unit)
-    mean = first + share * (second - first)
-    return jnp.where(mean > 0, unit * jnp.sqrt(jnp.where(mean > 0, mean, 1)), 0)

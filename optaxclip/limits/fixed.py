@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from optaxclip.checks import check_number
 from optaxclip.limits.limit import Limit, LimitLike, as_limit, cast_like
+from optaxclip.numerics import normalize_norms, root_sum_squares
 
 
 class RmsState(NamedTuple):
@@ -148,6 +149,53 @@ def maximum(first: LimitLike, second: LimitLike) -> Limit:
       10.0 8.0
     """
     return _chosen(jnp.maximum, first, second)
+
+
+def with_global(limit: LimitLike, max_norm: LimitLike) -> Limit:
+    """Gives every scope a limit, and all scopes together one on their global norm.
+
+    Each norm is first brought to its own limit. Where the root of the sum of the
+    squares is then still above `max_norm`, all are scaled down together. So both hold
+    with one read of the updates. For norms of order 2.
+
+    Args:
+      limit: Of each leaf or group: a limit, a number or a schedule.
+      max_norm: Of all of them together: the same. It learns from global norms.
+
+    Returns:
+      The limit; its state is the pair of their states.
+
+    Raises:
+      ValueError: At `init` per unit.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> limit = optaxclip.limits.with_global(4.0, 2.5)
+      >>> norms = jnp.array([3.0, 100.0])
+      >>> print(limit.update(norms, limit.init(norms), None)[0])
+      [1.5 2. ]
+    """
+    own, together = as_limit(limit), as_limit(max_norm)
+
+    def init(sizes):
+        # Units may be spread over devices, which a limit does not know.
+        if isinstance(sizes, tuple):
+            raise ValueError("limits.with_global works per leaf or group, not per unit")
+        return own.init(sizes), together.init(sizes.sum())
+
+    def update(norms, state, param_norms=None):
+        limits, own_state = own.update(norms, state[0], param_norms)
+        limits = jnp.broadcast_to(limits, norms.shape).astype(norms.dtype)
+        # Without the scopes that are non-finite, which the clip contains.
+        shares, total = normalize_norms(jnp.minimum(norms, jnp.maximum(limits, 0)))
+        param_norm = None if param_norms is None else root_sum_squares(param_norms)
+        bound, state = together.update(total, state[1], param_norm)
+        # Not `total > bound`: a bad bound gives zeros, as everywhere.
+        is_bound = ~(total <= bound) & (shares > 0)
+        joint = jnp.where(is_bound, shares * bound.astype(norms.dtype), jnp.inf)
+        return jnp.minimum(limits, joint), (own_state, state)
+
+    return Limit(init, update, own.needs_params or together.needs_params)
 
 
 def _chosen(

@@ -32,9 +32,21 @@ class Limit(NamedTuple):
     needs_params: bool = False
     """Whether `update` reads `param_norms`; only then are they measured."""
 
+    is_band: bool = False
+    """Whether `update` gives a `Band` and not limits; only `clip_by_norm` takes one."""
+
     def __repr__(self) -> str:  # as signatures and messages show it
         name = getattr(self.init, "__qualname__", "of a user").split(".")[0]
         return f"<Limit {name}>"
+
+
+class Band(NamedTuple):
+    """An upper and a lower limit, each in the shape of the norms."""
+
+    upper: Any
+    """The largest norms; +inf for none."""
+    lower: Any
+    """The smallest norms; 0 or +inf for none."""
 
 
 class ScheduleState(NamedTuple):

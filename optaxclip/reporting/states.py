@@ -12,7 +12,7 @@ from optaxclip.recording import RecordState
 
 STATES = ClipByNormState, RecordState, DetectExplosionsState, SkipExplosionsState
 """The kinds of states that can be read."""
-EMPTY = {"layout", "limit_state", "snapshots"}
+EMPTY = {"layout", "limit_state", "target", "snapshots"}
 """Their fields that may hold no arrays, which some checkpoints leave out."""
 
 

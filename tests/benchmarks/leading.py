@@ -102,12 +102,15 @@ def flags_of(name: str) -> list[dict[str, np.ndarray]] | None:
         state = jax.tree.map(lambda x, seed=seed: x[seed], states)
         kept = optaxclip.history(state.inner, label="explosions")
         updates = optaxclip.history(state.inner, label="updates")
+        # An optimizer that collects gradients is not called in every step.
+        num_steps = len(kept.step)
+        rms = state.rms[:num_steps]
         found.append(
             {
                 "default rules": kept.fired.any(axis=1),
                 "norm of the updates": np.asarray(exceeds(updates.norm)),
-                "RMS_t": np.asarray(exceeds(state.rms)),
-                f"RMS_t > {STABLE}": state.rms > STABLE,
+                "RMS_t": np.asarray(exceeds(rms)),
+                f"RMS_t > {STABLE}": np.asarray(rms > STABLE),
             }
         )
     return found
@@ -132,7 +135,7 @@ def main(half: Literal["tune", "test"] = "tune") -> None:
     base = "default rules"
     for rule in healthy[0]:
         early, late = (
-            1e4 * float(np.mean([flags[rule][part] for flags in healthy]))
+            1e4 * float(np.mean([np.mean(flags[rule][part]) for flags in healthy]))
             for part in (slice(1, NUM_EARLY), slice(NUM_EARLY, None))
         )
         first = [
