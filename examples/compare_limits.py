@@ -32,7 +32,7 @@ CLIPS = {
     "AdaGC": optaxclip.adagc(),
 }
 COLORS = dict(zip(CLIPS, ("#000000", *curves.COLORS), strict=False))
-FORMS = "#.3g", ".0f", ".1%"
+MEASURES = "clip/norm", "clip/limit", "clip/clipped_fraction"
 ROW = "{:8} | {:22} | {:16} | {:24} | {:8} | {}"
 
 
@@ -72,7 +72,7 @@ def train(tx: Any, graphdef: Any, params: Any, texts: np.ndarray, bar: tqdm) -> 
         loss, grads = jax.value_and_grad(loss_fn)(params, text)
         updates, opt_state = tx.update(grads, opt_state, params)
         metrics = optaxclip.metrics(opt_state)
-        measures = [metrics[f"clip/{name}"] for name in ("norm", "limit", "fraction")]
+        measures = [metrics[name] for name in MEASURES]
         return (optax.apply_updates(params, updates), opt_state), (loss, *measures)
 
     advance = jax.jit(lambda carry, texts: jax.lax.scan(jax.vmap(step), carry, texts))

@@ -110,7 +110,8 @@ def main(
         run = jax.jit(functools.partial(train, tx, batch_size=batch_size))
         opt_state, losses = jax.device_get(run(params, keys))
         metrics = optaxclip.metrics(opt_state)
-        began, leaf = (int(metrics[f"explosions/{x}"]) for x in ("began", "leaf"))
+        began = int(metrics["explosions/began"])
+        leaf = int(metrics["explosions/leading_leaf"])
         result[name] = found = {
             "losses": losses,
             "history": optaxclip.history(opt_state, params),

@@ -132,8 +132,9 @@ def test_every_response_costs_what_a_cap_does(name, like):
     found, cap = cost(name), cost(like)
     assert abs(found.accessed - cap.accessed) < 1e-3
     assert abs(found.temporaries - cap.temporaries) < 1e-3
-    for op in ("divide", "select", "compare"):
-        assert num_in_loops(op, found.hlo) == num_in_loops(op, cap.hlo)
+    if like == "norm":  # per leaf the limits themselves are made in such loops
+        for op in ("divide", "select", "compare"):
+            assert num_in_loops(op, found.hlo) == num_in_loops(op, cap.hlo)
 
 
 def test_norm_of_many_leaves_is_not_one_chain_of_additions():

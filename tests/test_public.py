@@ -157,3 +157,20 @@ def test_links_to_files_lead_somewhere():
         for link in links:
             if "://" not in link:
                 assert (path.parent / link).exists(), f"{path.name} links to {link}"
+
+
+def test_metrics_that_examples_and_guides_name_are_documented():
+    """A metric that is renamed is renamed there too."""
+    documented = set(re.findall(r"`(\w+/\w+)[`/]", optaxclip.metrics.__doc__ or ""))
+    documented |= {"explosions/loss_limit"}  # stands beside another
+    # Detectors have the metrics of a record as well.
+    documented |= {x.replace("gradients/", "explosions/") for x in documented}
+    root = Path(__file__).parents[1]
+    texts = [path.read_text() for path in root.glob("examples/*.py")]
+    named = {
+        name
+        for text in (*texts, (root / "README.md").read_text(), guides())
+        for name in re.findall(r"[\"'`]((?:clip|explosions|gradients)/\w+)", text)
+    }
+    assert len(named) > 10
+    assert named <= documented
