@@ -12,7 +12,7 @@ from optaxclip.numerics import is_gradient
 
 
 class SecondMoment(NamedTuple):
-    count: jax.Array
+    count: Any  # hides the method of tuples, as in Optax
     nu: Any
 
 

@@ -162,7 +162,7 @@ class TestGradientStabilizer:
         chex.assert_trees_all_equal(found, expected)
 
     def test_neither_the_unit_nor_the_size_of_a_spike_matters(self):
-        clip = optaxclip.gradient_stabilizer()
+        clip: Any = optaxclip.gradient_stabilizer()
         update = jax.jit(clip.update)
 
         def norms(unit, spike):
@@ -183,7 +183,7 @@ class TestGradientStabilizer:
 
 class TestAggc:
     def test_band_around_the_mean_of_what_came_out(self):
-        clip = optaxclip.aggc(0.5, 2.0, decay=0.5, min_norm=0.01)
+        clip: Any = optaxclip.aggc(0.5, 2.0, decay=0.5, min_norm=0.01)
         state, found = clip.init([jnp.ones(1)]), []
         for norm in [1.0, 100.0, 0.1, jnp.nan, 0.0, 1.0]:
             updates, state = clip.update([jnp.array([norm])], state)
@@ -192,7 +192,7 @@ class TestAggc:
         np.testing.assert_allclose(found, [1, 2, 0.75, np.nan, 0, 1], rtol=1e-6)
 
     def test_small_norms_are_raised_to_min_norm(self):
-        clip = optaxclip.aggc(0.5, 2.0, min_norm=0.01)
+        clip: Any = optaxclip.aggc(0.5, 2.0, min_norm=0.01)
         updates, _ = clip.update([jnp.array([1e-8])], clip.init([jnp.ones(1)]))
         np.testing.assert_allclose(updates[0], [0.01], rtol=1e-6)
 
@@ -209,7 +209,7 @@ class TestSpam:
     def test_equals_the_definition(self):
         rng = np.random.default_rng(0)
         grads = rng.standard_t(1.5, size=(200, 5)).astype(np.float32)
-        clip = optaxclip.spam(20.0, decay=0.9, warmup=5)
+        clip: Any = optaxclip.spam(20.0, decay=0.9, warmup=5)
         state, update = clip.init([jnp.zeros(5)]), jax.jit(clip.update)
         v, num_clipped = np.zeros(5), 0
         for step, g in enumerate(grads, start=1):
@@ -222,7 +222,7 @@ class TestSpam:
         assert 10 < num_clipped < 300
 
     def test_an_element_without_a_gradient_so_far_is_not_dead(self):
-        clip = optaxclip.spam(warmup=2)
+        clip: Any = optaxclip.spam(warmup=2)
         state = clip.init(jnp.zeros(2))
         for _ in range(30):
             _, state = clip.update(jnp.array([1.0, 0.0]), state)
@@ -230,8 +230,8 @@ class TestSpam:
         np.testing.assert_array_equal(found, [1, 1])
 
     def test_what_is_non_finite_or_huge(self):
-        clip = optaxclip.spam(4.0, decay=0.5, warmup=2)
-        state = clip.init(jnp.zeros(3))
+        clip: Any = optaxclip.spam(4.0, decay=0.5, warmup=2)
+        state, found = clip.init(jnp.zeros(3)), None
         for g in ([1e30, 1e-30, 1.0], [jnp.inf, jnp.nan, -jnp.inf]):
             found, state = clip.update(jnp.array(g), state)
         # v is half of the square: the bound is sqrt(2) of the first gradient.
@@ -241,9 +241,9 @@ class TestSpam:
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
     def test_where_and_other_leaves(self):
-        clip = optaxclip.spam(4.0, warmup=2, where=lambda name: name == "a")
+        clip: Any = optaxclip.spam(4.0, warmup=2, where=lambda name: name == "a")
         tree = {"a": jnp.ones(2), "b": jnp.ones((3, 3)), "n": jnp.arange(2)}
-        state = clip.init(tree)
+        state, found = clip.init(tree), tree
         assert state.rms["b"].shape == () == state.rms["n"].shape
         for _ in range(2):
             found, state = clip.update(tree, state)
@@ -269,14 +269,14 @@ class TestStableAdam:
             for size in sizes
         ]
 
-    def trained(self, tx, sizes):
+    def trained(self, tx, sizes) -> Any:
         params = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
-        tx = optax.with_extra_args_support(tx)
-        state, found = tx.init(params), []
+        wrapped: Any = optax.with_extra_args_support(tx)
+        state, found = wrapped.init(params), []
         for grads in self.gradients(sizes):
             grads = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), grads)
             with jax.numpy_dtype_promotion("standard"):
-                updates, state = tx.update(grads, state, params)
+                updates, state = wrapped.update(grads, state, params)
             found.append(updates)
         return found, state
 
@@ -296,7 +296,7 @@ class TestStableAdam:
 
     @pytest.mark.parametrize("kind", ["adamw", "chain", "partition"])
     def test_around_what_has_an_adam_inside(self, kind):
-        parts = {"adam": optax.adam(1e-3), "sgd": optax.sgd(1e-3)}
+        parts: Any = {"adam": optax.adam(1e-3), "sgd": optax.sgd(1e-3)}
         inner: Any = {
             "adamw": optax.adamw(1e-3),
             "chain": optax.chain(optax.identity(), optax.adam(1e-3)),
