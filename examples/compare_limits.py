@@ -54,6 +54,19 @@ class LSTM(nnx.Module):
         return self.head(x)
 
 
+def load_texts(shape: tuple[int, ...], length: int) -> tuple[np.ndarray, int, float]:
+    """Texts from Python's manual, `[*shape, length + 1]`, and how many characters.
+
+    Also the loss of knowing each character's frequency alone: a run that ends above it
+    has diverged.
+    """
+    chars = list("\n".join(dict.fromkeys(topics.values())))
+    _, text, counts = np.unique(chars, return_inverse=True, return_counts=True)
+    places = np.random.default_rng(0).integers(len(text) - length, size=(*shape, 1))
+    texts = text[places + np.arange(length + 1)].astype(np.int32)
+    return texts, len(counts), float(np.mean(np.log(len(text) / counts[text])))
+
+
 def train(tx: Any, graphdef: Any, params: Any, texts: np.ndarray, bar: tqdm) -> Any:
     """Trains all seeds at once.
 
@@ -151,14 +164,8 @@ def main(
     knobs |= {"hidden": hidden, "batch_size": batch_size, "length": length}
     cli.check_positive(knobs | ({"warmup": warmup} if warmup else {}))
     logdir = logdir or Path("runs", "compare_limits", time.strftime("%Y%m%d-%H%M%S"))
-    chars = list("\n".join(dict.fromkeys(topics.values())))
-    _, text, counts = np.unique(chars, return_inverse=True, return_counts=True)
-    shape = (steps, seeds, batch_size, 1)
-    places = np.random.default_rng(0).integers(len(text) - length, size=shape)
-    texts = text[places + np.arange(length + 1)].astype(np.int32)
-    # To diverge is to end above what knowing each character's frequency would give.
-    chance = np.mean(np.log(len(text) / counts[text]))
-    models = [LSTM(len(counts), hidden, rngs=nnx.Rngs(seed)) for seed in range(seeds)]
+    texts, num_chars, chance = load_texts((steps, seeds, batch_size), length)
+    models = [LSTM(num_chars, hidden, rngs=nnx.Rngs(seed)) for seed in range(seeds)]
     graphdefs, states = zip(*map(nnx.split, models), strict=True)
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     rate = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, warmup)
