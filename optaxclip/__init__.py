@@ -193,6 +193,7 @@ from optaxclip.clipping import autoclip as autoclip
 from optaxclip.clipping import block_rms as block_rms
 from optaxclip.clipping import clip_by_historical_norm as clip_by_historical_norm
 from optaxclip.clipping import clip_by_norm as clip_by_norm
+from optaxclip.clipping import clip_by_spectral_norm as clip_by_spectral_norm
 from optaxclip.clipping import clip_by_value as clip_by_value
 from optaxclip.clipping import gradient_stabilizer as gradient_stabilizer
 from optaxclip.clipping import spam as spam

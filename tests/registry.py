@@ -84,6 +84,10 @@ REGISTRY: dict[str, Any] = {
     "aggc": lambda: optaxclip.aggc(0.5, 2.0, per=lambda name: name[:1]),
     "spam": lambda: optaxclip.spam(warmup=2),
     "stable_adam": lambda: optaxclip.stable_adam(scale_by_second_moment()),
+    "clip_by_spectral_norm": lambda: optaxclip.clip_by_spectral_norm(0.5),
+    "clip_by_spectral_norm smooth": lambda: optaxclip.clip_by_spectral_norm(
+        0.5, smooth=True, stacked=lambda name: name == "n/half"
+    ),
     "detect_explosions": lambda: optaxclip.detect_explosions(
         stacked=lambda name: name == "w"
     ),

@@ -222,3 +222,4 @@ from optaxclip.clipping.updates import block_rms as block_rms
 from optaxclip.clipping.updates import (
     clip_by_historical_norm as clip_by_historical_norm,
 )
+from optaxclip.clipping.spectral import clip_by_spectral_norm as clip_by_spectral_norm
