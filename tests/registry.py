@@ -105,15 +105,18 @@ REGISTRY: dict[str, Any] = {
     "clip_by_value schedule": lambda: optaxclip.clip_by_value(
         optax.linear_schedule(2.0, 1.0, 10)
     ),
+    # Without `factors=` it passes all updates through.
+    "scale_params": lambda: optaxclip.scale_params(),
 }
-STATELESS = {"clip_by_value"}
+STATELESS = {"clip_by_value", "scale_params"}
 NEEDS_PARAMS = {"agc", "stabilize"}
 # What becomes of a spike: the others clip it.
 SKIPS = {"skip_explosions", "stabilize"}
-PASSES = {"detect_explosions", "record", "record per group"}
+PASSES = {"detect_explosions", "record", "record per group", "scale_params"}
 # The label under which a clip's state stands; None where there is no label.
 LABELS = {name: None if "value" in name else "clip" for name in REGISTRY}
 LABELS |= {"spam": None, "stable_adam": None}  # a tuple, with the state of Adam
+LABELS |= {"scale_params": None}
 LABELS |= {"autoclip": "auto", "skip_explosions": "skip"}
 LABELS |= {"record": "gradients", "record per group": "norms"}
 LABELS |= dict.fromkeys(("detect_explosions", "stabilize"), "explosions")
@@ -129,8 +132,14 @@ SLOW |= {
     "gradient_stabilizer",
 }
 SLOW |= {"clip_by_norm per leaf", "clip_by_norm per unit", "zclip", "agc"}
+SLOW |= {"clip_by_spectral_norm smooth"}
 SLOW_TO_COMPOSE = SLOW | {"adagc"}
-SLOW_WITHOUT_JIT = SLOW | {"stabilize"}
+SLOW_WITHOUT_JIT = SLOW | {"stabilize", "clip_by_spectral_norm"}
+# Relative, by which two compiled programs may differ: of matrices 1e6 times their
+# limit, each of ten steps multiplies roundings of 6e-8 by up to 12 / 0.09.
+ROUNDINGS = dict.fromkeys(REGISTRY, 1e-6) | {
+    name: 1e-4 for name in REGISTRY if name.startswith("clip_by_spectral_norm")
+}
 
 
 LIMITS: dict[str, Any] = {

@@ -17,6 +17,7 @@ from registry import (
     NEEDS_PARAMS,
     PASSES,
     REGISTRY,
+    ROUNDINGS,
     SKIPS,
     SLOW,
     SLOW_TO_COMPOSE,
@@ -210,7 +211,7 @@ def test_vmap_equals_a_loop_over_the_runs(name, transformation):
     for i, updates in enumerate(runs):
         expected, expected_state = single(updates, state, updates_at(0))
         chex.assert_trees_all_close(
-            jax.tree.map(lambda x, i=i: x[i], found), expected, rtol=1e-6
+            jax.tree.map(lambda x, i=i: x[i], found), expected, rtol=ROUNDINGS[name]
         )
         assert_close_states(
             jax.tree.map(lambda x, i=i: x[i], found_state), expected_state

@@ -222,4 +222,5 @@ from optaxclip.clipping.updates import block_rms as block_rms
 from optaxclip.clipping.updates import (
     clip_by_historical_norm as clip_by_historical_norm,
 )
+from optaxclip.clipping.scaling import scale_params as scale_params
 from optaxclip.clipping.spectral import clip_by_spectral_norm as clip_by_spectral_norm

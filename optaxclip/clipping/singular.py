@@ -29,9 +29,9 @@ are the most crowded, the largest is then found to 0.5 %, of most to a rounding.
 POLYNOMIALS = np.array(
     [
         (0.0213, 4.16803, -11.90304, 8.72289),
-        (0.0885, 3.89765, -9.84769, 6.94095),
-        (0.338, 3.01918, -4.81882, 2.79709),
-        (0.847, 2.03615, -1.59359, 0.55739),
+        (0.0884, 3.89765, -9.84769, 6.94095),
+        (0.3378, 3.01918, -4.81882, 2.79709),
+        (0.8467, 2.03615, -1.59359, 0.55739),
     ]
 )
 # Where min(sigma, 1) has its kink, the sign is not reached: an error of 0.15 %.

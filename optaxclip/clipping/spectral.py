@@ -49,8 +49,9 @@ def clip_by_spectral_norm(
 
     The norm is the largest singular value, at most 0.5 % too small. Results are within
     0.3 % of the limit of what the formula gives, and in float32 never beyond the limit,
-    while the norm is up to 10,000 times the limit. A singular value below 1e-6 of the
-    matrix's Frobenius norm may then come out smaller.
+    while the norm is up to 10,000 times the limit; beyond, they stay below the limit, but
+    what is below 1e-6 of the Frobenius norm shrinks with it. Under `jit`, matrices may
+    be sharded; inside `jax.shard_map` each device takes its shard for a matrix.
 
     Args:
       max_norm: The limit, as in `clip_by_norm`; a `Limit` learns from each matrix.
@@ -199,15 +200,21 @@ def _clip(x, leaf: Leaf, size, extra, limit, fits, function: Callable) -> jax.Ar
         clipped = (clipped.mT if is_wide else clipped).reshape(leaf.shape)
         clipped = scale(clipped, where(is_bad, 0, limit)).astype(x.dtype)
         # Zero times inf or NaN is NaN, which stays visible.
-        clipped = jnp.where(jnp.isfinite(size), clipped, _replicate(known) * 0)
-        return jnp.where(fits, _replicate(known), clipped)
+        known = _replicate(known)
+        clipped = jnp.where(jnp.isfinite(size), clipped, known * 0)
+        clipped = jnp.where(fits, known, clipped)
+        return _reshard(clipped, jax.typeof(x).sharding.spec)
 
     return run_if(~jnp.all(fits), clip, x)[1]
 
 
 def _replicate(x: jax.Array) -> jax.Array:
-    """On a mesh with explicit axes, where a product cannot choose, the whole array."""
+    """The whole array, on each device of a mesh with explicit axes."""
+    # There a product does not choose by itself what it sums over the devices.
+    return _reshard(x, PartitionSpec(*[None] * x.ndim))
+
+
+def _reshard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
-    if AxisType.Explicit not in mesh.axis_types:
-        return x
-    return jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim))
+    is_explicit = AxisType.Explicit in mesh.axis_types
+    return jax.sharding.reshard(x, spec) if is_explicit else x
