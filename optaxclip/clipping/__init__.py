@@ -18,6 +18,8 @@
 | clip each group of layers | `clip_by_norm(1.0, per=lambda name: ...)` |
 | clip by another norm | `clip_by_norm(1.0, ord=1)`, `ord=math.inf` |
 | clip each element | `clip_by_value(1.0)` |
+| clip the singular values of matrices | `clip_by_spectral_norm(1.0)` |
+| clip attention logits (QK-clip) | `scale_params()`, see below |
 | change the limit while training | `clip_by_norm(schedule)` |
 | clip without choosing a threshold | `zclip()`, `autoclip()`, `adagc()` |
 | clip in proportion to the weights | `agc()` |
@@ -186,6 +188,53 @@ they let through, and so does its norm. Before the partition it sees all leaves:
 [-0.6] [-0.4]
 
 ```
+
+## Singular values, and SPECTRA
+
+The Frobenius norm of a matrix says little of how far its update moves activations: that
+is its largest singular value. `clip_by_spectral_norm` caps each singular value at the
+limit and keeps all that are below it. After the optimizer, it bounds the update:
+
+```python
+>>> tx = optax.chain(optax.adam(1.0), optaxclip.clip_by_spectral_norm(1.0))
+>>> params = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
+>>> updates, state = tx.update(params, tx.init(params), params)
+>>> print(jnp.linalg.norm(updates["kernel"], 2).round(2), updates["bias"].round(2))
+1.0 [-1. -1. -1. -1.]
+
+```
+
+SPECTRA ([2603.14315](https://arxiv.org/abs/2603.14315)) is the same with `smooth=True`
+and a limit of 10, before the learning rate. It clips vectors as well by default; here
+`clip_by_norm(10.0, per="leaf")` under `optax.masked` does.
+
+## QK-clip
+
+`scale_params` multiplies parameters by factors that the training step has found. In
+QK-clip ([2507.20534](https://arxiv.org/abs/2507.20534)) these bring the largest
+attention logit of each head down to 100: the factor is `min(1, 100 / max_logit)`, and
+its root is for the queries and for the keys of that head. The forward pass returns the
+largest logits `[heads]`, over the batch and all devices; the clip comes last.
+
+```python
+>>> def factors_of(max_logits):
+...     root = jnp.sqrt(jnp.minimum(1, 100 / max_logits))[:, None]
+...     return {"attention/query": root, "attention/key": root}
+>>> tx = optax.chain(optax.sgd(0.1), optaxclip.scale_params())
+>>> kernels = {name: jnp.ones((4, 2, 3)) for name in ("query", "key", "value")}
+>>> params = {"attention": kernels}  # [width, heads, size of a head]
+>>> grads = optax.tree.zeros_like(params)
+>>> factors = factors_of(jnp.array([50.0, 400.0]))
+>>> updates, _ = tx.update(grads, tx.init(params), params, factors=factors)
+>>> params = optax.apply_updates(params, updates)
+>>> print(*(x[0, :, 0] for x in params["attention"].values()))
+[1.  0.5] [1.  0.5] [1. 1.]
+
+```
+
+With multi-head latent attention the roots are for the parts without rotary positions,
+the whole factor for the rotary part of the queries, and nothing for that of the keys,
+which the heads share.
 
 ## Stacked layers
 

@@ -47,11 +47,10 @@ def clip_by_spectral_norm(
     the kernels of convolutions, pass through untouched, with norm 0. Of a matrix that
     holds inf or NaN, these become NaN and its other elements 0.
 
-    The norm is the largest singular value, at most 0.5 % too small. Results are within
-    0.3 % of the limit of what the formula gives, and in float32 never beyond the limit,
-    while the norm is up to 10,000 times the limit; beyond, they stay below the limit, but
-    what is below 1e-6 of the Frobenius norm shrinks with it. Under `jit`, matrices may
-    be sharded; inside `jax.shard_map` each device takes its shard for a matrix.
+    The norm is the largest singular value, at most 0.5 % too small. Of norms up to
+    10,000 times the limit, results are within 0.3 % of the limit of the formula; of
+    larger ones, what is below 1e-6 of the Frobenius norm shrinks with it. Under `jit`
+    matrices may be sharded; in `jax.shard_map` a shard counts as a matrix.
 
     Args:
       max_norm: The limit, as in `clip_by_norm`; a `Limit` learns from each matrix.
