@@ -9,7 +9,6 @@ runs: the same parameters and texts for five seeds, at seven learning rates.
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import cli
@@ -98,6 +97,7 @@ def muon(rate: Any, rest: Any) -> Any:
 
 
 def plain(rate: Any, *clips: Any) -> Any:
+    """Clips, and then Muon with Adam."""
     return optax.chain(*clips, muon(rate, adam(rate)))
 
 

@@ -196,9 +196,9 @@ from optaxclip.clipping import clip_by_norm as clip_by_norm
 from optaxclip.clipping import clip_by_spectral_norm as clip_by_spectral_norm
 from optaxclip.clipping import clip_by_value as clip_by_value
 from optaxclip.clipping import gradient_stabilizer as gradient_stabilizer
+from optaxclip.clipping import scale_params as scale_params
 from optaxclip.clipping import spam as spam
 from optaxclip.clipping import stable_adam as stable_adam
-from optaxclip.clipping import scale_params as scale_params
 from optaxclip.clipping import zclip as zclip
 from optaxclip.explosions import DetectExplosionsState as DetectExplosionsState
 from optaxclip.explosions import SkipExplosionsState as SkipExplosionsState

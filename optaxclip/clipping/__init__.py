@@ -264,12 +264,12 @@ from optaxclip.clipping.methods import autoclip as autoclip
 from optaxclip.clipping.methods import zclip as zclip
 from optaxclip.clipping.normalizing import aggc as aggc
 from optaxclip.clipping.normalizing import gradient_stabilizer as gradient_stabilizer
+from optaxclip.clipping.scaling import scale_params as scale_params
 from optaxclip.clipping.second_moments import SpamState as SpamState
 from optaxclip.clipping.second_moments import spam as spam
 from optaxclip.clipping.second_moments import stable_adam as stable_adam
+from optaxclip.clipping.spectral import clip_by_spectral_norm as clip_by_spectral_norm
 from optaxclip.clipping.updates import block_rms as block_rms
 from optaxclip.clipping.updates import (
     clip_by_historical_norm as clip_by_historical_norm,
 )
-from optaxclip.clipping.scaling import scale_params as scale_params
-from optaxclip.clipping.spectral import clip_by_spectral_norm as clip_by_spectral_norm

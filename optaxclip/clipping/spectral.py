@@ -16,7 +16,7 @@ from optaxclip.clipping.rescaling import fits_limit
 from optaxclip.clipping.singular import cap, largest_singular_value, soften
 from optaxclip.limits.limit import LimitLike, as_limit
 from optaxclip.norms.measuring import measure
-from optaxclip.norms.names import Stacked, layout_of
+from optaxclip.norms.names import Stacked, Where, layout_of
 from optaxclip.norms.scopes import Leaf, Scopes, find_scopes
 from optaxclip.numerics import (
     divide,
@@ -34,6 +34,7 @@ def clip_by_spectral_norm(
     max_norm: LimitLike,
     *,
     smooth: bool = False,
+    where: Where | None = None,
     stacked: Stacked | None = None,
     label: str = "clip",
 ) -> optax.GradientTransformationExtraArgs:
@@ -43,8 +44,8 @@ def clip_by_spectral_norm(
     `s / sqrt(1 + (s / max_norm)**2)`; singular vectors stay. A matrix whose largest
     singular value is at most its limit comes out bit-identical, unless `smooth`.
 
-    Matrices are leaves with two axes, or three if `stacked`. All others, as vectors and
-    the kernels of convolutions, pass through untouched, with norm 0. Of a matrix that
+    Matrices are leaves with two axes, besides those that are `stacked`. All others, as
+    vectors and the kernels of convolutions, pass through untouched, with norm 0. Of a matrix that
     holds inf or NaN, these become NaN and its other elements 0.
 
     The norm is the largest singular value, at most 0.5 % too small. Of norms up to
@@ -55,7 +56,8 @@ def clip_by_spectral_norm(
     Args:
       max_norm: The limit, as in `clip_by_norm`; a `Limit` learns from each matrix.
       smooth: Also shrinks what is below the limit, smoothly.
-      stacked: A common argument, see `help(optaxclip)`: each layer is a matrix.
+      where: A common argument, see `help(optaxclip)`.
+      stacked: Likewise; each layer or expert is a matrix.
       label: Likewise.
 
     Returns:
@@ -77,8 +79,11 @@ def clip_by_spectral_norm(
     if not isinstance(smooth, bool):
         raise TypeError(f"smooth must be True or False, not {smooth!r}")
 
+    if limit.is_band:
+        raise ValueError("max_norm has a lower bound, which only clip_by_norm takes")
+
     def scopes_of(tree):
-        return find_scopes(tree, "leaf", stacked=stacked)
+        return find_scopes(tree, "leaf", stacked=stacked, where=where)
 
     def init(params):
         scopes = scopes_of(params)
@@ -95,6 +100,7 @@ def clip_by_spectral_norm(
             num_clipped=full(0, jnp.int32),
             num_nonfinite=full(0, jnp.int32),
             limit_state=limit.init(scopes.sizes().astype(like.dtype)),
+            target=(),
             layout=layout_of(params, "leaf", stacked),
         )
         return {label: state}
@@ -122,6 +128,7 @@ def clip_by_spectral_norm(
             num_clipped=increment(state.num_clipped, ~fits & jnp.isfinite(norms)),
             num_nonfinite=increment(state.num_nonfinite, ~jnp.isfinite(norms)),
             limit_state=limit_state,
+            target=(),
             layout=state.layout,
         )
         limits = limits.astype(norms.dtype)
