@@ -22,7 +22,7 @@ def trees(dtype: Any = jnp.float32) -> tuple[dict, dict]:
 
 
 def run(updates, params, factors):
-    tx = optaxclip.scale_params()
+    tx: Any = optaxclip.scale_params()
     found, state = jax.jit(tx.update)(updates, tx.init(params), params, factors=factors)
     assert state == optax.EmptyState()
     return found
@@ -37,7 +37,7 @@ def test_parameters_end_at_the_factor_times_where_they_would_have(dtype):
         chex.assert_trees_all_equal(found[name], updates[name])
     chex.assert_trees_all_equal(found["query"][:, 1], updates["query"][:, 1])
     chex.assert_trees_all_equal_dtypes(found, updates)
-    new = optax.apply_updates(params, found)
+    new: Any = optax.apply_updates(params, found)
     for name, scaled in (("query", factor), ("bias", 2.0)):
         p, u = (np.asarray(x[name], np.float64) for x in (params, updates))
         eps = float(jnp.finfo(dtype).eps)
@@ -70,9 +70,9 @@ def test_qk_clip_brings_the_largest_logit_of_a_head_to_the_threshold():
     assert largest[0] < 100 < largest[1]
     root = jnp.sqrt(jnp.minimum(1, 100 / largest))[:, None]
     found = run(updates, params, {"query": root, "key": root})
-    new = optax.apply_updates(params, found)
+    new: Any = optax.apply_updates(params, found)
     after = jnp.abs(attention_logits(new, x)).max((0, 2, 3))
-    np.testing.assert_allclose(after, [largest[0], 100], rtol=1e-5)
+    np.testing.assert_allclose(after, [float(largest[0]), 100], rtol=1e-5)
     chex.assert_trees_all_equal(new["value"], params["value"])
 
 
@@ -81,9 +81,9 @@ def test_it_is_last_in_a_chain_and_inside_of_wrappers():
     factors = {"query": jnp.array([[0.5], [1.0]])}
     mask = {name: name == "query" for name in SHAPES}
     chain = optax.chain(optax.adam(0.1), optaxclip.scale_params())
-    adam = optax.adam(0.1)
+    adam: Any = optax.adam(0.1)
     plain, _ = adam.update(grads, adam.init(params), params)
-    expected = optax.apply_updates(params, plain)
+    expected: Any = optax.apply_updates(params, plain)
     expected["query"] = expected["query"] * factors["query"]
     for tx in (
         chain,
@@ -95,13 +95,13 @@ def test_it_is_last_in_a_chain_and_inside_of_wrappers():
         updates, _ = wrapped.update(
             grads, wrapped.init(params), params, value=1.0, factors=factors
         )
-        new = optax.apply_updates(params, updates)
+        new: Any = optax.apply_updates(params, updates)
         chex.assert_trees_all_close(new, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_errors():
     params, updates = trees()
-    tx = optaxclip.scale_params()
+    tx: Any = optaxclip.scale_params()
     state = tx.init(params)
 
     def update(factors, params=params):

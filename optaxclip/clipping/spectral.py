@@ -140,7 +140,7 @@ def clip_by_spectral_norm(
         numbers = map(scopes.spread, (frobenius, excess, limits, fits))
         function = soften if smooth else cap
         leaves = [
-            _clip(x, leaf, *values, function) if _is_matrix(leaf) else x
+            _clip(function, x, leaf, *values) if _is_matrix(leaf) else x
             for x, leaf, *values in zip(leaves, scopes.leaves, *numbers, strict=True)
         ]
         return jax.tree.unflatten(structure, leaves), {label: state}
@@ -153,7 +153,7 @@ def _is_matrix(leaf: Leaf) -> bool:
     return leaf.is_gradient and len(leaf.shape) - len(leaf.kept) == 2
 
 
-def _measure(tree: Any, scopes: Scopes) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _measure(tree: Any, scopes: Scopes) -> tuple[Any, Any, Any]:
     """Largest singular values; Frobenius norms, and by what the true ones exceed them.
 
     Each `[num_leaves]`; the first is 0 of what is no matrix.
@@ -189,7 +189,7 @@ def _units(x: Any, size: jax.Array, extra: jax.Array) -> jax.Array:
     return x.mT if x.shape[-2] < x.shape[-1] else x
 
 
-def _clip(x, leaf: Leaf, size, extra, limit, fits, function: Callable) -> jax.Array:
+def _clip(function: Callable, x, leaf: Leaf, size, extra, limit, fits) -> jax.Array:
     """A leaf whose matrices are clipped to their limits, but for those that fit."""
     x = jnp.asarray(x)
 

@@ -33,7 +33,7 @@ def main(*, width: int = 1024, depth: int = 1, repetitions: int = 10) -> None:
     """
     x = jax.random.normal(jax.random.key(0), (width, depth * width))
     norm = float(jnp.linalg.norm(x, 2))
-    scale = optax.contrib.scale_by_muon(beta=0.0, nesterov=False)
+    scale: Any = optax.contrib.scale_by_muon(beta=0.0, nesterov=False)
     state = scale.init(x)
 
     def muon(x):
