@@ -305,5 +305,5 @@ def test_errors():
         clip.update({"w": jnp.eye(2), "b": jnp.ones(2)}, state)
     with pytest.raises(ValueError, match="state must be what init gave"):
         clip.update({"w": jnp.eye(2)}, optax.EmptyState())
-    with pytest.raises(ValueError, match="which has no axis 0"):
+    with pytest.raises(ValueError, match="stacked= gives 'array' 1 leading axes"):
         make(1.0, stacked=lambda _: True).init(jnp.ones(()))

@@ -45,8 +45,8 @@ def clip_by_spectral_norm(
     singular value is at most its limit comes out bit-identical, unless `smooth`.
 
     Matrices are leaves with two axes, besides those that are `stacked`. All others, as
-    vectors and the kernels of convolutions, pass through untouched, with norm 0. Of a matrix that
-    holds inf or NaN, these become NaN and its other elements 0.
+    vectors and the kernels of convolutions, pass through untouched, with norm 0. Of a
+    matrix that holds inf or NaN, these become NaN and its other elements 0.
 
     The norm is the largest singular value, at most 0.5 % too small. Of norms up to
     10,000 times the limit, results are within 0.3 % of the limit of the formula; of
@@ -100,7 +100,7 @@ def clip_by_spectral_norm(
             num_clipped=full(0, jnp.int32),
             num_nonfinite=full(0, jnp.int32),
             limit_state=limit.init(scopes.sizes().astype(like.dtype)),
-            target=(),
+            target=full(jnp.inf) if smooth else (),
             layout=layout_of(params, "leaf", stacked),
         )
         return {label: state}
@@ -128,7 +128,7 @@ def clip_by_spectral_norm(
             num_clipped=increment(state.num_clipped, ~fits & jnp.isfinite(norms)),
             num_nonfinite=increment(state.num_nonfinite, ~jnp.isfinite(norms)),
             limit_state=limit_state,
-            target=(),
+            target=_soften(seen, limits) if smooth else (),
             layout=state.layout,
         )
         limits = limits.astype(norms.dtype)
@@ -146,6 +146,14 @@ def clip_by_spectral_norm(
         return jax.tree.unflatten(structure, leaves), {label: state}
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _soften(norms: jax.Array, limits: jax.Array) -> jax.Array:
+    """What becomes of the largest singular values; +inf where they stay."""
+    # s / sqrt(1 + (s / c)**2) by the smaller of the two: no square overflows.
+    small, large = jnp.minimum(norms, limits), jnp.maximum(norms, limits)
+    ratio = divide(small, where(large > 0, large, 1))
+    return where(limits < jnp.inf, small / jnp.sqrt(1 + jnp.square(ratio)), jnp.inf)
 
 
 def _is_matrix(leaf: Leaf) -> bool:
