@@ -72,8 +72,10 @@ These mean the same wherever they appear:
 | `specs` | inside `jax.shard_map`, the `PartitionSpec`s of the parameters |
 | `stacked` | for a leaf's name, how many leading axes run over layers; true is 1 |
 | `where` | true for the names of the leaves that are measured and clipped |
+| `columns` | names of numbers of yours that are recorded; "batch", for example |
 | `label` | the name of the state, `{label: state}`, and of its metrics; not empty |
 | `value` | of `update`: the loss, a real number, reduced over the devices |
+| `tag` | of `update`: `{name: number}` for all `columns`; other names may be in it |
 
 `help(optaxclip.norms)` explains the first four. The default label is `"clip"`,
 `"explosions"` or `"gradients"`; two transformations of a chain need different ones.
@@ -82,8 +84,9 @@ Errors come as early as they can. Where something is made, an argument of the wr
 is a `TypeError`, and one that is out of range a `ValueError`; so is `limits.drift` per
 unit, and any other limit that learns, in `init`. In `update`, leaves or a state that
 `init` did not make are a `ValueError`, as is a loss with axes. A complex loss, or one
-given as `loss=` in place of `value=`, is a `TypeError`. Docstrings name what else
-raises.
+given as `loss=` in place of `value=`, is a `TypeError`. Where there are `columns`, no
+`tag` is a `TypeError`, and one that lacks a name a `ValueError`. Docstrings name what
+else raises.
 
 ## Guides
 

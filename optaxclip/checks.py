@@ -138,10 +138,10 @@ def check_structure(old: Any, new: Any) -> None:
         )
 
 
-def takes_value(update: Callable) -> bool:
-    """Whether an optimizer's `update` can be called with `value=`."""
+def takes(update: Callable, name: str) -> bool:
+    """Whether an optimizer's `update` can be called with an argument of this name."""
     # Optax refuses what an optimizer does not name, so not every one can have the loss.
-    return _takes_any(update) or "value" in inspect.signature(update).parameters
+    return _takes_any(update) or name in inspect.signature(update).parameters
 
 
 def _takes_any(update: Callable) -> bool:

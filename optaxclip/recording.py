@@ -41,9 +41,33 @@ Several recorders may stand in one chain, under different labels.
 * The norm of each leaf, or of each group with `per=`; not of each unit. Inf and NaN are
   kept as they are.
 * The loss, where the training loop gives it as `value=loss`.
+* Numbers of your own, `columns=`, such as the index of the batch.
 * `window=` sets the number of steps, 256 by default.
-* The state takes `4 * window * (num_scopes + 6)` bytes and a few. That is 6 KiB and 1
-  KiB a leaf by default.
+* The state takes `4 * window * (num_scopes + 6 + 2 * num_columns)` bytes and a few.
+  That is 6 KiB and 1 KiB a leaf by default.
+
+## Which batch was it?
+
+Every recorder keeps numbers of yours: `columns=` names them once, and every `update`
+gives them as `tag=`. `history` reads them, `plot` shows them, and `explain` names them
+with each step that it tells.
+
+```python
+>>> tx = optaxclip.detect_explosions(columns=("batch", "learning_rate"))
+>>> opt_state = tx.init(params)
+>>> for batch, size in [(38210, 1.0), (38211, 1.1), (38212, jnp.nan)]:
+...     grads, tag = {"w": jnp.full(2, size), "b": jnp.zeros(1)}, {"batch": batch}
+...     tag |= {"learning_rate": 0.1}
+...     _, opt_state = tx.update(grads, opt_state, value=jnp.array(1.0), tag=tag)
+>>> print(optaxclip.history(opt_state).tags["batch"])
+[38210. 38211. 38212.]
+>>> print(optaxclip.explain(opt_state, params).split(". ")[1])
+Step 2, batch 38212, learning_rate 0.1, was non-finite: leaf 'w' held inf or NaN.
+
+```
+
+A whole number is kept exactly, of 32 bits or up to 2**48. Any other is kept as a
+float32.
 
 ## Who reads it
 
@@ -54,11 +78,11 @@ host until one of them is called. `examples/scan_training.py` explodes on purpos
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
@@ -66,68 +90,19 @@ from optaxclip.checks import (
     check_label,
     check_leaves,
     check_length,
-    is_real,
     own_state,
     value_of,
 )
+from optaxclip.extras import check_columns, loss_of, parts_of_tag
 from optaxclip.norms.measuring import measure, measure_leaves
-from optaxclip.norms.names import Layout, Per, Stacked, layout_of
+from optaxclip.norms.names import Per, Stacked, layout_of
 from optaxclip.norms.scopes import Scopes, check_per, find_scopes
-from optaxclip.numerics import increment, promote, root_sum_squares, saturating_cast
+from optaxclip.numerics import increment, root_sum_squares
+from optaxclip.ring import RecordState as RecordState
+from optaxclip.ring import append, empty
 
 WINDOW = 256
 """Number of steps that a recorder keeps."""
-COLUMNS = ("loss", "loss_limit", "limit", "largest", "fired", "leaf")
-"""What a recorder keeps of a step besides the norms: the loss, `NO_LOSS` where not
-given; the limits of the loss and of the norm of all updates, +inf for none; the largest
-finite norm of all updates so far; as the bits of a whole number, which of the rules
-(not finite, norm, share, loss) fired; and the leaf that led, -1 for none and in
-`record`."""
-
-NO_LOSS = -(2.0**96)
-"""Stands for a loss that was not given. Not NaN, which `jax_debug_nans` refuses; and a
-sum of 2**30 of them is still finite."""
-
-
-class RecordState(NamedTuple):
-    """State of `record`, as `{label: RecordState}`; `history` puts it in order.
-
-    A ring: step `i` stands in row `i % window`.
-    """
-
-    rows: jax.Array
-    """float32 `[window, 6 + num_scopes]`: the `COLUMNS` and the norm of each scope. One
-    array, since every array of a state costs a small step some microseconds."""
-    counts: jax.Array
-    """int32 `[2]`: number of steps so far, and of those that were non-finite;
-    `detect_explosions` appends what it counts."""
-    layout: Layout
-    """No arrays: what kind of scopes these are, and how `params` names them."""
-
-    @property
-    def norms(self) -> jax.Array:
-        """`[window, num_scopes]`."""
-        return self.rows[..., len(COLUMNS) :]
-
-    @property
-    def record(self) -> RecordState:
-        """Itself, as `record` of what holds one."""
-        return self
-
-    @property
-    def runs(self) -> tuple[int, ...]:
-        """The axes of several runs, as `jax.vmap` stacks them; () for one."""
-        return np.shape(self.counts)[:-1]
-
-    @property
-    def read_by_metrics(self) -> RecordState:
-        """The state without what `metrics` does not read."""
-        return self
-
-    @property
-    def num_scopes(self) -> int:
-        """Of how many scopes it keeps a norm."""
-        return self.rows.shape[-1] - len(COLUMNS)
 
 
 def record(
@@ -137,6 +112,7 @@ def record(
     per: Per = "leaf",
     specs: Any = None,
     stacked: Stacked | None = None,
+    columns: Sequence[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Passes updates through, and keeps the norms of the last steps on the device.
 
@@ -156,10 +132,11 @@ def record(
       specs: As in `clip_by_norm`; inside `jax.shard_map`, `value` must have been
         reduced over the devices.
       stacked: As in `clip_by_norm`.
+      columns: A common argument, see `help(optaxclip)`.
 
     Returns:
       The transformation, with the state `{label: RecordState}`: `4 * window *
-      (num_scopes + 6)` bytes and a few.
+      (num_scopes + 6 + 2 * num_columns)` bytes and a few.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxclip
@@ -178,6 +155,7 @@ def record(
     """
     check_label(label)
     window = check_length("window", window, 1)
+    own = check_columns(columns)
     check_per(per)
     # Units are too many for a record: as many numbers as a bias has, in every step.
     if per == "unit":
@@ -192,7 +170,7 @@ def record(
         norms, _ = jax.eval_shape(lambda: _measure(params, scopes_of(params)))
         counts = jnp.zeros([2], jnp.int32)
         layout = layout_of(params, per, stacked)
-        return {label: empty(norms.size, window, counts, layout)}
+        return {label: empty(norms.size, window, counts, layout, own)}
 
     def update(updates, state, params=None, **extra_args):
         before, value = own_state(state, label, RecordState), value_of(extra_args)
@@ -206,81 +184,10 @@ def record(
         # The row is that of a detector, so that all readers know one kind of row.
         none = jnp.full_like(norm, jnp.inf)
         columns = {"loss": loss, "loss_limit": none, "limit": none, "fired": ~is_finite}
-        return updates, {label: append(before, columns, norms, norm, counts)}
+        tag = parts_of_tag(before.columns, extra_args)
+        return updates, {label: append(before, columns, tag, norms, norm, counts)}
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def empty(
-    num_scopes: int, window: int, counts: jax.Array, layout: Layout
-) -> RecordState:
-    """A state before the first step, without limits."""
-    head = [jnp.inf if name.endswith("limit") else 0 for name in COLUMNS]
-    row = jnp.asarray(head + [0] * num_scopes, jnp.float32)
-    return RecordState(jnp.tile(row, (window, 1)), counts, layout)
-
-
-def append(
-    state: RecordState,
-    columns: dict[str, jax.Array],
-    norms: jax.Array,
-    norm: jax.Array,
-    counts: jax.Array,
-) -> RecordState:
-    """The state with one more step, in the place of the oldest.
-
-    Args:
-      state: The state before.
-      columns: The `COLUMNS` but "largest", each `[]`; no "leaf" for none.
-      norms: `[num_scopes]`.
-      norm: Of all updates, `[]`.
-      counts: The next `counts`.
-    """
-    # Before the first step this is the last row, which is empty: its largest is 0.
-    before, _ = rows_of(state, state.counts[0] - 1)
-    narrow = saturating_cast(norm, jnp.float32)
-    is_larger = (narrow > before["largest"]) & (narrow < jnp.inf)
-    columns = {"leaf": jnp.full([], -1), **columns}
-    columns["largest"] = jnp.where(is_larger, narrow, before["largest"])
-    head = jnp.stack([columns[name].astype(norms.dtype) for name in COLUMNS])
-    row = saturating_cast(jnp.concatenate([head, norms]), jnp.float32)
-    # One row in place. To shift the others would copy the record in each step.
-    place = state.counts[0] % len(state.rows)
-    rows = lax.dynamic_update_index_in_dim(state.rows, row, place, 0)
-    return RecordState(rows=rows, counts=counts, layout=state.layout)
-
-
-def rows_of(state: RecordState, steps: Any) -> tuple[dict[str, Any], Any]:
-    """Each of the `COLUMNS` by its name, and the norms, of steps that are kept.
-
-    Args:
-      state: The state.
-      steps: int `[...]`: their indices; of one below 0 all norms are 0.
-
-    Returns:
-      (`{name: [...]}`, `[..., num_scopes]`).
-    """
-    rows = state.rows[steps % len(state.rows)]
-    columns = {name: rows[..., i] for i, name in enumerate(COLUMNS)}
-    return columns, rows[..., len(COLUMNS) :]
-
-
-def loss_of(value: Any, dtype: Any) -> jax.Array:
-    """The loss that a training loop gives, or `NO_LOSS`; the error of one with axes."""
-    if value is None:
-        return jnp.full([], NO_LOSS, dtype)
-    value = jnp.asarray(value)
-    if not is_real(value.dtype):
-        raise TypeError(
-            f"value= must be a real number, the loss, not of {value.dtype}: of a "
-            "complex one give value=loss.real"
-        )
-    if value.ndim:
-        raise ValueError(
-            f"value= must be a single number, the loss, not of shape {value.shape}"
-        )
-    wide = value.astype(promote(value.dtype, jnp.float32))
-    return saturating_cast(wide, dtype)
 
 
 def _measure(tree: Any, scopes: Scopes) -> tuple[jax.Array, jax.Array]:

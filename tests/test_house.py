@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "optaxclip"
 FLOORS = [
     ["checks"],
     ["numerics"],
-    ["xla"],
+    ["xla", "extras"],
     ["norms"],
-    ["limits", "recording"],
-    ["clipping"],
+    ["limits", "ring"],
+    ["recording", "clipping"],
     ["explosions"],
     ["reporting"],
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,17 +35,18 @@ from optaxclip.explosions.rules import (
 from optaxclip.explosions.state import (
     COUNTS,
     DetectExplosionsState,
-    Event,
     Verdict,
     as_bits,
     count,
 )
+from optaxclip.extras import check_columns, num_parts, parts_of_tag
 from optaxclip.limits.limit import LimitLike, as_limit
 from optaxclip.norms.measuring import measure_leaves
 from optaxclip.norms.names import Stacked, layout_of
 from optaxclip.norms.scopes import find_scopes
 from optaxclip.numerics import increment, saturating_cast
-from optaxclip.recording import WINDOW, append, empty, rows_of
+from optaxclip.recording import WINDOW
+from optaxclip.ring import append, empty, rows_of
 from optaxclip.xla import stack_scalars
 
 
@@ -58,6 +59,7 @@ def detect_explosions(
     window: int = WINDOW,
     specs: Any = None,
     stacked: Stacked | None = None,
+    columns: Sequence[str] = (),
     label: str = "explosions",
 ) -> optax.GradientTransformationExtraArgs:
     """Notices exploding updates, and remembers when and where it began.
@@ -85,6 +87,7 @@ def detect_explosions(
       window: Number of steps that the record keeps; at least 64, 256 by default.
       specs: A common argument, see `help(optaxclip)`.
       stacked: Likewise.
+      columns: Likewise.
       label: Likewise.
 
     Returns:
@@ -105,7 +108,7 @@ def detect_explosions(
     """
     check_label(label)
     detection = make_detection(
-        norm, share, loss, specs, stacked, max_gap=max_gap, window=window
+        norm, share, loss, specs, stacked, columns, max_gap=max_gap, window=window
     )
 
     def init(params):
@@ -113,7 +116,7 @@ def detect_explosions(
 
     def update(updates, state, params=None, **extra_args):
         state = own_state(state, label, DetectExplosionsState)
-        state, _ = detection.update(updates, value_of(extra_args), state, params)
+        state, _ = detection.update(updates, extra_args, state, params)
         return updates, {label: state}
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -125,13 +128,16 @@ class Detection(NamedTuple):
     init: Callable[[Any], DetectExplosionsState]
     """parameters -> state before the first step."""
     update: Callable[..., tuple[DetectExplosionsState, Verdict]]
-    """(updates, loss or None, state, parameters) -> (state, verdict)."""
+    """(updates, extra arguments, state, parameters) -> (state, verdict)."""
 
 
-def make_detection(norm, share, loss, specs, stacked, *, max_gap, window) -> Detection:
+def make_detection(
+    norm, share, loss, specs, stacked, columns, *, max_gap, window
+) -> Detection:
     """Detection with the arguments of `detect_explosions`; raises their errors."""
     max_gap = check_length("max_gap", max_gap, 1)
     window = check_length("window", window, 64)
+    own = check_columns(columns)
     rules = [None if x is None else as_limit(x) for x in (norm, share, loss)]
     if any(rule is not None and rule.needs_params for rule in rules):
         raise ValueError(
@@ -145,7 +151,7 @@ def make_detection(norm, share, loss, specs, stacked, *, max_gap, window) -> Det
         sizes = scopes.sizes().astype(norms.dtype)
         # As bits beside whole numbers, so that a step is one row of one array.
         numbers = np.array([0, 0, 0, np.inf, np.inf, np.inf], np.float32)
-        step = [-1, -1, 0, *numbers.view(np.int32)]
+        step = [-1, -1, 0, *numbers.view(np.int32), *[0] * num_parts(own)]
         counts = [-1 if name.startswith("last") else 0 for name in COUNTS]
         return DetectExplosionsState(
             events=jnp.asarray([step] * 2, jnp.int32),
@@ -155,10 +161,13 @@ def make_detection(norm, share, loss, specs, stacked, *, max_gap, window) -> Det
                 window,
                 jnp.asarray(counts, jnp.int32),
                 layout_of(params, "leaf", stacked),
+                own,
             ),
         )
 
-    def update(updates, value, state, params=None):
+    def update(updates, extra_args, state, params=None):
+        value = value_of(extra_args)
+        tag = parts_of_tag(state.record.columns, extra_args)
         scopes = find_scopes(updates, "leaf", specs=specs, stacked=stacked)
         norms, norm = measure_leaves(updates, scopes)
         check_leaves([(state.record.num_scopes,)], [norms.shape], updates, params)
@@ -172,49 +181,49 @@ def make_detection(norm, share, loss, specs, stacked, *, max_gap, window) -> Det
         # A share also rises when the other leaves fall.
         has_grown = (now >= STEPS_BEFORE[-1]) & have_grown(signals.norms, before)
         fired = fired_of(signals, bounds, has_grown)
-        step = _event(now, leaf, signals, bounds, fired)
+        bits = jnp.asarray(sum(jnp.where(x, 2**i, 0) for i, x in enumerate(fired)))
+        row = _event(now, leaf, bits, signals, bounds, tag)
         has_loss_rule = value is not None and rules[2] is not None
         counts = _next_counts(state, signals, fired, has_loss_rule)
         columns = {
             "loss": signals.loss,
             "loss_limit": bounds.loss,
             "limit": bounds.norm,
-            "fired": step.fired,
+            "fired": bits,
             "leaf": leaf,
         }
-        record = append(state.record, columns, signals.norms, signals.norm, counts)
-        events = _next_events(state, step, signals, fired, max_gap)
+        record = append(state.record, columns, tag, signals.norms, signals.norm, counts)
+        events = _next_events(state, now, row, fired, max_gap)
         verdict = _verdict(signals, bounds, fired, has_loss_rule)
         return DetectExplosionsState(events, rule_states, record), verdict
 
     return Detection(init, update)
 
 
-def _event(now, leaf, signals: Signals, bounds: Bounds, fired: Fired) -> Event:
-    """What is told of this step, if one is."""
+def _event(now, leaf, bits, signals: Signals, bounds: Bounds, tag) -> jax.Array:
+    """What is told of this step, if one is: a row of `events`."""
     share, share_limit = (
         x[leaf] if x.size else jnp.zeros([], x.dtype)
         for x in (signals.shares, bounds.shares)
     )
-    bits = jnp.asarray(sum(jnp.where(x, 2**i, 0) for i, x in enumerate(fired)))
     numbers = signals.norm, share, signals.loss, bounds.norm, share_limit, bounds.loss
-    return Event(now, leaf, bits, *map(as_bits, numbers))
+    return stack_scalars([now, leaf, bits, *map(as_bits, [*numbers, *tag])])
 
 
 def _next_events(
     state: DetectExplosionsState,
-    step: Event,
-    signals: Signals,
+    now: jax.Array,
+    event: jax.Array,
     fired: Fired,
     max_gap: int,
 ) -> jax.Array:
     """Both steps that are told: this one in place of what it is later than."""
     last = count(state, "last")
-    begins = fired.any() & ((last < 0) | (step.step - last > max_gap))
+    begins = fired.any() & ((last < 0) | (now - last > max_gap))
     turns_nonfinite = fired.nonfinite & (count(state, "nonfinite_in_a_row") == 0)
     row = lax.broadcasted_iota(jnp.int32, (2, 1), 0)
     is_told = jnp.where(row == 0, begins, turns_nonfinite)
-    return jnp.where(is_told, stack_scalars(step), state.events)
+    return jnp.where(is_told, event, state.events)
 
 
 def _next_counts(

@@ -10,7 +10,7 @@ import numpy as np
 
 from optaxclip.explosions.rules import MIN_GROWTH, MIN_KNOWN
 from optaxclip.numerics import root_sum_squares
-from optaxclip.recording import RecordState, rows_of
+from optaxclip.ring import RecordState, rows_of
 
 NUM_FITTED = 8
 """To the norms of so many steps the growth is fitted."""

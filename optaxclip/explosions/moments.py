@@ -17,7 +17,7 @@ from optaxclip.explosions.state import DetectExplosionsState, SkipExplosionsStat
 from optaxclip.limits.limit import ScheduleState
 from optaxclip.norms.scopes import Scopes
 from optaxclip.numerics import accumulator, add, is_gradient, widen
-from optaxclip.recording import RecordState
+from optaxclip.ring import RecordState
 from optaxclip.xla import run_if, tie
 
 OURS = (

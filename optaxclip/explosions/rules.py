@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import limits
+from optaxclip.extras import loss_of
 from optaxclip.numerics import divide, promote, saturating_cast
-from optaxclip.recording import loss_of
 from optaxclip.xla import materialize
 
 RULES = ("nonfinite", "norm", "share", "loss")

@@ -7,6 +7,7 @@ makes the updates: zeros, smaller ones, or the way to a snapshot.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,8 +21,7 @@ from optaxclip.checks import (
     check_structure,
     check_transformation,
     own_state,
-    takes_value,
-    value_of,
+    takes,
     with_extra_args,
 )
 from optaxclip.clipping.rescaling import limit_updates
@@ -67,6 +67,7 @@ def skip_explosions(
     window: int = WINDOW,
     specs: Any = None,
     stacked: Stacked | None = None,
+    columns: Sequence[str] = (),
     label: str = "explosions",
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer: skips the steps that explode.
@@ -107,6 +108,7 @@ def skip_explosions(
       window: As in `detect_explosions`.
       specs: A common argument, see `help(optaxclip)`.
       stacked: Likewise.
+      columns: Likewise.
       label: Likewise.
 
     Returns:
@@ -125,7 +127,7 @@ def skip_explosions(
       [0. 0.] 1.0
     """
     detection = make_detection(
-        norm, share, loss, specs, stacked, max_gap=max_gap, window=window
+        norm, share, loss, specs, stacked, columns, max_gap=max_gap, window=window
     )
     settings = _checked(
         Settings(
@@ -140,7 +142,7 @@ def skip_explosions(
     )
     check_label(label)
     check_transformation("inner", inner)
-    takes_loss = takes_value(inner.update)
+    refused = [x for x in ("value", "tag") if not takes(inner.update, x)]
     inner = with_extra_args(inner)
 
     def init(params):
@@ -162,11 +164,11 @@ def skip_explosions(
                 "a rollback is an update from the parameters: call "
                 "update(updates, state, params) with params, or give rollback=False"
             )
-        value = value_of(extra_args)
-        # An inner optimizer without extra arguments would refuse it.
-        if not takes_loss:
-            extra_args.pop("value", None)
-        explosions, seen = detection.update(updates, value, state.explosions, params)
+        explosions, seen = detection.update(
+            updates, extra_args, state.explosions, params
+        )
+        # What an inner optimizer does not name it would refuse.
+        extra_args = {k: x for k, x in extra_args.items() if k not in refused}
         # Found anew in each trace: the updates may be wider than the parameters.
         scopes = find_scopes(updates, "leaf", specs=specs, stacked=stacked)
         now = {name: count(explosions, name) for name in COUNTS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import optax
@@ -24,6 +25,7 @@ def stabilize(
     rollback: bool = True,
     specs: Any = None,
     stacked: Stacked | None = None,
+    columns: Sequence[str] = (),
     label: str = "explosions",
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer in the recommended stack, without a number to choose.
@@ -45,6 +47,7 @@ def stabilize(
         it only skips, and far fewer runs are saved.
       specs: A common argument, see `help(optaxclip)`.
       stacked: Likewise.
+      columns: Likewise.
       label: Likewise.
 
     Returns:
@@ -85,5 +88,6 @@ def stabilize(
         rollback=rollback,
         specs=specs,
         stacked=stacked,
+        columns=columns,
         label=label,
     )

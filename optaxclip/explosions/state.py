@@ -11,7 +11,7 @@ from jax import lax
 
 from optaxclip.explosions.rules import RULES
 from optaxclip.numerics import saturating_cast
-from optaxclip.recording import RecordState
+from optaxclip.ring import RecordState
 from optaxclip.xla import stack_scalars
 
 COUNTS = (
@@ -45,13 +45,14 @@ class DetectExplosionsState(NamedTuple):
     """
 
     events: jax.Array
-    """int32 `[2, 9]`: two steps, which are the one on which the last explosion began
-    (after `max_gap` steps without one), and the first of the last non-finite ones in a
-    row. Of each its index (-1 for none); the leading leaf (the first that was
-    non-finite, or else the one that had grown most, on average since 1, 9, 17, ... 57
-    steps before; -1 if none had); as bits, which of the four rules fired; and, as the
-    bits of a float32, the norm, the share of the leading leaf, the loss (`NO_LOSS`
-    where not given), and the limits of these (+inf for none)."""
+    """int32 `[2, 9 + 2 * num_columns]`: two steps, which are the one on which the last
+    explosion began (after `max_gap` steps without one), and the first of the last
+    non-finite ones in a row. Of each its index (-1 for none); the leading leaf (the
+    first that was non-finite, or else the one that had grown most, on average since 1,
+    9, 17, ... 57 steps before; -1 if none had); as bits, which of the four rules fired;
+    and, as the bits of a float32, the norm, the share of the leading leaf, the loss
+    (`NO_LOSS` where not given), the limits of these (+inf for none), and the two parts
+    of each number of the user's own."""
     rule_states: tuple[Any, Any, Any]
     """States of the limits on norm, share and loss."""
     record: RecordState
@@ -105,15 +106,22 @@ class Event(NamedTuple):
     norm_limit: jax.Array
     share_limit: jax.Array
     loss_limit: jax.Array
+    tag: jax.Array
+    """The two parts of each number of the user's own."""
+
+
+NUM_OF_EVENT = len(Event._fields) - 1
+"""Numbers of an event before those of the user's own."""
 
 
 def read_step(state: DetectExplosionsState, which: str) -> Event:
     """The step "began" or "nonfinite" of a state."""
     # Rows of one array and not two states: each array costs microseconds.
     row = state.events[("began", "nonfinite").index(which)]
-    step, leaf, fired, *numbers = row
-    numbers = (lax.bitcast_convert_type(x, jnp.float32) for x in numbers)
-    return Event(step, leaf, flags_of(fired), *numbers)
+    step, leaf, fired = row[:3]
+    numbers = lax.bitcast_convert_type(row[3:], jnp.float32)
+    signals_and_limits, tag = jnp.split(numbers, [NUM_OF_EVENT - 3])
+    return Event(step, leaf, flags_of(fired), *signals_and_limits, tag=tag)
 
 
 def flags_of(fired: Any) -> Any:

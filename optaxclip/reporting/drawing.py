@@ -75,6 +75,22 @@ def _draw_limit(axes: Axes, step: np.ndarray, limit: np.ndarray) -> None:
         _draw_line(axes, step, limit, label="its limit", color="black", linestyle="--")
 
 
+def draw_tag(axes: Axes, history: History, name: str) -> None:
+    """A number of the user's own."""
+    values = history.tags[name]
+    is_finite = np.isfinite(values)
+    shown = np.where(is_finite, values, np.nan)
+    # The number of a batch is read off; a learning rate or a logit has a size.
+    is_size = (shown[is_finite] > 0).all() and (shown[is_finite] % 1).any()
+    axes.set_title(name, loc="left", fontsize="medium")
+    if is_size:
+        axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(axis="y", style="plain", useOffset=False)
+    _draw_line(axes, history.step, shown, color=COLORS[0])
+    _mark_above(axes, history.step[~is_finite], "not finite")
+
+
 def draw_scopes(axes: Axes, history: History, leader: int | None) -> None:
     """The norm of each scope, the leading one highlighted."""
     norms = _positive(history.norms)

@@ -15,8 +15,9 @@ from optaxclip.explosions.state import (
     count,
     read_step,
 )
+from optaxclip.extras import named_tags
 from optaxclip.reporting.growth import growth_of
-from optaxclip.reporting.history import History, explosions_of, history
+from optaxclip.reporting.history import History, explosions_of, history, step_name
 from optaxclip.reporting.scalars import VANISHED, have_vanished
 from optaxclip.reporting.states import find_recorders
 
@@ -31,7 +32,7 @@ def explain(opt_state: Any, params: Any = None) -> str:
     """Tells in plain words what the recorders of a run have seen.
 
     Of each `record`, `detect_explosions` and `skip_explosions` one line: how many steps
-     exploded and what became of them; of the last explosion when and by which rule
+    exploded and what became of them; of the last explosion when and by which rule
     it began, the leaf that led, and how the norm had grown; and which leaves have
     vanished. It waits for the step and reads the records: call it at the end, or after
     a crash on a checkpoint.
@@ -101,9 +102,10 @@ def _line(kept: History, first: int, last: int, params: Any) -> str:
         )
     if (norm or share) and not len(scopes) and kept.leaf[first] >= 0:
         reasons.append(f"{_leaf_name(kept, kept.leaf[first], params)} had grown most")
-    steps = f"step {kept.step[first]}"
+    steps = f"step {kept.step_name(first)}"
     if last > first:
-        steps = f"steps {kept.step[first]} to {kept.step[last]}"
+        comma = "," if kept.tags else ""
+        steps = f"steps {kept.step_name(first)}{comma} to {kept.step_name(last)}"
     return f"- {steps}: {'; '.join(reasons)}."
 
 
@@ -190,13 +192,16 @@ def _aftermath(state: Any) -> list[str]:
 
 def _first_nonfinite(kept: History, first: int) -> str:
     """Which scope was the first in the last stretch of non-finite steps kept."""
+    step = kept.step_name(first)
+    if kept.tags:
+        step += ","
     scopes = np.flatnonzero(~np.isfinite(kept.norms[first]))
     if not len(scopes):
-        return f"On step {kept.step[first]} the loss was {kept.loss[first]:g}."
+        return f"On step {step} the loss was {kept.loss[first]:g}."
     if len(scopes) == len(kept.names):
-        return f"On step {kept.step[first]} all norms became non-finite."
+        return f"On step {step} all norms became non-finite."
     name = kept.names[scopes[0]]
-    return f"On step {kept.step[first]} that of {name!r} was the first non-finite."
+    return f"On step {step} that of {name!r} was the first non-finite."
 
 
 def story_of(state: DetectExplosionsState, kept: History, params: Any) -> str:
@@ -207,13 +212,19 @@ def story_of(state: DetectExplosionsState, kept: History, params: Any) -> str:
     def leaf_of(step: Event) -> str:
         return _leaf_name(kept, step.leaf, params)
 
+    def name_of(step: Event) -> str:
+        tags = named_tags(state.record.columns, np.asarray(step.tag))
+        return step_name(step.step, tags)
+
+    comma = "," if state.record.columns else ""
+
     story = []
     if bad.step >= 0:
         if np.isfinite(bad.norm):
             where = f"the loss was {bad.loss:g}, with finite gradients"
         else:
             where = f"{leaf_of(bad)} held inf or NaN"
-        story.append(f"Step {int(bad.step)} was non-finite: {where}.")
+        story.append(f"Step {name_of(bad)}{comma} was non-finite: {where}.")
     if began.step not in (-1, bad.step):
         signals = [
             ("norm", "the norm", began.norm, began.norm_limit),
@@ -228,7 +239,7 @@ def story_of(state: DetectExplosionsState, kept: History, params: Any) -> str:
             if began.fired[RULES.index(rule)]
         ]
         what = "It" if began.step < bad.step else "The last explosion"
-        story.append(f"{what} began on step {int(began.step)}: {'; '.join(reasons)}.")
+        story.append(f"{what} began on step {name_of(began)}: {'; '.join(reasons)}.")
     # An explosion of the loss alone says nothing of a leaf.
     is_of_leaf = began.fired[[RULES.index("norm"), RULES.index("share")]].any()
     if is_of_leaf and began.leaf >= 0 and np.isfinite(began.norm):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -10,14 +12,15 @@ import numpy as np
 
 from optaxclip.explosions.rules import MAX_GAP, RULES
 from optaxclip.explosions.state import flags_of
+from optaxclip.extras import NO_LOSS, named_tags, plain_number
 from optaxclip.norms.names import scope_names
 from optaxclip.numerics import root_sum_squares
-from optaxclip.recording import NO_LOSS, rows_of
 from optaxclip.reporting.states import (
     check_one_run,
     find_recorders,
     params_of,
 )
+from optaxclip.ring import COLUMNS, rows_of
 
 
 class History(NamedTuple):
@@ -44,6 +47,15 @@ class History(NamedTuple):
     """float32 `[num_steps, num_scopes]`: the norm of each scope."""
     names: list[str]
     """The name of each scope, or its number."""
+    tags: Mapping[str, np.ndarray] = MappingProxyType({})
+    """Of each name in `columns=`, float64 `[num_steps]`: what was given as `tag=`.
+    Whole numbers are exact up to 2**48, all others were kept as a float32."""
+
+    def step_name(self, row: int) -> str:
+        """The step in a row and its tags: "605, batch 38212"."""
+        return step_name(
+            self.step[row], {name: x[row] for name, x in self.tags.items()}
+        )
 
     @property
     def began(self) -> int | None:
@@ -55,14 +67,15 @@ class History(NamedTuple):
         """One column for each number of a step, as `pandas.DataFrame` takes them.
 
         Returns:
-          `{name: [num_steps]}`: "step", "loss", "loss_limit", "norm", "limit", the
-          rules "nonfinite", "norm_exploded", "share_exploded" and "loss_exploded", and
-          "norm/<scope>".
+          `{name: [num_steps]}`: "step", those of the user's own, "loss", "loss_limit",
+          "norm", "limit", the rules "nonfinite", "norm_exploded", "share_exploded" and
+          "loss_exploded", and "norm/<scope>".
         """
         fired = ["nonfinite", *(f"{rule}_exploded" for rule in RULES[1:])]
         return (
-            {
-                "step": self.step,
+            {"step": self.step}
+            | dict(self.tags)
+            | {
                 "loss": self.loss,
                 "loss_limit": self.loss_limit,
                 "norm": self.norm,
@@ -71,6 +84,18 @@ class History(NamedTuple):
             | dict(zip(fired, self.fired.T, strict=True))
             | by_name({"norm": self.norms.T}, self.names)
         )
+
+
+def step_name(step: Any, tags: dict[str, Any]) -> str:
+    """A step and its tags: "605, batch 38212"."""
+    shown = [f"{name} {_shown(x)}" for name, x in tags.items()]
+    return ", ".join([str(int(step)), *shown])
+
+
+def _shown(value: Any) -> str:
+    """A whole number in full, any other in six digits."""
+    number = plain_number(value)
+    return str(number) if isinstance(number, int) else f"{number:.6g}"
 
 
 def explosions_of(history: History) -> list[tuple[int, int]]:
@@ -120,6 +145,7 @@ def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> 
     window, num_steps = len(state.rows), int(state.counts[0])
     step = np.arange(max(0, num_steps - window), num_steps)
     columns, norms = rows_of(state, step)
+    parts = state.rows[step % window, len(COLUMNS) : state.num_others]
     return History(
         step=step,
         loss=np.where(columns["loss"] == NO_LOSS, np.float32(np.nan), columns["loss"]),
@@ -130,6 +156,7 @@ def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> 
         leaf=columns["leaf"].astype(int),
         norms=norms,
         names=scope_names(state.layout, norms.shape[1], label, params_of(params)),
+        tags=named_tags(state.columns, parts),
     )
 
 

@@ -13,6 +13,7 @@ from optaxclip.reporting.drawing import (
     draw_map,
     draw_norm,
     draw_scopes,
+    draw_tag,
 )
 from optaxclip.reporting.history import History
 
@@ -42,8 +43,9 @@ def plot(
     """Draws the last steps of a run: the loss, the norms, what exploded and where.
 
     The total norm with its limit and the steps that exploded; with several scopes the
-    norm of each, the one that led thick; with more than seven also a map of all. What
-    is non-finite stands as a triangle at the upper edge. Needs matplotlib.
+    norm of each, the one that led thick; with more than seven also a map of all; and
+    each number that was given as `tag=`. What is non-finite stands as a triangle at the
+    upper edge. Needs matplotlib.
 
     Args:
       history: As `history` reads it, at least one step.
@@ -93,6 +95,9 @@ def plot(
         heights = {"loss": 1.8} | heights
     if num_scopes > 1:
         heights["scopes"] = 2.8
+    # A name of theirs may be that of another panel.
+    tags = {f"tag/{name}": name for name in history.tags}
+    heights |= dict.fromkeys(tags, 1.2)
     if num_scopes > NUM_COLORED:
         heights["map"] = 4.6 if num_scopes > MAX_NAMED else 1.2 + 0.14 * num_scopes
 
@@ -105,6 +110,8 @@ def plot(
     draw_norm(panels["norm"], history, after)
     if "scopes" in panels:
         draw_scopes(panels["scopes"], history, leader)
+    for panel, name in tags.items():
+        draw_tag(panels[panel], history, name)
     for axes in panels.values():
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

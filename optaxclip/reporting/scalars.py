@@ -16,6 +16,7 @@ from optaxclip.explosions.state import (
     count,
     read_step,
 )
+from optaxclip.extras import NO_LOSS
 from optaxclip.norms.measuring import measure_leaves
 from optaxclip.norms.names import (
     Layout,
@@ -29,8 +30,8 @@ from optaxclip.norms.names import (
 )
 from optaxclip.norms.scopes import find_scopes
 from optaxclip.numerics import divide, normalize_norms, root_sum_squares
-from optaxclip.recording import NO_LOSS, RecordState, rows_of
 from optaxclip.reporting.history import totals_of
+from optaxclip.ring import RecordState, rows_of
 
 VANISHED = 1e-6
 """A leaf has vanished if its norm is at most this share of the norm of all updates."""

@@ -8,11 +8,11 @@ import jax
 
 from optaxclip.clipping.by_norm import ClipByNormState
 from optaxclip.explosions.state import DetectExplosionsState, SkipExplosionsState
-from optaxclip.recording import RecordState
+from optaxclip.ring import RecordState
 
 STATES = ClipByNormState, RecordState, DetectExplosionsState, SkipExplosionsState
 """The kinds of states that can be read."""
-EMPTY = {"layout", "limit_state", "target", "snapshots"}
+EMPTY = {"layout", "columns", "limit_state", "target", "snapshots"}
 """Their fields that may hold no arrays, which some checkpoints leave out."""
 
 

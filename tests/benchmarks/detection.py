@@ -28,7 +28,7 @@ import optaxclip
 from optaxclip.explosions.leading import fitted_growth
 from optaxclip.explosions.rules import RULES
 from optaxclip.explosions.state import flags_of
-from optaxclip.recording import rows_of
+from optaxclip.ring import rows_of
 
 DATA = Path(__file__).parents[1] / "data" / "traces"
 
