@@ -224,6 +224,7 @@ from optaxclip.reporting import keep as keep
 from optaxclip.reporting import metrics as metrics
 from optaxclip.reporting import plot as plot
 from optaxclip.reporting import raise_if_exploded as raise_if_exploded
+from optaxclip.reporting import skipped_steps as skipped_steps
 from optaxclip.reporting import taken as taken
 
 __version__ = "0.1.0"

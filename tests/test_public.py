@@ -18,7 +18,7 @@ from registry import LIMITS, REGISTRY
 GUIDES = ["", ".norms", ".limits", ".clipping", ".explosions", ".recording"]
 GUIDES += [".reporting"]
 # What is neither a transformation nor a limit, but measures or reads.
-READERS = {"keep", "taken"} | {
+READERS = {"keep", "taken", "skipped_steps"} | {
     "explain",
     "history",
     "metrics",
@@ -84,6 +84,7 @@ def test_what_is_public():
         "record",
         "scale_params",
         "skip_explosions",
+        "skipped_steps",
         "spam",
         "stabilize",
         "stable_adam",

@@ -33,7 +33,9 @@ from optaxclip.explosions.rules import (
     signals_of,
 )
 from optaxclip.explosions.state import (
+    AFTER_SKIPPED,
     COUNTS,
+    NUM_TOLD,
     DetectExplosionsState,
     Verdict,
     as_bits,
@@ -132,9 +134,12 @@ class Detection(NamedTuple):
 
 
 def make_detection(
-    norm, share, loss, specs, stacked, columns, *, max_gap, window
+    norm, share, loss, specs, stacked, columns, *, max_gap, window, num_skipped=0
 ) -> Detection:
-    """Detection with the arguments of `detect_explosions`; raises their errors."""
+    """Detection with the arguments of `detect_explosions`; raises their errors.
+
+    `num_skipped`: of how many skipped steps there is room in `events`.
+    """
     max_gap = check_length("max_gap", max_gap, 1)
     window = check_length("window", window, 64)
     own = check_columns(columns)
@@ -154,7 +159,7 @@ def make_detection(
         step = [-1, -1, 0, *numbers.view(np.int32), *[0] * num_parts(own)]
         counts = [-1 if name.startswith("last") else 0 for name in COUNTS]
         return DetectExplosionsState(
-            events=jnp.asarray([step] * 2, jnp.int32),
+            events=jnp.asarray([step] * (NUM_TOLD + num_skipped), jnp.int32),
             rule_states=first_states(rules, sizes),
             record=empty(
                 norms.size,
@@ -185,6 +190,9 @@ def make_detection(
         row = _event(now, leaf, bits, signals, bounds, tag)
         has_loss_rule = value is not None and rules[2] is not None
         counts = _next_counts(state, signals, fired, has_loss_rule)
+        if num_skipped:
+            was_skipped = (count(state, "last_skipped") == now - 1) & (now > 0)
+            bits += jnp.where(was_skipped, AFTER_SKIPPED, 0)
         columns = {
             "loss": signals.loss,
             "loss_limit": bounds.loss,
@@ -194,7 +202,7 @@ def make_detection(
         }
         record = append(state.record, columns, tag, signals.norms, signals.norm, counts)
         events = _next_events(state, now, row, fired, max_gap)
-        verdict = _verdict(signals, bounds, fired, has_loss_rule)
+        verdict = _verdict(signals, bounds, fired, has_loss_rule, row)
         return DetectExplosionsState(events, rule_states, record), verdict
 
     return Detection(init, update)
@@ -221,8 +229,8 @@ def _next_events(
     last = count(state, "last")
     begins = fired.any() & ((last < 0) | (now - last > max_gap))
     turns_nonfinite = fired.nonfinite & (count(state, "nonfinite_in_a_row") == 0)
-    row = lax.broadcasted_iota(jnp.int32, (2, 1), 0)
-    is_told = jnp.where(row == 0, begins, turns_nonfinite)
+    row = lax.broadcasted_iota(jnp.int32, (len(state.events), 1), 0)
+    is_told = ((row == 0) & begins) | ((row == 1) & turns_nonfinite)
     return jnp.where(is_told, event, state.events)
 
 
@@ -261,7 +269,7 @@ def _is_bad(signals: Signals, fired: Fired) -> jax.Array:
 
 
 def _verdict(
-    signals: Signals, bounds: Bounds, fired: Fired, has_loss_rule: bool
+    signals: Signals, bounds: Bounds, fired: Fired, has_loss_rule: bool, event
 ) -> Verdict:
     """What a response needs to know."""
     signal, limit = signals.norm, bounds.norm
@@ -274,4 +282,5 @@ def _verdict(
         norm_limit=bounds.norm,
         signal=saturating_cast(signal, jnp.float32),
         signal_limit=saturating_cast(limit, jnp.float32),
+        event=event,
     )

@@ -39,8 +39,10 @@ from optaxclip.explosions.selecting import update_or_keep
 from optaxclip.explosions.snapshots import empty_snapshots
 from optaxclip.explosions.state import (
     COUNTS,
+    NUM_SKIPPED,
     SkipExplosionsState,
     count,
+    with_skipped,
     with_values,
 )
 from optaxclip.limits.limit import LimitLike
@@ -127,7 +129,15 @@ def skip_explosions(
       [0. 0.] 1.0
     """
     detection = make_detection(
-        norm, share, loss, specs, stacked, columns, max_gap=max_gap, window=window
+        norm,
+        share,
+        loss,
+        specs,
+        stacked,
+        columns,
+        max_gap=max_gap,
+        window=window,
+        num_skipped=NUM_SKIPPED,
     )
     settings = _checked(
         Settings(
@@ -192,6 +202,9 @@ def skip_explosions(
         # Without it the updates are not touched, not even by a factor of 1.
         factor = decision.carried.scale if cool_down is not None else None
         updates = respond(updates, params, moved, decision, factor)
+        explosions = with_skipped(
+            explosions, seen.event, now["skipped"], moved.is_skipped
+        )
         counts = count_response(now, decision, moved.is_spoiled, is_broken)
         state = SkipExplosionsState(
             explosions=with_values(explosions, counts),

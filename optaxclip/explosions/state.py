@@ -36,6 +36,14 @@ COUNTS = (
 )
 """What each element of `DetectExplosionsState.record.counts` is."""
 
+NUM_SKIPPED = 64
+"""The last so many skipped steps stay known, however long ago they were."""
+NUM_TOLD = 2
+"""Rows of `events` before them."""
+AFTER_SKIPPED = 2 ** len(RULES)
+"""The bit in "fired" of a row that says that the step before it was skipped: whether
+its own step is, is decided after the row is written."""
+
 
 class DetectExplosionsState(NamedTuple):
     """State of `detect_explosions`, as `{label: DetectExplosionsState}`.
@@ -45,14 +53,15 @@ class DetectExplosionsState(NamedTuple):
     """
 
     events: jax.Array
-    """int32 `[2, 9 + 2 * num_columns]`: two steps, which are the one on which the last
-    explosion began (after `max_gap` steps without one), and the first of the last
-    non-finite ones in a row. Of each its index (-1 for none); the leading leaf (the
-    first that was non-finite, or else the one that had grown most, on average since 1,
-    9, 17, ... 57 steps before; -1 if none had); as bits, which of the four rules fired;
-    and, as the bits of a float32, the norm, the share of the leading leaf, the loss
-    (`NO_LOSS` where not given), the limits of these (+inf for none), and the two parts
-    of each number of the user's own."""
+    """int32 `[2, 9 + 2 * num_columns]`, `[66, ...]` in `skip_explosions`: two steps,
+    which are the one on which the last explosion began (after `max_gap` steps without
+    one), and the first of the last non-finite ones in a row; and the last 64 that were
+    skipped, of which the one after `i` others is in row `2 + i % 64`. Of each its index
+    (-1 for none); the leading leaf (the first that was non-finite, or else the one that
+    had grown most, on average since 1, 9, 17, ... 57 steps before; -1 if none had); as
+    bits, which of the four rules fired; and, as the bits of a float32, the norm, the
+    share of the leading leaf, the loss (`NO_LOSS` where not given), the limits of these
+    (+inf for none), and the two parts of each number of the user's own."""
     rule_states: tuple[Any, Any, Any]
     """States of the limits on norm, share and loss."""
     record: RecordState
@@ -124,13 +133,34 @@ def read_step(state: DetectExplosionsState, which: str) -> Event:
     return Event(step, leaf, flags_of(fired), *signals_and_limits, tag=tag)
 
 
+def with_skipped(
+    state: DetectExplosionsState,
+    event: jax.Array,
+    num_skipped: jax.Array,
+    is_skipped: jax.Array,
+) -> DetectExplosionsState:
+    """The state that knows a step as skipped, if it is.
+
+    Args:
+      state: The state.
+      event: The step, as a row of `events`.
+      num_skipped: How many were skipped before.
+      is_skipped: Whether it is.
+    """
+    row = lax.broadcasted_iota(jnp.int32, (len(state.events), 1), 0)
+    # A select, which fuses with the one that makes the first two rows: the list is no
+    # array and no kernel of its own.
+    is_here = is_skipped & (row == NUM_TOLD + num_skipped % NUM_SKIPPED)
+    return state._replace(events=jnp.where(is_here, event, state.events))
+
+
 def flags_of(fired: Any) -> Any:
     """Bool `[..., 4]`: which of the `RULES` fired, of the bits of whole numbers."""
     return (fired[..., None] >> np.arange(len(RULES), dtype=np.int32)) % 2 == 1
 
 
 class Verdict(NamedTuple):
-    """What is known of one step; all are scalars."""
+    """What is known of one step; all are scalars but the last."""
 
     is_bad: jax.Array
     """Whether it exploded, and not by a loss alone that is non-finite: with finite
@@ -142,6 +172,8 @@ class Verdict(NamedTuple):
     """What tells bad parameters from a bad batch: the loss, or the norm where no loss
     is given or no rule looks at it."""
     signal_limit: jax.Array
+    event: jax.Array
+    """The step as a row of `events`, `[9 + 2 * num_columns]`."""
 
 
 def as_bits(x: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@
 | `explain` | a report in words | at the end, or after a crash |
 | `plot` | a picture | at the end, or after a crash |
 | `raise_if_exploded` | an `ExplosionError` | every few steps, outside `jit` |
+| `skipped_steps` | which steps were skipped, for the data loader | outside `jit` |
 | `taken` | whether the last step was applied | every step, in `jit` or not |
 | `keep` | the rest of the training state, if it was | every step, in `jit` or not |
 
@@ -14,7 +15,7 @@ Each finds the states of this package in any optimizer state. `params` gives the
 their names; without it they are numbered.
 
 ```python
->>> import jax, jax.numpy as jnp, optax, optaxclip
+>>> import json, jax, jax.numpy as jnp, optax, optaxclip
 >>> tx = optax.chain(optaxclip.record("gradients"), optaxclip.clip_by_norm(1.0))
 >>> params = {"w": jnp.ones(2), "b": jnp.ones(1)}
 >>> opt_state = tx.init(params)
@@ -30,6 +31,25 @@ clip/clipped_fraction 1.0
 gradients/norm/b 4.0
 
 ```
+
+## Which steps were skipped
+
+`skipped_steps(opt_state)` lists the last 64, also after a restart from a checkpoint,
+with what was given as `tag=` to a `stabilize` or `skip_explosions` with `columns=`:
+
+```python
+>>> tx = optaxclip.stabilize(optax.sgd(0.1), columns=["batch"])
+>>> state = tx.init(jnp.ones(2))
+>>> for batch, g in [(38211, 1.0), (38212, jnp.nan), (38213, 1.0)]:
+...     grads, tag = jnp.full(2, g), {"batch": batch}
+...     updates, state = tx.update(grads, state, jnp.ones(2), tag=tag)
+>>> json.dumps(optaxclip.skipped_steps(state))
+'[{"step": 1, "batch": 38212, "rules": ["nonfinite"]}]'
+
+```
+
+A rollback skips two steps to try the snapshot. These are in the list, too. No rule says
+anything against their batches, unless their list of rules is not empty.
 
 ## The rest of the training state
 
@@ -150,5 +170,6 @@ from optaxclip.reporting.history import History as History
 from optaxclip.reporting.history import history as history
 from optaxclip.reporting.keeping import keep as keep
 from optaxclip.reporting.keeping import taken as taken
+from optaxclip.reporting.lookups import skipped_steps as skipped_steps
 from optaxclip.reporting.metrics import metrics as metrics
 from optaxclip.reporting.plotting import plot as plot

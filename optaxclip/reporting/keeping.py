@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip.explosions.state import SkipExplosionsState
 from optaxclip.reporting.scalars import was_taken
-from optaxclip.reporting.states import find_states
+from optaxclip.reporting.states import find_skipping
 
 
 def taken(opt_state: Any, *, label: str | None = None) -> jax.Array:
@@ -37,18 +36,7 @@ def taken(opt_state: Any, *, label: str | None = None) -> jax.Array:
       >>> print(optaxclip.taken(state))
       False
     """
-    found = {
-        name: state
-        for name, state in find_states(opt_state).items()
-        if isinstance(state, SkipExplosionsState) and label in (None, name)
-    }
-    if not found:
-        of_label = "" if label is None else f" with the label {label!r}"
-        raise ValueError(f"found no state of skip_explosions or stabilize{of_label}")
-    if len(found) > 1:
-        raise ValueError(f"give label=, one of {sorted(found)}")
-    (state,) = found.values()
-    return was_taken(state)
+    return was_taken(find_skipping(opt_state, label))
 
 
 def keep(opt_state: Any, new: Any, old: Any, *, label: str | None = None) -> Any:

@@ -27,6 +27,22 @@ def find_recorders(opt_state: Any) -> dict[str, Any]:
     return found
 
 
+def find_skipping(opt_state: Any, label: str | None) -> SkipExplosionsState:
+    """The state of `skip_explosions`; the errors of none, and of several unlabeled."""
+    found = {
+        name: state
+        for name, state in find_states(opt_state).items()
+        if isinstance(state, SkipExplosionsState) and label in (None, name)
+    }
+    if not found:
+        of_label = "" if label is None else f" with the label {label!r}"
+        raise ValueError(f"found no state of skip_explosions or stabilize{of_label}")
+    if len(found) > 1:
+        raise ValueError(f"give label=, one of {sorted(found)}")
+    (state,) = found.values()
+    return state
+
+
 def find_states(opt_state: Any) -> dict[str, Any]:
     """The states of optaxclip in any tree by their label; the error of equal labels."""
     found: dict[str, Any] = {}

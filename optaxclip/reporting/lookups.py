@@ -1,0 +1,84 @@
+"""Single questions that a training script asks: which steps were skipped."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from optaxclip.explosions.rules import RULES
+from optaxclip.explosions.state import (
+    COUNTS,
+    NUM_OF_EVENT,
+    NUM_SKIPPED,
+    NUM_TOLD,
+    Event,
+    flags_of,
+)
+from optaxclip.extras import Columns, named_tags, plain_number
+from optaxclip.reporting.states import find_skipping
+
+
+def skipped_steps(opt_state: Any, *, label: str | None = None) -> list[Any]:
+    """Lists the last 64 steps that were skipped, for the data loader, on the host.
+
+    They stay known when their rows have left the record, and a checkpoint of
+    `opt_state` holds them. A step that tried a snapshot was skipped, too; no rule says
+    anything against its batch.
+
+    Args:
+      opt_state: Any tree with the state, as for `metrics`.
+      label: That of the `skip_explosions` or `stabilize`; None where there is one.
+
+    Returns:
+      In time order, for each `{"step": its index from 0, <name>: its tag, ..., "rules":
+      those that fired}`, as `json.dumps` takes it; the rules are "nonfinite", "norm",
+      "share" and "loss". A tag that is non-finite is None. Of several runs, as
+      `jax.vmap` stacks them, one such list for each.
+
+    Raises:
+      ValueError: If there is no such state in `opt_state`, or more than one and no
+        label.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> tx = optaxclip.skip_explosions(optax.sgd(0.1), columns=["batch"])
+      >>> params = {"w": jnp.ones(1)}
+      >>> state = tx.init(params)
+      >>> for batch, g in [(38211, 1.0), (38212, jnp.nan), (38213, 1.0)]:
+      ...     grads, tag = {"w": jnp.array([g])}, {"batch": batch}
+      ...     updates, state = tx.update(grads, state, params, tag=tag)
+      >>> print(optaxclip.skipped_steps(state))
+      [{'step': 1, 'batch': 38212, 'rules': ['nonfinite']}]
+    """
+    state = find_skipping(opt_state, label)
+    counts, events = jax.device_get((state.record.counts, state.explosions.events))
+    return _of_runs(np.asarray(counts), np.asarray(events), state.record.columns)
+
+
+def _of_runs(
+    counts: np.ndarray, events: np.ndarray, columns: Columns | tuple[()]
+) -> list[Any]:
+    """As `skipped_steps`, of as many runs as there are axes before the usual ones."""
+    if counts.ndim > 1:
+        runs = zip(counts, events, strict=True)
+        return [_of_runs(*run, columns) for run in runs]
+    num_skipped = int(counts[COUNTS.index("skipped")])
+    order = np.arange(max(0, num_skipped - NUM_SKIPPED), num_skipped)
+    rows = events[NUM_TOLD + order % NUM_SKIPPED]
+    step, fired = (rows[:, Event._fields.index(name)] for name in ("step", "fired"))
+    parts = np.ascontiguousarray(rows[:, NUM_OF_EVENT:]).view(np.float32)
+    tags = named_tags(columns, parts)
+    return [
+        {"step": int(step[i])}
+        | {name: _for_json(values[i]) for name, values in tags.items()}
+        | {"rules": [RULES[rule] for rule in np.flatnonzero(flags_of(fired[i]))]}
+        for i in range(len(order))
+    ]
+
+
+def _for_json(value: Any) -> int | float | None:
+    # JSON has no number that is inf or NaN, though Python would write one.
+    return plain_number(value) if math.isfinite(value) else None
