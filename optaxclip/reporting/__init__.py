@@ -88,6 +88,28 @@ all names.
 
 A loss that was not given reads as +inf in `metrics`, and as NaN in `history`.
 
+A dashboard needs few names that stay the same. Of up to ten scopes each has its own:
+`gradients/norm/rnn/kernel`. Of more, there are names for the ten largest:
+`gradients/top/1/index` and `gradients/top/1/norm`. Which leaf has the rank is a value
+and no name, since a name that depends on values would come and go, and cannot be made
+in `jit`: `leaf_names(params)[index]` is that leaf. A model of 723 leaves, with
+`stabilize` and a clip per leaf, has 62 names. `top=` sets another number, and
+`top=None` names every scope.
+
+Of the last steps, as many as are kept or `window=`, there are percentiles of the norm
+and the shares of steps that exploded and that were skipped, beside those of the run;
+and OLMo-core's SpikeScore:
+
+```python
+>>> for norm in [1.0, 9.0, 2.0]:
+...     grads = {"w": jnp.array([norm, 0.0]), "b": jnp.zeros(1)}
+...     _, opt_state = tx.update(grads, opt_state, params, value=jnp.array(0.5))
+>>> metrics = optaxclip.metrics(opt_state, params, window=3)
+>>> print(metrics["gradients/window/norm_p50"], metrics["gradients/window/norm_p90"])
+2.0 9.0
+
+```
+
 ## History
 
 `history(opt_state, params)` gives a `History`: NumPy arrays in time order. With several

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from typing import Any
 
 import jax
@@ -12,18 +13,27 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from optaxclip.checks import check_length
 from optaxclip.reporting.scalars import scalars_of
 from optaxclip.reporting.states import (
     find_states,
     params_of,
 )
+from optaxclip.reporting.zeros import ZEROS, zero_scalars
 
 NUM_SPLIT = 8
 """So many numbers at a time are taken out of an array: XLA compiles a kernel for each,
 and a thousand of them for a minute."""
 
 
-def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
+def metrics(
+    opt_state: Any,
+    params: Any = None,
+    *,
+    top: int | None = 10,
+    window: int | None = None,
+    zeros: Any = None,
+) -> dict[str, jax.Array]:
     """Reads scalars out of every optaxclip state in an optimizer state.
 
     Each `clip_by_norm` gives, under its label:
@@ -36,9 +46,9 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     | `clip/clipped_fraction` | the share of all steps so far that were clipped |
     | `clip/num_nonfinite` | the number of steps so far with inf or NaN |
 
-    With more than one scope a clip gives the largest of them, and each scope its own
-    under its name: `clip/norm/rnn/hh/kernel`; per unit, a leaf's largest. Groups are
-    numbered, in the order of `group_names`.
+    With more than one scope a clip gives the largest of them, and, of up to `top`, each
+    scope its own under its name: `clip/norm/rnn/hh/kernel`; per unit, a leaf's largest.
+    Groups are numbered, in the order of `group_names`.
 
     Each `detect_explosions` and `skip_explosions` gives, under its label:
 
@@ -47,6 +57,7 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     | `explosions/is_exploded` | 1 if the last step exploded, else 0 |
     | `explosions/num_exploded` | the number of steps so far that did |
     | `explosions/num_exploded/<rule>` | the same for nonfinite, norm, share and loss |
+    | `explosions/exploded_fraction` | the share of all steps so far |
     | `explosions/num_in_a_row` | how many steps in a row were bad, up to the last |
     | `explosions/began` | the step on which the last explosion began; -1 for none |
     | `explosions/leading_leaf` | the index of the leaf that led then; -1 for none |
@@ -71,13 +82,31 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     | name | value |
     |---|---|
     | `gradients/norm` | the norm of all updates, in the last step |
-    | `gradients/norm/<scope>` | the norm of that scope |
+    | `gradients/norm/<scope>` | the norm of that scope; of up to `top` scopes |
     | `gradients/squared_share/<scope>` | its share of the sum of the squares |
     | `gradients/is_vanished/<scope>` | 1 if at most 1e-6 of all in the whole window |
     | `gradients/ratio`, `gradients/ratio/<leaf>` | the norm / that of the parameters |
     | `gradients/loss` | the loss; +inf if it was not given |
     | `gradients/largest_norm` | the largest finite norm of all updates so far |
     | `gradients/num_nonfinite` | the number of steps so far that were non-finite |
+    | `gradients/nonfinite_fraction` | the share of all steps so far that were |
+    | `gradients/top/<rank>/index` | of more scopes: which one has the rank, from 1 |
+    | `gradients/top/<rank>/norm` | its norm; non-finite ones come first |
+
+    and of the last `window` steps:
+
+    | name | value |
+    |---|---|
+    | `gradients/window/norm_p50`, `_p90`, `_p99` | percentiles of the finite norms |
+    | `gradients/window/nonfinite_fraction` | the share of steps that were non-finite |
+    | `explosions/window/exploded_fraction` | the share of steps that exploded |
+    | `explosions/window/skipped_fraction` | skip only: the share of skipped steps |
+    | `gradients/window/spike_score` | OLMo-core's SpikeScore, if 129 steps are kept |
+
+    A spike is a loss or a norm above the mean of the 128 before it by more than 6
+    standard deviations, and SpikeScore the share of the steps that are one. 128 steps
+    of the record are needed for the first: by default it is over the last 128, and of
+    `record(window=10128)` over 10,000, as in OLMo-core.
 
     `gradients/squared_share` is the largest of them, `gradients/num_vanished` their
     number. Ratios are known per leaf, where `params` holds the parameters; +inf for one
@@ -92,6 +121,12 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
       params: The parameters, a `TrainState`, or any tree of their structure: names the
         leaves; without it they are numbered. Ratios read them once, and of several runs
         need those of each, stacked alike.
+      top: With more scopes than so many, names are those of ranks instead, so that they
+        are few and stay the same: `leaf_names(params)[index]` is the leaf. None for a
+        name for each scope.
+      window: The last steps that are summed up; None for all that are kept.
+      zeros: A tree of arrays, such as the gradients of this step: also gives the share
+        of exact zeros in it, `zeros/fraction`, and in its leaves, as above.
 
     Returns:
       `{name: scalar}`, inside or outside `jit`; of several runs `{name: [runs]}`; empty
@@ -99,7 +134,8 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
 
     Raises:
       ValueError: If two transformations have the same label, if `params` does not fit
-        the state, or if a checkpoint without a template has made a state a dictionary.
+        the state, if `top` or `window` is out of range, or if a checkpoint without a
+        template has made a state a dictionary.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxclip
@@ -112,19 +148,25 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     """
     # What is not read is not passed: arguments of a program cost microseconds each.
     states = {label: x.read_by_metrics for label, x in find_states(opt_state).items()}
+    top = sys.maxsize if top is None else check_length("top", top, 0)
+    if window is not None:
+        window = check_length("window", window, 1)
+    if zeros is not None and ZEROS in states:
+        raise ValueError(f"a state has the label {ZEROS!r}, that of zeros=")
     leaves, structure = jax.tree.flatten(params_of(params))
     structure = None if params is None else structure
     if not all(isinstance(x, jax.Array | np.ndarray) for x in leaves):
         leaves = []
     # Inside `jit` the caller compiles; a program within it would be one more.
-    if any(isinstance(x, Tracer) for x in jax.tree.leaves((states, leaves))):
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((states, leaves, zeros))):
+        found = _all_scalars(states, leaves, zeros, structure, top, window)
         return {
             name: value
-            for names, values in scalars_of(states, leaves, structure)
+            for names, values in found
             for name, value in zip(names, jnp.unstack(values, axis=-1), strict=True)
         }
     # Outside, one program makes few arrays: hundreds of scalars would each cost a call.
-    packed = _pack(states, leaves, structure=structure)
+    packed = _pack(states, leaves, zeros, structure=structure, top=top, window=window)
     values = [
         [x for i in range(block.shape[-2]) for x in _split(block, i)]
         for block in packed.blocks
@@ -145,12 +187,18 @@ class _Packed:
     """(name, block, place in the block) of each number."""
 
 
-@functools.partial(jax.jit, static_argnames=("structure",))
-def _pack(states: dict[str, Any], leaves: list[jax.Array], *, structure: Any):
-    """All of `scalars_of` in few arrays, compiled once for each structure."""
+def _all_scalars(states, leaves, zeros, structure, top, window):
+    """What `scalars_of` and `zero_scalars` give."""
+    found = scalars_of(states, leaves, structure, top, window)
+    return found if zeros is None else [*found, *zero_scalars(zeros, top)]
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "top", "window"))
+def _pack(states, leaves, zeros, *, structure, top, window):
+    """All scalars in few arrays, compiled once for each structure."""
     found: dict[Any, list[jax.Array]] = {}
     places = []
-    for names, values in scalars_of(states, leaves, structure):
+    for names, values in _all_scalars(states, leaves, zeros, structure, top, window):
         parts = found.setdefault((values.dtype, values.shape[:-1]), [])
         block = list(found).index((values.dtype, values.shape[:-1]))
         place = sum(x.shape[-1] for x in parts)

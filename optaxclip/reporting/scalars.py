@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from optaxclip.clipping.by_norm import ClipByNormState
 from optaxclip.explosions.leading import fitted_growth
@@ -31,14 +32,21 @@ from optaxclip.norms.names import (
 from optaxclip.norms.scopes import find_scopes
 from optaxclip.numerics import divide, normalize_norms, root_sum_squares
 from optaxclip.reporting.history import totals_of
+from optaxclip.reporting.windowed import windowed_metrics
 from optaxclip.ring import RecordState, rows_of
 
+TOP = "top/"
+"""Begins the name of what is told of the largest scopes alone."""
 VANISHED = 1e-6
 """A leaf has vanished if its norm is at most this share of the norm of all updates."""
 
 
 def scalars_of(
-    states: dict[str, Any], leaves: list[jax.Array], structure: Any
+    states: dict[str, Any],
+    leaves: list[jax.Array],
+    structure: Any,
+    top: int,
+    window: int | None,
 ) -> list[tuple[list[str], jax.Array]]:
     """(names, values `[..., num_names]`) for all that is told; `[...]` are the runs.
 
@@ -46,6 +54,8 @@ def scalars_of(
       states: By their label.
       leaves: Of the parameters, of as many runs; none where they are not known.
       structure: Of the parameters; None where it is not known.
+      top: With more scopes than so many there are only the largest.
+      window: As in `metrics`.
     """
     params = None
     if structure is not None:
@@ -57,8 +67,8 @@ def scalars_of(
 
         def read(state, params, label=label):
             if not hasattr(state, "record"):
-                return _clip_metrics(state)
-            parts = _record_metrics(label, state.record, params)
+                return _clip_metrics(state, top)
+            parts = _record_metrics(label, state, params, top, window)
             if hasattr(state, "detection"):
                 parts.append(_explosion_metrics(state))
             return parts
@@ -72,7 +82,9 @@ def scalars_of(
         for part in read(state, over):
             for column, values in part.items():
                 names = [f"{label}/{column}"]
-                if values.ndim > len(runs):
+                if column.startswith(TOP):
+                    names = ranked_names(label, column, values.shape[-1])
+                elif values.ndim > len(runs):
                     scopes = scope_names(layout, values.shape[-1], label, params)
                     names = [f"{names[0]}/{scope}" for scope in scopes]
                 else:
@@ -81,21 +93,31 @@ def scalars_of(
     return found
 
 
+def ranked_names(label: str, column: str, num: int) -> list[str]:
+    """Names by rank, which stay the same whatever the values are."""
+    return [f"{label}/{TOP}{k + 1}/{column.removeprefix(TOP)}" for k in range(num)]
+
+
 def _record_metrics(
-    label: str, state: RecordState, params: Any
+    label: str, holder: Any, params: Any, top: int, window: int | None
 ) -> list[dict[str, jax.Array]]:
+    state: RecordState = holder.record
     last, norms = rows_of(state, state.counts[0] - 1)
+    totals = totals_of(state.norms)
+    num_steps = jnp.maximum(state.counts[0], 1).astype(jnp.float32)
     result = {
         "norm": root_sum_squares(norms),
         "loss": jnp.where(last["loss"] == NO_LOSS, jnp.inf, last["loss"]),
         "largest_norm": last["largest"],
         "num_nonfinite": state.counts[1],
+        "nonfinite_fraction": state.counts[1].astype(jnp.float32) / num_steps,
     }
+    result |= windowed_metrics(holder, totals, window)
     if isinstance(state.layout, PerTree):
         return [result]
     shares = jnp.square(normalize_norms(norms)[0])
     # A number, since trackers do not take flags.
-    has_vanished = have_vanished(state).astype(jnp.int32)
+    has_vanished = vanished_of(state, totals).astype(jnp.int32)
     result |= {
         "squared_share": jnp.max(shares, initial=0),
         "num_vanished": jnp.sum(has_vanished),
@@ -104,13 +126,22 @@ def _record_metrics(
     ratios = _ratios(norms, state.layout, label, params)
     if ratios is not None:
         result["ratio"], columns["ratio"] = ratios
+    if len(norms) > top:
+        # The order of the shares; what is non-finite is larger than all, and NaN too.
+        sizes, index = lax.top_k(jnp.where(norms < jnp.inf, norms, jnp.inf), top)
+        sizes = jnp.where(sizes < jnp.inf, sizes, norms[index])
+        columns = {f"{TOP}index": index, f"{TOP}norm": sizes}
     return [result, columns]
 
 
 @jax.jit
 def have_vanished(state: RecordState) -> jax.Array:
     """Which scopes had nearly no norm in a whole window."""
-    totals = totals_of(state.norms)
+    return vanished_of(state, totals_of(state.norms))
+
+
+def vanished_of(state: RecordState, totals: jax.Array) -> jax.Array:
+    """The same, where the norms of all updates are known, one for each row."""
     # On a step that is non-finite no norm is small but 0.
     totals = jnp.where(totals < jnp.inf, totals, 0)
     is_small = state.norms <= VANISHED * totals[:, None]
@@ -140,17 +171,17 @@ def _ratios(norms: jax.Array, layout: Layout, label: str, params: Any):
 
 def _explosion_metrics(state: Any) -> dict[str, jax.Array]:
     result, noticed = {}, state.detection
+    # Before the first step a share is 0, not NaN.
+    num_steps = jnp.maximum(count(noticed, "steps"), 1).astype(jnp.float32)
+    num_exploded = count(noticed, "exploded")
     if isinstance(state, SkipExplosionsState):
         num_skipped = count(noticed, "skipped")
-        # Before the first step the share is 0, not NaN.
-        num_steps = jnp.maximum(count(noticed, "steps"), 1)
         is_rolled_back = count(noticed, "last_rollback") == count(noticed, "steps")
         result = {
             "is_skipped": (~was_taken(state)).astype(jnp.int32),
             "is_rolled_back": is_rolled_back.astype(jnp.int32),
             "num_skipped": num_skipped,
-            "skipped_fraction": num_skipped.astype(jnp.float32)
-            / num_steps.astype(jnp.float32),
+            "skipped_fraction": num_skipped.astype(jnp.float32) / num_steps,
             "gave_up": state.gave_up.astype(jnp.int32),
             "scale": state.scale,
             "num_rollbacks": count(noticed, "rollbacks"),
@@ -163,7 +194,8 @@ def _explosion_metrics(state: Any) -> dict[str, jax.Array]:
     began = read_step(noticed, "began")
     return {
         "is_exploded": has_exploded.astype(jnp.int32),
-        "num_exploded": count(noticed, "exploded"),
+        "num_exploded": num_exploded,
+        "exploded_fraction": num_exploded.astype(jnp.float32) / num_steps,
         **{f"num_exploded/{rule}": count(noticed, rule) for rule in RULES},
         "num_in_a_row": count(noticed, "in_a_row"),
         "began": began.step,
@@ -181,7 +213,7 @@ def was_taken(state: SkipExplosionsState) -> jax.Array:
     return (count(noticed, "last_skipped") != last_step) | (last_step < 0)
 
 
-def _clip_metrics(state: ClipByNormState) -> list[dict[str, jax.Array]]:
+def _clip_metrics(state: ClipByNormState, top: int) -> list[dict[str, jax.Array]]:
     fields = state.norm, state.limit, state.num_clipped, state.num_nonfinite
     norm, limit, num_clipped, num_nonfinite = map(jax.tree.leaves, fields)
     (num_steps,) = jax.tree.leaves(state.num_steps)
@@ -203,7 +235,8 @@ def _clip_metrics(state: ClipByNormState) -> list[dict[str, jax.Array]]:
         column: _per_name(values, state.layout) for column, values in columns.items()
     }
     largest = {name: jnp.max(values, initial=0) for name, values in columns.items()}
-    return [largest, columns]
+    # It has no shares by which to choose some; a recorder beside it does.
+    return [largest] if len(columns["norm"]) > top else [largest, columns]
 
 
 def _norm_after(norm: jax.Array, target: jax.Array) -> jax.Array:

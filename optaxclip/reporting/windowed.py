@@ -1,0 +1,101 @@
+"""What the last steps of a record add up to: shares, percentiles, and SpikeScore."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip.explosions.state import AFTER_SKIPPED, SkipExplosionsState, count
+from optaxclip.extras import NO_LOSS
+from optaxclip.numerics import safe_unit
+from optaxclip.ring import COLUMNS, RecordState
+
+PERCENTILES = (50, 90, 99)
+
+# As in OLMo-core, `src/olmo_core/train/callbacks/stability_monitor.py`.
+NUM_BEFORE = 128
+"""A spike is judged by the mean of so many values before it."""
+NUM_DEVIATIONS = 6.0
+"""It exceeds that by more than so many standard deviations."""
+LEAST_DEVIATION = 1e-10
+"""With a smaller one nothing is a spike."""
+
+
+def windowed_metrics(state, norms: jax.Array, window: int | None) -> dict:
+    """Scalars over the last steps.
+
+    Args:
+      state: One that holds a record.
+      norms: Of all updates, on each step in the order of the record's rows.
+      window: Number of steps, at most those that are kept; None for these.
+    """
+    record: RecordState = state.record
+    num_kept = len(record.rows)
+    length = num_kept if window is None else min(window, num_kept)
+    # Of the last steps in time order; a step below 0 has not been.
+    steps = record.counts[0] - num_kept + jnp.arange(num_kept, dtype=jnp.int32)
+    norms = norms[steps % num_kept]
+    columns = record.rows[:, : len(COLUMNS)][steps % num_kept]
+    losses, fired = (columns[:, COLUMNS.index(name)] for name in ("loss", "fired"))
+    last = slice(num_kept - length, None)
+    found = _percentiles(norms[last], steps[last] >= 0)
+    # Rows before the first step are zeros: no bit is set in them.
+    fired = fired[last].astype(jnp.int32)
+    num_steps = jnp.clip(record.counts[0], 1, length)
+    is_of_kind = {"nonfinite": fired & 1}
+    if hasattr(state, "detection"):
+        is_of_kind["exploded"] = fired & (AFTER_SKIPPED - 1)
+    nums = {name: jnp.sum(x > 0) for name, x in is_of_kind.items()}
+    if isinstance(state, SkipExplosionsState):
+        # Each bit is of the step before; that of the last step stands in no row yet.
+        last_step = record.counts[0] - 1
+        is_last = (count(state.detection, "last_skipped") == last_step) & (
+            last_step >= 0
+        )
+        nums["skipped"] = jnp.sum(fired[1:] & AFTER_SKIPPED > 0) + is_last
+    found |= {f"{kind}_fraction": _share(num, num_steps) for kind, num in nums.items()}
+    if num_kept > NUM_BEFORE:
+        is_spike = _are_spikes(norms, steps) | (
+            _are_spikes(jnp.where(losses == NO_LOSS, jnp.inf, losses), steps)
+        )
+        length = min(length, num_kept - NUM_BEFORE)
+        num_spikes = jnp.sum(is_spike[-length:])
+        found["spike_score"] = _share(num_spikes, jnp.clip(record.counts[0], 1, length))
+    return {f"window/{name}": value for name, value in found.items()}
+
+
+def _share(num: jax.Array, num_steps: jax.Array) -> jax.Array:
+    return num.astype(jnp.float32) / num_steps.astype(jnp.float32)
+
+
+def _percentiles(norms: jax.Array, is_step: jax.Array) -> dict[str, jax.Array]:
+    """Norms that so many percent of the finite ones do not exceed; 0 without any."""
+    is_known = is_step & (norms < jnp.inf)  # NaN is not
+    ordered = jnp.sort(jnp.where(is_known, norms, jnp.inf))
+    num = jnp.sum(is_known, dtype=jnp.int32)
+    places = {p: jnp.maximum(-(-num * p // 100) - 1, 0) for p in PERCENTILES}
+    return {
+        f"norm_p{p}": jnp.where(num > 0, ordered[place], 0)
+        for p, place in places.items()
+    }
+
+
+def _are_spikes(values: jax.Array, steps: jax.Array) -> jax.Array:
+    """Which values are spikes, from the `NUM_BEFORE`-th on; bool `[num_others]`.
+
+    As OLMo-core tells them: none until so many are known before it, and none after one
+    of these that was non-finite.
+    """
+    num = len(values) - NUM_BEFORE
+    before = values[jnp.arange(num)[:, None] + jnp.arange(NUM_BEFORE)]
+    is_finite = jnp.isfinite(before)
+    is_known = jnp.all(is_finite, axis=1) & (steps[:num] >= 0)
+    before = jnp.where(is_finite, before, 0)
+    # In units of the largest: squares of norms may be no float32.
+    unit = safe_unit(jnp.max(jnp.abs(before), axis=1))
+    unit = jnp.where(unit > 0, unit, 1)
+    ratios = before / unit[:, None]
+    mean = jnp.mean(ratios, axis=1)
+    deviation = jnp.sqrt(jnp.mean(jnp.square(ratios - mean[:, None]), axis=1))
+    exceeds = values[NUM_BEFORE:] / unit > mean + NUM_DEVIATIONS * deviation
+    return is_known & exceeds & (deviation * unit >= LEAST_DEVIATION)

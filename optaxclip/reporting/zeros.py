@@ -1,0 +1,38 @@
+"""The share of exact zeros in each leaf, for `metrics`. Internal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optaxclip.norms.names import leaf_names
+from optaxclip.numerics import is_gradient
+from optaxclip.reporting.scalars import TOP, ranked_names
+
+ZEROS = "zeros"
+"""The label of these scalars, beside those of the states."""
+
+
+def zero_scalars(tree: Any, top: int) -> list[tuple[list[str], jax.Array]]:
+    """As `scalars_of`, of a tree of one run: the share in all, and in each leaf."""
+    leaves = [x if is_gradient(x) else jnp.zeros(0) for x in jax.tree.leaves(tree)]
+    if not leaves:
+        return []
+    # Whole numbers: a float32 that counts one by one stops at 2**24.
+    nums = [jnp.sum(x == 0, dtype=jnp.int32) for x in leaves]
+    nums = jnp.stack(nums).astype(jnp.float32)
+    sizes = jnp.array([jnp.size(x) for x in leaves], jnp.float32)
+    whole = jnp.sum(nums) / jnp.maximum(jnp.sum(sizes), 1)
+    shares = nums / jnp.maximum(sizes, 1)
+    found = [([f"{ZEROS}/fraction"], whole[None])]
+    if len(leaves) <= top:
+        names = [f"{ZEROS}/fraction/{name}" for name in leaf_names(tree)]
+        return [*found, (names, shares)]
+    shares, index = lax.top_k(shares, top)
+    columns = {"index": index, "fraction": shares}
+    for column, values in columns.items():
+        found.append((ranked_names(ZEROS, TOP + column, len(values)), values))
+    return found
