@@ -221,6 +221,7 @@ from optaxclip.reporting import History as History
 from optaxclip.reporting import explain as explain
 from optaxclip.reporting import history as history
 from optaxclip.reporting import keep as keep
+from optaxclip.reporting import leading_leaf as leading_leaf
 from optaxclip.reporting import metrics as metrics
 from optaxclip.reporting import plot as plot
 from optaxclip.reporting import raise_if_exploded as raise_if_exploded

@@ -18,7 +18,7 @@ from registry import LIMITS, REGISTRY
 GUIDES = ["", ".norms", ".limits", ".clipping", ".explosions", ".recording"]
 GUIDES += [".reporting"]
 # What is neither a transformation nor a limit, but measures or reads.
-READERS = {"keep", "taken", "skipped_steps"} | {
+READERS = {"keep", "taken", "skipped_steps", "leading_leaf"} | {
     "explain",
     "history",
     "metrics",
@@ -76,6 +76,7 @@ def test_what_is_public():
         "group_norms",
         "history",
         "keep",
+        "leading_leaf",
         "leaf_names",
         "leaf_norms",
         "metrics",

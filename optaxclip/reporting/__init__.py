@@ -7,6 +7,7 @@
 | `explain` | a report in words | at the end, or after a crash |
 | `plot` | a picture | at the end, or after a crash |
 | `raise_if_exploded` | an `ExplosionError` | every few steps, outside `jit` |
+| `leading_leaf` | the name of the leaf that led the last explosion | outside `jit` |
 | `skipped_steps` | which steps were skipped, for the data loader | outside `jit` |
 | `taken` | whether the last step was applied | every step, in `jit` or not |
 | `keep` | the rest of the training state, if it was | every step, in `jit` or not |
@@ -101,10 +102,12 @@ and the shares of steps that exploded and that were skipped, beside those of the
 and OLMo-core's SpikeScore:
 
 ```python
->>> for norm in [1.0, 9.0, 2.0]:
+>>> recorder = optaxclip.record()
+>>> state = recorder.init(params)
+>>> for norm in [7.0, 1.0, 9.0, 2.0]:
 ...     grads = {"w": jnp.array([norm, 0.0]), "b": jnp.zeros(1)}
-...     _, opt_state = tx.update(grads, opt_state, params, value=jnp.array(0.5))
->>> metrics = optaxclip.metrics(opt_state, params, window=3)
+...     _, state = recorder.update(grads, state, params)
+>>> metrics = optaxclip.metrics(state, params, window=3)
 >>> print(metrics["gradients/window/norm_p50"], metrics["gradients/window/norm_p90"])
 2.0 9.0
 
@@ -192,6 +195,7 @@ from optaxclip.reporting.history import History as History
 from optaxclip.reporting.history import history as history
 from optaxclip.reporting.keeping import keep as keep
 from optaxclip.reporting.keeping import taken as taken
+from optaxclip.reporting.lookups import leading_leaf as leading_leaf
 from optaxclip.reporting.lookups import skipped_steps as skipped_steps
 from optaxclip.reporting.metrics import metrics as metrics
 from optaxclip.reporting.plotting import plot as plot

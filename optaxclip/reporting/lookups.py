@@ -1,4 +1,4 @@
-"""Single questions that a training script asks: which steps were skipped."""
+"""Single questions of a training script: which steps were skipped, which leaf led."""
 
 from __future__ import annotations
 
@@ -16,9 +16,16 @@ from optaxclip.explosions.state import (
     NUM_TOLD,
     Event,
     flags_of,
+    read_step,
 )
 from optaxclip.extras import Columns, named_tags, plain_number
-from optaxclip.reporting.states import find_skipping
+from optaxclip.norms.names import scope_names
+from optaxclip.reporting.states import (
+    check_one_run,
+    find_skipping,
+    find_states,
+    params_of,
+)
 
 
 def skipped_steps(opt_state: Any, *, label: str | None = None) -> list[Any]:
@@ -82,3 +89,58 @@ def _of_runs(
 def _for_json(value: Any) -> int | float | None:
     # JSON has no number that is inf or NaN, though Python would write one.
     return plain_number(value) if math.isfinite(value) else None
+
+
+def leading_leaf(
+    opt_state: Any, params: Any, *, label: str | None = None
+) -> str | None:
+    """Names the leaf that led when the last explosion began, on the host.
+
+    That is the first leaf that was non-finite, or else the one that had grown most. Its
+    index is `explosions/leading_leaf` in `metrics`, where a name cannot be a value.
+
+    Args:
+      opt_state: Any tree with the state, as for `metrics`; of one run.
+      params: The parameters, a `TrainState`, or any tree of their structure: names the
+        leaves.
+      label: That of the `detect_explosions`, `skip_explosions` or `stabilize`; None
+        where there is one.
+
+    Returns:
+      The name; None before any explosion, and where no leaf had grown.
+
+    Raises:
+      ValueError: If there is no such state in `opt_state`, or more than one and no
+        label; if it holds several runs, or `params` does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> tx = optaxclip.stabilize(optax.adam(1e-3))
+      >>> params = {"rnn": {"hh": jnp.ones(2)}, "head": jnp.ones(2)}
+      >>> state = tx.init(params)
+      >>> print(optaxclip.leading_leaf(state, params))
+      None
+      >>> grads = {"rnn": {"hh": jnp.array([1.0, jnp.nan])}, "head": jnp.ones(2)}
+      >>> updates, state = tx.update(grads, state, params)
+      >>> print(optaxclip.leading_leaf(state, params))
+      rnn/hh
+    """
+    found = {
+        name: state
+        for name, state in find_states(opt_state).items()
+        if hasattr(state, "detection") and label in (None, name)
+    }
+    if not found:
+        of_label = "" if label is None else f" with the label {label!r}"
+        raise ValueError(
+            "found no state of detect_explosions, skip_explosions or stabilize"
+            f"{of_label}"
+        )
+    if len(found) > 1:
+        raise ValueError(f"give label=, one of {sorted(found)}")
+    ((label, state),) = found.items()
+    check_one_run(label, state)
+    record = state.record
+    names = scope_names(record.layout, record.num_scopes, label, params_of(params))
+    leaf = int(read_step(jax.device_get(state.detection), "began").leaf)
+    return names[leaf] if leaf >= 0 else None

@@ -60,7 +60,7 @@ def metrics(
     | `explosions/exploded_fraction` | the share of all steps so far |
     | `explosions/num_in_a_row` | how many steps in a row were bad, up to the last |
     | `explosions/began` | the step on which the last explosion began; -1 for none |
-    | `explosions/leading_leaf` | the index of the leaf that led then; -1 for none |
+    | `explosions/leading_leaf` | the leaf that led then: its index, -1 for none |
     | `explosions/growth` | factor by which the norm grew per step, in the last 8 |
     | `explosions/norm_limit`, `loss_limit` | the limits in the last step |
     | `explosions/skipped_fraction` | skip only: the share of all steps so far |
