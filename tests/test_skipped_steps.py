@@ -133,6 +133,25 @@ def test_of_several_runs_each_has_its_own_list():
     assert optaxclip.skipped_steps(again) == [found]
 
 
+@pytest.mark.usefixtures("x64", "strict")
+def test_all_of_it_under_strict_promotion_and_with_64_bits():
+    tx = optaxclip.stabilize(optax.sgd(0.1), columns=["batch"])
+    params = {"w": jnp.ones(3, jnp.float32), "x": jnp.ones(2, jnp.float64)}
+    state = tx.init(params)
+    for batch, size in [(2**40, 1.0), (2**40 + 1, jnp.nan)]:
+        grads = jax.tree.map(lambda x, size=size: x * size, params)
+        tag = {"batch": jnp.int64(batch)}
+        _, state = tx.update(grads, state, params, value=jnp.ones([]), tag=tag)
+    found = optaxclip.skipped_steps(state)
+    assert found == [{"step": 1, "batch": 2**40 + 1, "rules": ["nonfinite"]}]
+    assert optaxclip.leading_leaf(state, params) == "w"
+    for read in (optaxclip.metrics, jax.jit(optaxclip.metrics)):
+        metrics = read(state, params, zeros=params)
+        assert metrics["explosions/window/skipped_fraction"] == 0.5
+        assert metrics["explosions/window/nonfinite_fraction"] == 0.5
+    assert f"batch {2**40 + 1}" in optaxclip.explain(state, params)
+
+
 def test_which_state_is_meant():
     plain = optaxclip.detect_explosions().init(PARAMS)
     with pytest.raises(ValueError, match="found no state of skip_explosions"):

@@ -280,6 +280,15 @@ def test_without_a_loss_only_norms_are_spikes():
     np.testing.assert_allclose(found, 1 / 128, rtol=1e-6)
 
 
+def test_a_step_without_a_loss_is_no_spike():
+    tx = optaxclip.record()
+    norms, losses = trace(200)
+    state = run(tx, np.ones_like(norms), 2 + 0 * losses + np.arange(200) % 3)
+    before = optaxclip.metrics(state)["gradients/window/spike_score"]
+    _, state = tx.update({"w": jnp.ones(1)}, state)
+    assert optaxclip.metrics(state)["gradients/window/spike_score"] == before == 0
+
+
 def test_nothing_of_a_healthy_run_is_nan():
     norms, losses = trace(300)
     with jax.debug_nans(True):

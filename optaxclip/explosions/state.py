@@ -233,3 +233,10 @@ class SkipExplosionsState(NamedTuple):
     def gave_up(self) -> jax.Array:
         """Whether it gave up, on non-finite steps or NaN in parameters: bool `[]`."""
         return count(self.explosions, "gave_up") > 0
+
+
+def was_taken(state: SkipExplosionsState) -> jax.Array:
+    """Whether the last step was not skipped; True before any. bool `[...]`."""
+    noticed = state.detection
+    last_step = count(noticed, "steps") - 1
+    return (count(noticed, "last_skipped") != last_step) | (last_step < 0)

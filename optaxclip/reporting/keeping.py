@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip.reporting.scalars import was_taken
+from optaxclip.explosions.state import was_taken
 from optaxclip.reporting.states import find_skipping
 
 

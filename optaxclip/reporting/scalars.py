@@ -16,6 +16,7 @@ from optaxclip.explosions.state import (
     SkipExplosionsState,
     count,
     read_step,
+    was_taken,
 )
 from optaxclip.extras import NO_LOSS
 from optaxclip.norms.measuring import measure_leaves
@@ -204,13 +205,6 @@ def _explosion_metrics(state: Any) -> dict[str, jax.Array]:
         "norm_limit": last["limit"],
         "loss_limit": last["loss_limit"],
     } | result
-
-
-def was_taken(state: SkipExplosionsState) -> jax.Array:
-    """Whether the last step was not skipped; True before any. bool `[...]`."""
-    noticed = state.detection
-    last_step = count(noticed, "steps") - 1
-    return (count(noticed, "last_skipped") != last_step) | (last_step < 0)
 
 
 def _clip_metrics(state: ClipByNormState, top: int) -> list[dict[str, jax.Array]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from optaxclip.explosions.state import AFTER_SKIPPED, SkipExplosionsState, count
+from optaxclip.explosions.state import AFTER_SKIPPED, SkipExplosionsState, was_taken
 from optaxclip.extras import NO_LOSS
 from optaxclip.numerics import safe_unit
 from optaxclip.ring import COLUMNS, RecordState
@@ -45,23 +46,24 @@ def windowed_metrics(state, norms: jax.Array, window: int | None) -> dict:
     is_of_kind = {"nonfinite": fired & 1}
     if hasattr(state, "detection"):
         is_of_kind["exploded"] = fired & (AFTER_SKIPPED - 1)
-    nums = {name: jnp.sum(x > 0) for name, x in is_of_kind.items()}
+    nums = {name: _num(x > 0) for name, x in is_of_kind.items()}
     if isinstance(state, SkipExplosionsState):
         # Each bit is of the step before; that of the last step stands in no row yet.
-        last_step = record.counts[0] - 1
-        is_last = (count(state.detection, "last_skipped") == last_step) & (
-            last_step >= 0
-        )
-        nums["skipped"] = jnp.sum(fired[1:] & AFTER_SKIPPED > 0) + is_last
+        was_skipped = (fired[1:] & AFTER_SKIPPED) > 0
+        nums["skipped"] = _num(was_skipped) + _num(~was_taken(state))
     found |= {f"{kind}_fraction": _share(num, num_steps) for kind, num in nums.items()}
     if num_kept > NUM_BEFORE:
-        is_spike = _are_spikes(norms, steps) | (
-            _are_spikes(jnp.where(losses == NO_LOSS, jnp.inf, losses), steps)
-        )
+        # A loss that was not given is no spike, and those after it cannot be judged.
+        losses = jnp.where(losses == NO_LOSS, -jnp.inf, losses)
+        is_spike = _are_spikes(norms, steps) | _are_spikes(losses, steps)
         length = min(length, num_kept - NUM_BEFORE)
-        num_spikes = jnp.sum(is_spike[-length:])
+        num_spikes = _num(is_spike[-length:])
         found["spike_score"] = _share(num_spikes, jnp.clip(record.counts[0], 1, length))
     return {f"window/{name}": value for name, value in found.items()}
+
+
+def _num(flags: jax.Array) -> jax.Array:
+    return jnp.sum(flags, dtype=jnp.int32)
 
 
 def _share(num: jax.Array, num_steps: jax.Array) -> jax.Array:
@@ -72,7 +74,7 @@ def _percentiles(norms: jax.Array, is_step: jax.Array) -> dict[str, jax.Array]:
     """Norms that so many percent of the finite ones do not exceed; 0 without any."""
     is_known = is_step & (norms < jnp.inf)  # NaN is not
     ordered = jnp.sort(jnp.where(is_known, norms, jnp.inf))
-    num = jnp.sum(is_known, dtype=jnp.int32)
+    num = _num(is_known)
     places = {p: jnp.maximum(-(-num * p // 100) - 1, 0) for p in PERCENTILES}
     return {
         f"norm_p{p}": jnp.where(num > 0, ordered[place], 0)
@@ -87,7 +89,7 @@ def _are_spikes(values: jax.Array, steps: jax.Array) -> jax.Array:
     of these that was non-finite.
     """
     num = len(values) - NUM_BEFORE
-    before = values[jnp.arange(num)[:, None] + jnp.arange(NUM_BEFORE)]
+    before = values[np.arange(num)[:, None] + np.arange(NUM_BEFORE)]
     is_finite = jnp.isfinite(before)
     is_known = jnp.all(is_finite, axis=1) & (steps[:num] >= 0)
     before = jnp.where(is_finite, before, 0)
