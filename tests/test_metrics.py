@@ -68,7 +68,7 @@ def grouped(tree) -> dict[str, list]:
     leaves = leaves_by_name(tree)
     dense = [leaves["dense/bias"].ravel(), leaves["dense/kernel"].ravel()]
     rest = [leaves["layers/w"].ravel(), leaves["scale"].ravel()]
-    return {"0": [np.concatenate(dense)], "1": [np.concatenate(rest)]}
+    return {"dense": [np.concatenate(dense)], "other": [np.concatenate(rest)]}
 
 
 # For each kind of scope: the options, and the parts behind each name that is reported.
@@ -208,7 +208,7 @@ def test_without_params_scopes_are_numbered(scope):
     order = {
         "leaf": NAMES,
         "unit": NAMES,
-        "group": ["0", "1"],
+        "group": ["dense", "other"],
     }.get(
         scope,
         ["dense/bias", "dense/kernel", "layers/w[0]", "layers/w[1]", "scale"],

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import chex
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,6 +201,30 @@ def test_per_tree_leaf_or_group(per, expected):
     np.testing.assert_allclose(optaxclip.metrics(state)["gradients/norm"], 5, rtol=1e-6)
     largest = optaxclip.metrics(state)["gradients/largest_norm"]
     np.testing.assert_allclose(largest, 5, rtol=1e-6)
+
+
+def test_groups_have_their_names_where_params_are_given():
+    per = {"a": "first", "b/c": "other", "n": "other"}.__getitem__
+    tx = optax.chain(
+        optaxclip.record(per=per), optaxclip.clip_by_norm(10.0, per=per), optax.sgd(1.0)
+    )
+    state = run(tx, [(3, 4), (3, math.nan)])
+    assert optaxclip.history(state, PARAMS).names == ["first", "other"]
+    assert optaxclip.history(state).names == ["0", "1"]
+    found = optaxclip.metrics(state, PARAMS)
+    np.testing.assert_allclose(found["gradients/norm/first"], 3, rtol=1e-6)
+    np.testing.assert_allclose(found["clip/norm/first"], 3, rtol=1e-6)
+    assert math.isnan(found["gradients/norm/other"])
+    assert "that of 'other' was the first non-finite" in optaxclip.explain(
+        state, PARAMS
+    )
+    restored = flax.serialization.from_bytes(
+        tx.init(PARAMS), flax.serialization.to_bytes(state)
+    )
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert optaxclip.history(restored, PARAMS).names == ["first", "other"]
+    mapped = optax.tree_map_params(tx, lambda x: x, state)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
 
 
 def test_runs_under_vmap_are_read_one_by_one():

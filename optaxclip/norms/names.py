@@ -142,10 +142,6 @@ class PerTree(NamedTuple):
     """Layout of one norm over all leaves."""
 
 
-class PerGroup(NamedTuple):
-    """Layout of one norm a group."""
-
-
 # To JAX a layout is one static node: with the children of the parameters as its own,
 # the state of other parameters would be of another structure.
 @jax.tree_util.register_static
@@ -165,9 +161,17 @@ class PerUnit(NamedTuple):
     """As in `PerLeaf`."""
 
 
+@jax.tree_util.register_static
+class PerGroup(NamedTuple):
+    """Layout of one norm a group."""
+
+    names: Any
+    """Of the groups, in their order. Nothing else knows them: `params` names leaves."""
+
+
 Layout = PerTree | PerLeaf | PerUnit | PerGroup
-"""The kind of a state's scopes. It holds no arrays and no names: a tree without leaves,
-which `jit` and checkpoints take for structure."""
+"""The kind of a state's scopes. It holds no arrays, and no names but those of groups: a
+tree without leaves, which `jit` and checkpoints take for structure."""
 
 
 def layout_of(tree: Any, per: Per, stacked: Stacked | None) -> Layout:
@@ -175,7 +179,8 @@ def layout_of(tree: Any, per: Per, stacked: Stacked | None) -> Layout:
     if per == "tree":
         return PerTree()
     if per not in ("leaf", "unit"):
-        return PerGroup()
+        names = group_names(tree, per, stacked=stacked)
+        return PerGroup(tuple(names) if names else _AnyTree())
     paths_and_leaves, structure = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
     )
@@ -220,6 +225,8 @@ def leaf_layouts(node: Any) -> list[LeafLayout]:
 
 def scope_names(layout: Layout, num_scopes: int, label: str, params: Any) -> list[str]:
     """The names of a state's scopes from `params`; without it their numbers."""
+    if params is not None and isinstance(layout, PerGroup):
+        return list(layout.names)
     if params is None or not isinstance(layout, PerLeaf | PerUnit):
         return [str(i) for i in range(num_scopes)]
     names = leaf_names(params)

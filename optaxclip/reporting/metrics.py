@@ -48,7 +48,7 @@ def metrics(
 
     With more than one scope a clip gives the largest of them, and, of up to `top`, each
     scope its own under its name: `clip/norm/rnn/hh/kernel`; per unit, a leaf's largest.
-    Groups are numbered, in the order of `group_names`.
+    Groups have the names that `per=` gave them.
 
     Each `detect_explosions` and `skip_explosions` gives, under its label:
 
