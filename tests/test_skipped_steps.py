@@ -89,7 +89,7 @@ def test_the_last_64_are_kept_in_order(num_bad):
 
 def test_a_step_whose_moments_were_mended_is_among_them():
     tx = optaxclip.skip_explosions(optax.adam(1e-3), columns=["batch"])
-    state = tx.init(PARAMS)
+    state: Any = tx.init(PARAMS)
     for step in range(6):
         if step == 4:
             (adam, rest) = state["explosions"].inner_state
@@ -169,12 +169,14 @@ def test_which_state_is_meant():
 def train(path: str, num_steps: int, die_at: int) -> list[Any]:
     """Trains from the last checkpoint on; the skipped steps in the end."""
     tx = optaxclip.stabilize(optax.adam(1e-2), columns=["batch"])
-    template = PARAMS, tx.init(PARAMS)
-    carry, start = template, 0
+    template: Any = PARAMS, tx.init(PARAMS)
+    carry: Any = template
+    start = 0
     if os.path.exists(path):
         with open(path, "rb") as file:
             carry = flax.serialization.from_bytes(template, file.read())
-        start = int(carry[1]["explosions"].record.counts[0])
+        _, state = carry
+        start = int(state["explosions"].record.counts[0])
 
     @jax.jit
     def step(carry, size, batch):
@@ -193,7 +195,8 @@ def train(path: str, num_steps: int, die_at: int) -> list[Any]:
             with open(path + ".new", "wb") as file:
                 file.write(flax.serialization.to_bytes(carry))
             os.replace(path + ".new", path)
-    return optaxclip.skipped_steps(carry[1])
+    _, state = carry
+    return optaxclip.skipped_steps(state)
 
 
 BAD = {13: np.nan, 37: np.inf, 42: np.nan, 76: 1e6, 301: np.nan, 344: -np.inf}

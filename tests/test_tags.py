@@ -79,7 +79,8 @@ def test_every_whole_number_of_32_bits_is_exact(dtype):
     near = [limits.min, limits.min + 1, limits.max - 1, limits.max, 0, 1]
     near += [n for n in (-1, 2**24 - 1, 2**24, 2**24 + 1, -(2**24) - 1)]
     values = np.array([n for n in near if limits.min <= n <= limits.max], dtype)
-    columns = optaxclip.record(columns=["n"]).init(PARAMS)["gradients"].columns
+    state: Any = optaxclip.record(columns=["n"]).init(PARAMS)
+    columns = state["gradients"].columns
 
     def parts(n):
         return jnp.stack(parts_of_tag(columns, {"tag": {"n": n}}))
@@ -120,8 +121,9 @@ def test_a_report_names_the_batch_even_when_its_row_is_gone():
 def test_each_explosion_and_what_is_nonfinite_are_told_with_their_batch():
     tx = RECORDERS["stabilize"]
     state, batches, _ = trained(tx, 120, bad=[80, 100, 102])
-    sizes, batch = np.float32([np.nan]), np.int32([38212])
-    text = optaxclip.explain(run(tx, state, sizes, batch, np.float32([1])), PARAMS)
+    sizes, batch = np.full(1, np.nan, np.float32), np.full(1, 38212, np.int32)
+    rate = np.ones(1, np.float32)
+    text = optaxclip.explain(run(tx, state, sizes, batch, rate), PARAMS)
     for part in (
         "Step 120, batch 38212, learning_rate 1, was non-finite: leaf 'a' held",
         f"\n- step 80, batch {batches[80]}, learning_rate 0.081: the norm was",
@@ -130,7 +132,7 @@ def test_each_explosion_and_what_is_nonfinite_are_told_with_their_batch():
     ):
         assert part in text, text
     tx = RECORDERS["record"]
-    state = run(tx, tx.init(PARAMS), sizes, batch, np.float32([1]))
+    state = run(tx, tx.init(PARAMS), sizes, batch, rate)
     text = optaxclip.explain(state, PARAMS)
     assert "On step 0, batch 38212, learning_rate 1, all norms became" in text
 
@@ -163,7 +165,7 @@ def test_a_picture_marks_a_tag_that_is_nonfinite():
 
 @pytest.mark.parametrize("name", RECORDERS)
 def test_without_columns_the_state_holds_the_arrays_that_it_had(name):
-    factories = {
+    factories: dict[str, Any] = {
         "record": optaxclip.record(window=64),
         "detect_explosions": optaxclip.detect_explosions(window=64),
         "skip_explosions": optaxclip.skip_explosions(SGD, window=64),
@@ -210,7 +212,8 @@ def test_runs_side_by_side_have_tags_of_their_own():
 
 def test_a_recorder_inside_and_one_outside_read_the_same_tag():
     inner = optax.chain(optaxclip.record("inside", columns=["batch"]), SGD)
-    tx = optaxclip.stabilize(optax.MultiSteps(inner, 1), columns=COLUMNS)
+    accumulated: Any = optax.MultiSteps(inner, 1)
+    tx = optaxclip.stabilize(accumulated, columns=COLUMNS)
     state = run(tx, tx.init(PARAMS), np.ones(1), np.array([5]), np.ones(1))
     assert optaxclip.history(state, label="inside").tags["batch"].tolist() == [5]
     assert optaxclip.history(state, label="explosions").tags["batch"].tolist() == [5]
