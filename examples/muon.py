@@ -89,7 +89,7 @@ def muon(rate: Any, rest: Any) -> Any:
     def all_matrices(params):
         return jax.tree.map(lambda _: dimensions, params)
 
-    by_label = {
+    by_label: Any = {
         "muon": optax.contrib.muon(rate, muon_weight_dimension_numbers=all_matrices),
         "adam": rest,
     }
@@ -184,7 +184,7 @@ def main(
             last = losses[-max(1, steps // 20) :].mean(axis=0, dtype=float)
             last = np.where(np.isfinite(last), last, np.inf)
             result[arm] = last
-            has_diverged = (last >= chance).any(axis=1)
+            has_diverged = np.any(last >= chance, axis=1).tolist()
             cells = [
                 f"{x:6.3f}{'*' if bad else ' '}"
                 for x, bad in zip(np.median(last, axis=1), has_diverged, strict=True)
