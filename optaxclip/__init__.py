@@ -98,6 +98,7 @@ else raises.
 | `optaxclip.explosions` | what counts as one, what happens, your trainer, its limits |
 | `optaxclip.recording` | the flight recorder |
 | `optaxclip.reporting` | metrics, history, reports, pictures, the rest of the state |
+| `optaxclip.trainers` | recipes for Flax, Equinox, loops that are not yours, GANs |
 
 ## Many devices
 
@@ -186,6 +187,7 @@ XLA then stores the squares of the gradients before it adds them up.
 """
 
 from optaxclip import limits as limits
+from optaxclip import trainers as trainers
 from optaxclip.clipping import ClipByNormState as ClipByNormState
 from optaxclip.clipping import ClipByValueState as ClipByValueState
 from optaxclip.clipping import SpamState as SpamState

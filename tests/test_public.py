@@ -16,7 +16,7 @@ import optaxclip
 from registry import LIMITS, REGISTRY
 
 GUIDES = ["", ".norms", ".limits", ".clipping", ".explosions", ".recording"]
-GUIDES += [".reporting"]
+GUIDES += [".reporting", ".trainers"]
 # What is neither a transformation nor a limit, but measures or reads.
 READERS = {"keep", "taken", "skipped_steps", "leading_leaf"} | {
     "explain",
