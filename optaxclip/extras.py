@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -101,6 +102,10 @@ def _parts(name: str, value: Any) -> tuple[jax.Array, jax.Array]:
     hold every one of 32 bits, and of 64 bits up to 2**48. Not its bits: those of some
     are NaN, which `jax_debug_nans` refuses and a copy may change.
     """
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        # Before JAX, which without x64 would cut it to 32 bits.
+        upper, lower = divmod(int(value), 2**NUM_BITS)
+        return jnp.float32(upper * 2.0**NUM_BITS), jnp.float32(lower)
     value = jnp.asarray(value)
     if not is_real(value.dtype):
         raise TypeError(f"tag= must hold real numbers; {name!r} is of {value.dtype}")

@@ -189,7 +189,7 @@ The state is arrays. Restore it into `tx.init(params)` as its template:
 
 ```
 
-With orbax: `checkpointer.restore(path, args=ocp.args.StandardRestore(template))`.
+With orbax: `ocp.StandardCheckpointer().restore(path, template)`.
 
 ## Dashboards
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 from optaxclip.numerics import where
 
@@ -96,3 +97,10 @@ def replace_where(when, new, old):
         return (done, chosen), (no_tangent, jax.tree.map(select, new, old))
 
     return choose(when, new, old)
+
+
+def reshard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The array, sharded as told, on a mesh with explicit axes; else as it is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    is_explicit = AxisType.Explicit in mesh.axis_types
+    return jax.sharding.reshard(x, spec) if is_explicit else x

@@ -21,7 +21,7 @@ def scale_by_second_moment() -> Any:
 
     def init(params):
         def zeros(x):
-            return jnp.zeros_like(x, jnp.float32) if is_gradient(x) else x
+            return jnp.zeros(jnp.shape(x) if is_gradient(x) else [], jnp.float32)
 
         return SecondMoment(jnp.zeros([], jnp.int32), jax.tree.map(zeros, params))
 
@@ -32,12 +32,13 @@ def scale_by_second_moment() -> Any:
         def learn(g, v):
             if not is_gradient(g):
                 return v
-            return 0.999 * v + 0.001 * jnp.square(g.astype(jnp.float32))
+            return 0.999 * v + 0.001 * jnp.square(jnp.asarray(g, jnp.float32))
 
         def scale(g, v):
             if not is_gradient(g):
                 return g
             root = jnp.sqrt(v / weight) + 1e-8
+            g = jnp.asarray(g)
             return (g.astype(jnp.float32) / root).astype(g.dtype)
 
         nu = jax.tree.map(learn, updates, state.nu)
@@ -125,12 +126,8 @@ SLOW = {"clip_by_norm ord=1", "clip_by_norm ord=3", "clip_by_norm schedule"}
 SLOW |= {"clip_by_norm stacked", "clip_by_norm minimum"}
 SLOW |= {"detect_explosions", "skip_explosions"}  # "stabilize" holds both
 SLOW |= {"clip_by_norm per group", "autoclip", "block_rms", "record per group"}
-SLOW |= {
-    "clip_by_historical_norm",
-    "clip_by_norm soft",
-    "clip_by_norm set",
-    "gradient_stabilizer",
-}
+SLOW |= {"clip_by_norm soft", "clip_by_norm set", "clip_by_norm band"}
+SLOW |= {"clip_by_historical_norm", "gradient_stabilizer", "aggc"}
 SLOW |= {"clip_by_norm per leaf", "clip_by_norm per unit", "zclip", "agc"}
 SLOW |= {"clip_by_spectral_norm smooth"}
 SLOW_TO_COMPOSE = SLOW | {"adagc"}

@@ -758,7 +758,8 @@ def test_the_state_is_small():
     tx = optaxclip.stabilize(bare, rollback=False)
     sizes = [sum(x.nbytes for x in jax.tree.leaves(t.init(params))) for t in (tx, bare)]
     record = 256 * 4 * (100 + 3)
-    assert sizes[0] - sizes[1] < 4 * 1024 + 40 * 100 + record
+    skipped_steps = 64 * 4 * 9
+    assert sizes[0] - sizes[1] < 4 * 1024 + 40 * 100 + record + skipped_steps
 
 
 @pytest.mark.parametrize(

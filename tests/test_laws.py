@@ -156,8 +156,9 @@ def test_optax_maps_over_the_parameters_in_the_state(wrapper):
         state = jax.eval_shape(tx.init, params)
         found = optax.tree_map_params(tx, lambda x: x.update(dtype=jnp.int8), state)
         num_changed = jax.tree.map(lambda x, y: x.dtype != y.dtype, found, state)
-        # The trace, and in "stabilize" the snapshots.
-        num_copies = 3 if name == "stabilize" else 1
+        # The trace, in "stabilize" the snapshots, and second moments.
+        num_others = {"stabilize": 2, "spam": 1, "stable_adam": 1}
+        num_copies = 1 + num_others.get(name, 0)
         num_leaves = 2 if wrapper == "none" else 1
         assert sum(jax.tree.leaves(num_changed)) == num_copies * num_leaves, name
         shardings = optax.tree_map_params(

@@ -249,6 +249,22 @@ class TestSpam:
             found, state = clip.update(tree, state)
         np.testing.assert_array_equal(found["b"], tree["b"])
 
+    def test_other_leaves_than_init_was_given(self):
+        clip, two = optaxclip.spam(), {"a": jnp.ones(3), "b": jnp.ones(2)}
+        for made_for in ({"a": jnp.ones(3)}, two | {"c": jnp.ones(2)}):
+            with pytest.raises(ValueError, match="do not have the leaves that init"):
+                clip.update(two, clip.init(made_for))
+        with pytest.raises(ValueError, match="state must be the SpamState"):
+            clip.update(two, optax.EmptyState())
+
+    def test_updates_wider_than_the_parameters(self, x64):
+        clip = optaxclip.spam()
+        grads = {"w": jnp.array([1 / 3, 1e-50, 1e200])}
+        state = clip.init({"w": jnp.ones(3, jnp.float32)})
+        found, new = clip.update(grads, state)
+        np.testing.assert_array_equal(jax.tree.leaves(found)[0], grads["w"])
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+
     def test_complex_leaves_are_refused(self):
         with pytest.raises(ValueError, match="spam cannot clip complex values: 'w'"):
             optaxclip.spam().init({"w": jnp.ones(2, jnp.complex64)})
@@ -310,6 +326,41 @@ class TestStableAdam:
         bare, _ = self.trained(inner, sizes)
         is_same = [bool((found[-1][n] == bare[-1][n]).all()) for n in SHAPES]
         assert is_same == [not x for x in num_clipped]
+
+    def test_labels_of_whole_subtrees(self):
+        params = {
+            "body": {"a": jnp.ones(3), "b": jnp.ones(2)},
+            "head": {"k": jnp.ones(1)},
+        }
+        parts: Any = {"adam": optax.adam(1e-3), "sgd": optax.sgd(1.0)}
+        for inner in (
+            optax.masked(optax.adam(1e-3), {"body": True, "head": False}),
+            optax.partition(parts, {"body": "adam", "head": "sgd"}),
+        ):
+            tx: Any = optaxclip.stable_adam(inner)
+            with jax.numpy_dtype_promotion("standard"):
+                _, state = tx.update(params, tx.init(params), params)
+            np.testing.assert_allclose(state[0]["clip"].norm, [1, 1, 0], rtol=1e-5)
+
+    def test_an_adam_that_has_not_begun_lags_behind_nothing(self):
+        tx: Any = optaxclip.stable_adam(
+            optax.MultiSteps(optax.adam(1e-3), 3).gradient_transformation()
+        )
+        params = {"w": jnp.ones(3)}
+        with jax.numpy_dtype_promotion("standard"):
+            _, state = tx.update(params, tx.init(params), params)
+        np.testing.assert_array_equal(state[0]["clip"].norm, [0])
+        np.testing.assert_array_equal(state[0]["clip"].num_nonfinite, [0])
+
+    def test_parameters_wider_than_the_gradients(self, x64):
+        params = {"w": jnp.ones((2, 2))}
+        grads = {"w": jnp.full((2, 2), 0.3, jnp.float32)}
+        with jax.numpy_dtype_promotion("standard"):
+            found, expected = (
+                tx.update(grads, tx.init(params), params)[0]
+                for tx in (optaxclip.stable_adam(optax.adam(1e-3)), optax.adam(1e-3))
+            )
+        chex.assert_trees_all_equal(found, expected)
 
     @pytest.mark.parametrize(
         ("inner", "num"),

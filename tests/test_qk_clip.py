@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optaxclip
 
@@ -119,3 +120,23 @@ def test_errors():
     tree = {"step": jnp.int32(3)}
     with pytest.raises(ValueError, match="'step', whose updates are no numbers"):
         tx.update(tree, state, tree, factors={"step": 0.5})
+
+
+def test_updates_of_some_parameters_may_be_missing():
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    for missing in (None, optax.MaskedNode()):
+        updates = {"a": missing, "b": jnp.ones(2)}
+        tx: Any = optaxclip.scale_params()
+        found, _ = tx.update(updates, tx.init(params), params, factors={"b": 0.5})
+        np.testing.assert_array_equal(found["b"], [0, 0])
+
+
+def test_on_a_mesh_with_explicit_axes():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
+    tx: Any = optaxclip.scale_params()
+    with jax.set_mesh(mesh):
+        w = jax.device_put(jnp.ones((4, 2)), NamedSharding(mesh, PartitionSpec("x")))
+        for factor in (0.5, jnp.full((4, 1), 0.5)):
+            found, _ = tx.update({"w": w}, (), {"w": w}, factors={"w": factor})
+            np.testing.assert_array_equal(found["w"], np.zeros((4, 2)))
+            assert found["w"].sharding.is_equivalent_to(w.sharding, 2)

@@ -80,6 +80,31 @@ def test_a_norm_beyond_the_largest_float():
         np.testing.assert_allclose(np.sqrt(np.sum(after**2)), expected, rtol=1e-6)
 
 
+def test_without_a_limit_a_norm_beyond_the_largest_float_stays():
+    updates = {"w": jnp.full(4, 3e38)}
+    for respond in RESPONSES:
+        clip = optaxclip.clip_by_norm(math.inf, respond=respond)
+        np.testing.assert_array_equal(clipped(clip, updates)[0]["w"], updates["w"])
+
+
+def test_a_band_is_for_clip_by_norm_alone():
+    def update(norms, state, param_norms=None):
+        return limits.Band(norms * 0 + 2, norms * 0 + 1), state
+
+    band = limits.Limit(lambda sizes: (), update, is_band=True)
+    after, _ = clipped(optaxclip.clip_by_norm(band), {"w": jnp.array([9.0])})
+    np.testing.assert_allclose(after["w"], [2], rtol=1e-6)
+    for make in (
+        lambda: limits.minimum(band, 1.0),
+        lambda: limits.with_global(band, 1.0),
+        lambda: optaxclip.detect_explosions(norm=band),
+        lambda: optaxclip.clip_by_spectral_norm(band),
+        lambda: optaxclip.clip_by_norm(band, min_norm=0.5),
+    ):
+        with pytest.raises(ValueError, match="has a lower bound, which clip_by_norm"):
+            make()
+
+
 @pytest.mark.parametrize("per", ["tree", "leaf", "unit", lambda name: name[0]])
 @pytest.mark.parametrize("respond", ["soft", "set"])
 def test_damage_stays_within_its_scope(per, respond):
@@ -215,6 +240,12 @@ class TestWithGlobal:
         for x, expected in zip(found[1:], (0.6, 0.8), strict=True):
             np.testing.assert_array_equal(x, np.float32(expected))
 
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_what_is_non_finite_takes_nothing_from_the_others(self, bad):
+        clip = optaxclip.clip_by_norm(limits.with_global(4.0, 2.5), per="leaf")
+        found, _ = clipped(clip, [jnp.array([2.4]), jnp.array([bad, 1.0])])
+        np.testing.assert_array_equal(found[0], np.float32([2.4]))
+
     @pytest.mark.parametrize("bad", [-1.0, math.nan])
     def test_a_traced_bound_that_is_bad_gives_zeros(self, bad):
         updates = [jnp.array([0.1]), jnp.array([0.2])]
@@ -289,7 +320,7 @@ def test_layers_and_experts_come_apart():
         np.testing.assert_array_equal(
             np.ravel(state["clip"].norm), np.ravel(unstacked["clip"].norm)
         )
-        names = optaxclip.metrics({"clip": state["clip"]}, {"moe": stacked})
+        names = optaxclip.metrics({"clip": state["clip"]}, {"moe": stacked}, top=None)
         assert "clip/norm/moe[2, 4]" in names
         assert len(names) == 5 * (1 + 15)
 
@@ -357,6 +388,19 @@ class TestUnitAxis:
         x = jnp.arange(24.0).reshape(2, 3, 4)
         norms = optaxclip.unit_norms({"w": x}, unit_axis=0, stacked=lambda name: True)
         np.testing.assert_allclose(norms["w"], np.linalg.norm(x, axis=2), rtol=1e-6)
+
+    def test_a_layer_that_inherits_one_of_equinox_is_like_it(self):
+        class Mine(eqx.nn.Linear):
+            pass
+
+        norms = optaxclip.unit_norms(Mine(3, 2, key=jax.random.key(0)))
+        assert norms.weight.shape == (2,)
+
+    def test_leaves_that_are_not_clipped_need_no_such_axis(self):
+        clip = optaxclip.clip_by_norm(
+            1.0, per="unit", unit_axis=2, where=lambda name: name == "c"
+        )
+        clip.init({"c": jnp.ones((2, 2, 2)), "d": jnp.ones((2, 2))})
 
     def test_an_axis_that_is_not_there(self):
         with pytest.raises(ValueError, match=r"unit_axis= gives 'w' axis 2, but"):

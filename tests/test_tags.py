@@ -266,3 +266,15 @@ def test_a_tag_that_does_not_fit(name, tag, error, message):
     extra_args = {} if tag is None else {"tag": tag}
     with pytest.raises(error, match=re.escape(message)):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS, **extra_args)
+
+
+def test_whole_numbers_of_python_and_numpy_are_exact_without_x64():
+    recorder = optaxclip.record(columns=("batch",))
+    for value in (
+        np.int64(3_000_000_000),
+        np.int64(2**40 + 1),
+        2**40 + 1,
+        -(2**40) - 1,
+    ):
+        _, state = recorder.update(PARAMS, recorder.init(PARAMS), tag={"batch": value})
+        assert optaxclip.history(state).tags["batch"][0] == int(value)

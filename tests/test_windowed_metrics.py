@@ -146,7 +146,10 @@ def trace(num_steps, seed=0, nonfinite=()) -> tuple[np.ndarray, np.ndarray]:
     return norms.astype(np.float32), losses.astype(np.float32)
 
 
-@pytest.mark.parametrize("window", [None, 1, 50, 256, 1000])
+@pytest.mark.parametrize(
+    "window",
+    [None, 50, *(pytest.param(x, marks=pytest.mark.slow) for x in (1, 256, 1000))],
+)
 @pytest.mark.parametrize("num_steps", [1, 40, 400])
 def test_percentiles_and_shares_are_those_of_the_last_steps(num_steps, window):
     nonfinite = [3, 30, 380, 390] if num_steps == 400 else []
@@ -178,7 +181,9 @@ def test_before_the_first_step_and_without_a_finite_norm_they_are_zero():
         _, state = tx.update({"w": jnp.array([jnp.nan])}, state)
 
 
-@pytest.mark.parametrize("num_steps", [70, 71, 72, 390])
+@pytest.mark.parametrize(
+    "num_steps", [70, 71, 72, pytest.param(390, marks=pytest.mark.slow)]
+)
 def test_exploded_and_skipped_steps_of_the_window_and_of_the_run(num_steps):
     """Also where the last step itself was skipped."""
     norms, losses = np.ones(num_steps, np.float32), np.ones(num_steps, np.float32)
@@ -233,7 +238,10 @@ class StabilityMonitor:
 
 
 @pytest.mark.parametrize("kind", ["healthy", "nonfinite", "huge", "constant"])
-@pytest.mark.parametrize("num_steps", [100, 200, 300, 900])
+@pytest.mark.parametrize(
+    "num_steps",
+    [*(pytest.param(x, marks=pytest.mark.slow) for x in (100, 200)), 300, 900],
+)
 def test_spike_score_is_that_of_olmo_core(num_steps, kind):
     norms, losses = trace(num_steps, seed=1)
     if kind == "nonfinite":
@@ -328,3 +336,9 @@ def test_inside_jit_it_says_the_same():
     state = run(tx, norms, losses)
     inside = jax.jit(optaxclip.metrics)(state)
     chex.assert_trees_all_close(inside, optaxclip.metrics(state), rtol=1e-6)
+
+
+def test_zeros_of_a_tree_that_holds_a_function():
+    tree = {"a": jnp.tanh, "b": jnp.array([0.0, 1.0])}
+    found = optaxclip.metrics({}, zeros=tree)
+    assert found["zeros/fraction"] == 0.5

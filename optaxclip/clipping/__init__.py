@@ -206,7 +206,7 @@ limit and keeps all that are below it. After the optimizer, it bounds the update
 
 SPECTRA ([2603.14315](https://arxiv.org/abs/2603.14315)) is the same with `smooth=True`
 and a limit of 10, before the learning rate. It clips vectors as well by default; here
-`clip_by_norm(10.0, per="leaf")` under `optax.masked` does.
+`clip_by_norm(10.0, per="leaf", where=...)` does.
 
 ## QK-clip
 
@@ -258,6 +258,8 @@ from optaxclip.clipping.by_norm import ClipByNormState as ClipByNormState
 from optaxclip.clipping.by_norm import clip_by_norm as clip_by_norm
 from optaxclip.clipping.by_value import ClipByValueState as ClipByValueState
 from optaxclip.clipping.by_value import clip_by_value as clip_by_value
+from optaxclip.clipping.elementwise import SpamState as SpamState
+from optaxclip.clipping.elementwise import spam as spam
 from optaxclip.clipping.methods import adagc as adagc
 from optaxclip.clipping.methods import agc as agc
 from optaxclip.clipping.methods import autoclip as autoclip
@@ -265,8 +267,6 @@ from optaxclip.clipping.methods import zclip as zclip
 from optaxclip.clipping.normalizing import aggc as aggc
 from optaxclip.clipping.normalizing import gradient_stabilizer as gradient_stabilizer
 from optaxclip.clipping.scaling import scale_params as scale_params
-from optaxclip.clipping.second_moments import SpamState as SpamState
-from optaxclip.clipping.second_moments import spam as spam
 from optaxclip.clipping.second_moments import stable_adam as stable_adam
 from optaxclip.clipping.spectral import clip_by_spectral_norm as clip_by_spectral_norm
 from optaxclip.clipping.updates import block_rms as block_rms

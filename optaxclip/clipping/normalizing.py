@@ -27,10 +27,10 @@ def gradient_stabilizer(
 
     `clip_by_norm(limits.mean_over_rms(...), respond="set", per="leaf")`: whatever the
     norm is, it becomes the mean of the norms over their root mean square, both moving
-    averages: about 1 for norms that are alike. It needs no threshold. A spike of any
-    size comes out at most `(1 - decay) / sqrt(1 - squares_decay)` long, 12.6 with the
-    defaults. The scale of gradients is lost: put it before an optimizer that is
-    indifferent to it, such as Adam.
+    averages: about 1 for norms that are alike. It needs no threshold. A single
+    spike of any size comes out at most `(1 - decay) / sqrt(1 - squares_decay)` long,
+    12.6 with the defaults, and growing ones in a row up to 15.8. The scale of gradients
+    is lost: put it before an optimizer that is indifferent to it, such as Adam.
 
     Unlike the reference, a gradient that holds inf or NaN is contained (there it passes
     as it is), and norms under 1e-12 are scaled like all others.

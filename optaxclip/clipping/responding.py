@@ -33,7 +33,8 @@ def soft(norm: jax.Array, excess: jax.Array, limit: jax.Array) -> jax.Array:
     smaller, larger = where(is_large, limit, norm), where(is_large, norm, limit)
     ratio = divide(smaller, where(larger > 0, larger, 1))
     target = smaller / (1 + where(is_large, divide(ratio, excess), ratio))
-    return set_to(norm, excess, where(limit > 0, target, limit))
+    is_limit = (limit > 0) & (limit < jnp.inf)
+    return set_to(norm, excess, where(is_limit, target, limit))
 
 
 def set_to(norm: jax.Array, excess: jax.Array, limit: jax.Array) -> jax.Array:
@@ -59,12 +60,10 @@ def raise_to(target: jax.Array, norm: jax.Array, least: jax.Array, limit: jax.Ar
 
 def band(max_norm: LimitLike, min_norm: LimitLike | None) -> Limit:
     """One limit for both bounds."""
-    upper = as_limit(max_norm)
+    upper = as_limit(max_norm, may_be_band=min_norm is None)
     if min_norm is None:
         return upper
     lower = as_limit(min_norm)
-    if upper.is_band or lower.is_band:
-        raise ValueError("max_norm= has a lower bound already: leave out min_norm=")
 
     def init(sizes):
         return upper.init(sizes), lower.init(sizes)

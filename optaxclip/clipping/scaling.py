@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optaxclip.norms.names import leaf_names
 from optaxclip.numerics import accumulator, is_gradient, scale, widen
+from optaxclip.xla import reshard
 
 
 def scale_params() -> optax.GradientTransformationExtraArgs:
@@ -66,10 +68,11 @@ def scale_params() -> optax.GradientTransformationExtraArgs:
         if unknown:
             raise ValueError(f"factors names {unknown}; the leaves are {names}")
         leaves, structure = jax.tree.flatten(updates)
-        values = structure.flatten_up_to(params)
+        # By name: `None` or a `MaskedNode` may stand for the update of a parameter.
+        values = dict(zip(leaf_names(params), jax.tree.leaves(params), strict=True))
         leaves = [
-            _scaled(name, u, p, factors[name]) if name in factors else u
-            for name, u, p in zip(names, leaves, values, strict=True)
+            _scaled(name, u, values[name], factors[name]) if name in factors else u
+            for name, u in zip(names, leaves, strict=True)
         ]
         return jax.tree.unflatten(structure, leaves), state
 
@@ -78,6 +81,8 @@ def scale_params() -> optax.GradientTransformationExtraArgs:
 
 def _scaled(name: str, update: Any, param: Any, factor: Any) -> Any:
     """The update that leads to `factor * (param + update)`."""
+    if np.size(update) == 0:
+        return update
     if not is_gradient(update):
         raise ValueError(f"factors names {name!r}, whose updates are no numbers")
     update, param = jnp.asarray(update), jnp.asarray(param)
@@ -93,6 +98,7 @@ def _scaled(name: str, update: Any, param: Any, factor: Any) -> Any:
             f"broadcast to {update.shape}"
         )
     factor = jnp.broadcast_to(factor, update.shape)
+    factor = reshard(factor, jax.typeof(update).sharding.spec)
     is_scaled = (factor > 0) & (factor < jnp.inf) & (factor != 1)
     wide = widen(update, dtype)
     # The change and not the product: beside large parameters the update of a factor

@@ -1,8 +1,8 @@
-"""Published methods that compare a gradient with the mean of its squares so far."""
+"""StableAdamW's clip: gradients beside Adam's second moments."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,6 @@ from jax.typing import ArrayLike
 
 from optaxclip.checks import (
     check_label,
-    check_length,
     check_number,
     check_transformation,
     own_state,
@@ -21,7 +20,7 @@ from optaxclip.clipping.by_norm import ClipByNormState
 from optaxclip.clipping.rescaling import rescale_scopes
 from optaxclip.clipping.responding import cap
 from optaxclip.norms.measuring import measure
-from optaxclip.norms.names import Stacked, Where, layout_of, leaf_names
+from optaxclip.norms.names import Stacked, Where, layout_of
 from optaxclip.norms.scopes import find_scopes
 from optaxclip.numerics import (
     accumulator,
@@ -29,113 +28,9 @@ from optaxclip.numerics import (
     increment,
     is_gradient,
     next_count,
-    root_mean_square,
     saturating_cast,
     widen,
 )
-
-
-class SpamState(NamedTuple):
-    """State of `spam`."""
-
-    num_steps: jax.Array
-    """int32 `[]`: the number of steps so far."""
-    rms: Any
-    """The tree with, for each leaf that is clipped, the root of the moving average of
-    its squares from 0, in float32 or wider; 0 `[]` for any other."""
-
-
-def spam(
-    # The defaults of the published code.
-    threshold: ArrayLike = 5000.0,
-    *,
-    decay: ArrayLike = 0.999,
-    warmup: int = 20,
-    where: Where | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """SPAM's clip: cuts each element whose square is far above the mean of its squares.
-
-    Where `g**2 > threshold * v`, g becomes `sign(g) * sqrt(threshold * v)`; then v, the
-    moving average of the squares from 0, learns what came out. The method's resets of
-    Adam's moments are not part of it.
-
-    The state holds one number for each element, as large as the gradients in float32,
-    and each step reads and writes it once. Unlike in the reference, which shares the v
-    of its Adam, an element that had no gradient yet is not clipped (there it stays 0
-    forever), and inf and NaN are not learned: inf becomes the bound, NaN stays NaN.
-
-    Args:
-      threshold: The largest square in units of the mean of the squares, > 0.
-      decay: Decay of that mean per step, within (0, 1).
-      warmup: The first step that is clipped, counted from 1; at least 2.
-      where: True for the names of the leaves to clip; others pass through.
-
-    Returns:
-      The transformation, with the state `SpamState`.
-
-    Raises:
-      ValueError: At `init` or in `update` if a leaf to clip is complex.
-
-    Example:
-      >>> import jax.numpy as jnp, optaxclip
-      >>> clip = optaxclip.spam(4.0, decay=0.5, warmup=2)
-      >>> state = clip.init(jnp.zeros(2))
-      >>> for grads in [jnp.array([1.0, 1.0]), jnp.array([9.0, 1.0])]:
-      ...     updates, state = clip.update(grads, state)
-      >>> print(updates.round(3))
-      [1.414 1.   ]
-
-    Reference: Huang et al., arXiv:2501.06842, section 4.2.
-    """
-    check_number("threshold", threshold, lambda x: x > 0, "> 0")
-    check_number("decay", decay, lambda x: 0 < x < 1, "within (0, 1)")
-    warmup = check_length("warmup", warmup, 2)
-
-    def chosen(tree):
-        flags = []
-        for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
-            is_clipped = is_gradient(leaf) and (where is None or bool(where(name)))
-            if is_clipped and jnp.iscomplexobj(leaf):
-                raise ValueError(f"spam cannot clip complex values: {name!r}")
-            flags.append(is_clipped)
-        return jax.tree.unflatten(jax.tree.structure(tree), flags)
-
-    def init(params):
-        def zeros(is_clipped, x):
-            if not is_clipped:
-                return jnp.zeros([])
-            return jnp.zeros_like(x, dtype=accumulator([x]))
-
-        rms = jax.tree.map(zeros, chosen(params), params)
-        return SpamState(num_steps=jnp.zeros([], jnp.int32), rms=rms)
-
-    def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        is_warmup = state.num_steps + 1 < warmup
-
-        def clip(is_clipped, x, rms):
-            if not is_clipped:
-                return x, rms
-            x = jnp.asarray(x)
-            factor = jnp.sqrt(jnp.asarray(threshold, rms.dtype))
-            has_none = is_warmup | (rms == 0)
-            bound = jnp.where(has_none, jnp.inf, factor * rms)
-            wide = widen(x, rms.dtype)
-            clipped = jnp.clip(wide, -bound, bound)
-            rate = jnp.asarray(1 - decay, rms.dtype)
-            learned = root_mean_square(rms, jnp.abs(clipped), rate)
-            learned = jnp.where(jnp.isfinite(wide), learned, rms)
-            return clipped.astype(x.dtype), learned
-
-        flags = jax.tree.leaves(chosen(updates))
-        leaves, structure = jax.tree.flatten(updates)
-        pairs = list(map(clip, flags, leaves, jax.tree.leaves(state.rms)))
-        updates, rms = (
-            jax.tree.unflatten(structure, [pair[i] for pair in pairs]) for i in (0, 1)
-        )
-        return updates, SpamState(next_count(state.num_steps), rms)
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def stable_adam(
@@ -211,6 +106,8 @@ def stable_adam(
         return {label: state}, inner_state
 
     def update(updates, state, params=None, **extra_args):
+        if not isinstance(state, tuple) or len(state) != 2:
+            raise ValueError(f"state must be what init gave, a pair, not {state}")
         own, inner_state = state
         before = own_state(own, label, ClipByNormState)
         moved, inner_state = inner.update(updates, inner_state, params, **extra_args)
@@ -235,6 +132,9 @@ def stable_adam(
             target=(),
             layout=before.layout,
         )
+        # The parameters, and so the updates made for them, may be wider.
+        dtype = accumulator(jax.tree.leaves((moved, rms)))
+        rms, excess, target = (x.astype(dtype) for x in (rms, excess, target))
         moved = rescale_scopes(moved, scopes, rms, excess, target)
         return moved, ({label: state}, inner_state)
 
@@ -250,7 +150,10 @@ def _ratio_to(count: jax.Array, b2: ArrayLike, eps: ArrayLike) -> Any:
         dtype = accumulator([g])
         rate = jnp.asarray(1 - b2, dtype)
         weight = -jnp.expm1(count.astype(dtype) * jnp.log1p(-rate))
-        root = jnp.sqrt(jnp.abs(v).astype(dtype) / weight)
+        # An Adam that has not begun, as under accumulation, has no moments to lag.
+        has_begun = count > 0
+        square = jnp.abs(v).astype(dtype) / jnp.where(has_begun, weight, 1)
+        root = jnp.where(has_begun, jnp.sqrt(square), jnp.inf)
         root = jnp.maximum(root, jnp.asarray(eps, dtype))
         return divide(jnp.abs(widen(jnp.asarray(g), dtype)), root)
 
@@ -277,14 +180,27 @@ def _second_moments(state: Any, like: Any) -> tuple[Any, Any]:
         return hasattr(x, "nu") and hasattr(x, "count")
 
     found = [x for x in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(x)]
-    # A `MaskedNode` stands for a leaf that is hidden, here or from Adam alone.
-    structure = jax.tree.structure(like, is_leaf=_is_hidden)
-    found = [
-        x for x in found if jax.tree.structure(x.nu, is_leaf=_is_hidden) == structure
-    ]
+    found = [(_expanded(x.nu, like), x.count) for x in found]
+    found = [(nu, count) for nu, count in found if nu is not None]
     if len(found) != 1:
         raise ValueError(
             "inner must have one state with second moments nu of all parameters and "
             f"count, as optax.scale_by_adam has; found {len(found)}"
         )
-    return found[0].nu, found[0].count
+    return found[0]
+
+
+def _expanded(nu: Any, like: Any) -> Any:
+    """`nu` with a `MaskedNode` for each leaf that it hides; None if it does not fit."""
+
+    def expand(v, subtree):
+        # It may stand for a whole subtree.
+        hidden = jax.tree.map(lambda _: v, subtree, is_leaf=_is_hidden)
+        return hidden if _is_hidden(v) else v
+
+    try:
+        found = jax.tree.map(expand, nu, like, is_leaf=_is_hidden)
+    except (ValueError, TypeError):  # of a tree with another structure
+        return None
+    structures = (jax.tree.structure(x, is_leaf=_is_hidden) for x in (found, like))
+    return found if len(set(structures)) == 1 else None

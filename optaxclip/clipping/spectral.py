@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from optaxclip.checks import check_label, check_leaves, own_state
 from optaxclip.clipping.by_norm import ClipByNormState
@@ -27,7 +27,7 @@ from optaxclip.numerics import (
     where,
     widen,
 )
-from optaxclip.xla import run_if, tie
+from optaxclip.xla import reshard, run_if, tie
 
 
 def clip_by_spectral_norm(
@@ -78,9 +78,6 @@ def clip_by_spectral_norm(
     check_label(label)
     if not isinstance(smooth, bool):
         raise TypeError(f"smooth must be True or False, not {smooth!r}")
-
-    if limit.is_band:
-        raise ValueError("max_norm has a lower bound, which only clip_by_norm takes")
 
     def scopes_of(tree):
         return find_scopes(tree, "leaf", stacked=stacked, where=where)
@@ -153,7 +150,8 @@ def _soften(norms: jax.Array, limits: jax.Array) -> jax.Array:
     # s / sqrt(1 + (s / c)**2) by the smaller of the two: no square overflows.
     small, large = jnp.minimum(norms, limits), jnp.maximum(norms, limits)
     ratio = divide(small, where(large > 0, large, 1))
-    return where(limits < jnp.inf, small / jnp.sqrt(1 + jnp.square(ratio)), jnp.inf)
+    soft = where(limits > 0, small / jnp.sqrt(1 + jnp.square(ratio)), 0)
+    return where(limits == jnp.inf, jnp.inf, soft)
 
 
 def _is_matrix(leaf: Leaf) -> bool:
@@ -217,7 +215,7 @@ def _clip(function: Callable, x, leaf: Leaf, size, extra, limit, fits) -> jax.Ar
         known = _replicate(known)
         clipped = jnp.where(jnp.isfinite(size), clipped, known * 0)
         clipped = jnp.where(fits, known, clipped)
-        return _reshard(clipped, jax.typeof(x).sharding.spec)
+        return reshard(clipped, jax.typeof(x).sharding.spec)
 
     return run_if(~jnp.all(fits), clip, x)[1]
 
@@ -225,10 +223,4 @@ def _clip(function: Callable, x, leaf: Leaf, size, extra, limit, fits) -> jax.Ar
 def _replicate(x: jax.Array) -> jax.Array:
     """The whole array, on each device of a mesh with explicit axes."""
     # There a product does not choose by itself what it sums over the devices.
-    return _reshard(x, PartitionSpec(*[None] * x.ndim))
-
-
-def _reshard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    mesh = jax.sharding.get_abstract_mesh()
-    is_explicit = AxisType.Explicit in mesh.axis_types
-    return jax.sharding.reshard(x, spec) if is_explicit else x
+    return reshard(x, PartitionSpec(*[None] * x.ndim))

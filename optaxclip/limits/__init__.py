@@ -26,7 +26,7 @@ not per unit. Its state is a few arrays, so a checkpoint holds all that it knows
 | `zscore(2.5)` | 2.5 standard deviations above the mean | yes | `zclip()` |
 | `percentile(10)` | 10th percentile of the last 1024 norms | yes | `autoclip()` |
 | `ema(1.05)` | 1.05 times the mean of the clipped norms | yes | `adagc()`, per leaf |
-| `window_sigma(3)` | 3 standard deviations above the mean | yes | |
+| `window_sigma(3)` | 3 deviations above the mean | yes | `clip_by_historical_norm()` |
 | `quantile(0.5)` | follows the median with one number | yes | |
 | `mean_over_rms()` | mean / root mean square, to set | yes | `gradient_stabilizer()` |
 | `minimum(a, b)` | the smaller of two limits | as they do | |

@@ -156,7 +156,8 @@ def with_global(limit: LimitLike, max_norm: LimitLike) -> Limit:
 
     Each norm is first brought to its own limit. Where the root of the sum of the
     squares is then still above `max_norm`, all are scaled down together. So both hold
-    with one read of the updates. For norms of order 2.
+    with one read of the updates. For norms of order 2, and responses that raise none:
+    with "set" or a lower bound the second limit is not one.
 
     Args:
       limit: Of each leaf or group: a limit, a number or a schedule.
@@ -187,7 +188,8 @@ def with_global(limit: LimitLike, max_norm: LimitLike) -> Limit:
         limits, own_state = own.update(norms, state[0], param_norms)
         limits = jnp.broadcast_to(limits, norms.shape).astype(norms.dtype)
         # Without the scopes that are non-finite, which the clip contains.
-        shares, total = normalize_norms(jnp.minimum(norms, jnp.maximum(limits, 0)))
+        clipped = jnp.minimum(norms, jnp.maximum(limits, 0))
+        shares, total = normalize_norms(jnp.where(norms < jnp.inf, clipped, 0))
         param_norm = None if param_norms is None else root_sum_squares(param_norms)
         bound, state = together.update(total, state[1], param_norm)
         # Not `total > bound`: a bad bound gives zeros, as everywhere.

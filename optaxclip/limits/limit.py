@@ -135,9 +135,13 @@ def schedule(max_norm: Callable[[jax.Array], ArrayLike]) -> Limit:
     return Limit(init, update)
 
 
-def as_limit(max_norm: LimitLike) -> Limit:
+def as_limit(max_norm: LimitLike, *, may_be_band: bool = False) -> Limit:
     """Turns a number into `constant` and a function into `schedule`."""
     if isinstance(max_norm, Limit):
+        if max_norm.is_band and not may_be_band:
+            raise ValueError(
+                f"{max_norm} has a lower bound, which clip_by_norm alone can take"
+            )
         return max_norm
     return schedule(max_norm) if callable(max_norm) else constant(max_norm)
 

@@ -178,11 +178,12 @@ def find_scopes(
         paths_and_leaves, _leaf_specs(specs, paths_and_leaves), axes, strict=True
     ):
         shape, name = np.shape(leaf), path_name(path)
+        is_measured = is_gradient(leaf) and (where is None or bool(where(name)))
         kept = ()
         if per != "tree":
             kept = tuple(range(len(stacked_shape(name, shape, stacked))))
             if per == "unit" and len(shape) - len(kept) > 1:
-                axis = default if unit_axis is None else unit_axis
+                axis = default if unit_axis is None or not is_measured else unit_axis
                 kept += (find_unit_axis(name, shape, len(kept), axis),)
         entries = tuple(spec) + (None,) * (len(shape) - len(spec))
         kept_mesh_axes = _manual_axes([entries[axis] for axis in kept])
@@ -192,7 +193,6 @@ def find_scopes(
                 "stacked= every device needs all layers"
             )
         mesh_axes = _manual_axes([e for i, e in enumerate(entries) if i not in kept])
-        is_measured = is_gradient(leaf) and (where is None or bool(where(name)))
         leaves.append(Leaf(shape, kept, is_measured, mesh_axes, kept_mesh_axes))
     if isinstance(per, str):
         if per == "unit" and not leaves:

@@ -33,12 +33,13 @@ def default_unit_axes(tree: Any) -> list[int]:
         if jax.tree_util.treedef_is_leaf(structure):
             return [axis] * structure.num_leaves  # `None` has none
         kind, _ = structure.node_data()
-        # By its name: Equinox need not be installed. A class of the user's own, which
-        # may hold arrays of any layout, is none of its layers.
+        # By its name: Equinox need not be installed. A module of the user's own, which
+        # may hold arrays of any layout, is none of its layers unless it inherits one.
         if issubclass(kind, tuple | list | dict):
             child_axis = axis
         else:
-            child_axis = 0 if kind.__module__.startswith("equinox.nn") else -1
+            bases = [base.__module__ for base in kind.__mro__]
+            child_axis = 0 if any(x.startswith("equinox.nn") for x in bases) else -1
         return [
             found for child in structure.children() for found in walk(child, child_axis)
         ]

@@ -14,6 +14,7 @@ from jax import lax
 from jax.core import Tracer
 
 from optaxclip.checks import check_length
+from optaxclip.numerics import is_gradient
 from optaxclip.reporting.scalars import scalars_of
 from optaxclip.reporting.states import (
     find_states,
@@ -153,6 +154,8 @@ def metrics(
         window = check_length("window", window, 1)
     if zeros is not None and ZEROS in states:
         raise ValueError(f"a state has the label {ZEROS!r}, that of zeros=")
+    # What is no array, such as a function, no program takes.
+    zeros = jax.tree.map(lambda x: x if is_gradient(x) else 0, zeros)
     leaves, structure = jax.tree.flatten(params_of(params))
     structure = None if params is None else structure
     if not all(isinstance(x, jax.Array | np.ndarray) for x in leaves):
