@@ -244,7 +244,7 @@ class TestWithGlobal:
     def test_what_is_non_finite_takes_nothing_from_the_others(self, bad):
         clip = optaxclip.clip_by_norm(limits.with_global(4.0, 2.5), per="leaf")
         found, _ = clipped(clip, [jnp.array([2.4]), jnp.array([bad, 1.0])])
-        np.testing.assert_array_equal(found[0], np.float32([2.4]))
+        np.testing.assert_array_equal(found[0], np.float32(2.4))
 
     @pytest.mark.parametrize("bad", [-1.0, math.nan])
     def test_a_traced_bound_that_is_bad_gives_zeros(self, bad):
@@ -393,7 +393,8 @@ class TestUnitAxis:
         class Mine(eqx.nn.Linear):
             pass
 
-        norms = optaxclip.unit_norms(Mine(3, 2, key=jax.random.key(0)))
+        kind: Any = Mine
+        norms = optaxclip.unit_norms(kind(3, 2, key=jax.random.key(0)))
         assert norms.weight.shape == (2,)
 
     def test_leaves_that_are_not_clipped_need_no_such_axis(self):
