@@ -129,7 +129,7 @@ SLOW |= {"clip_by_norm per group", "autoclip", "block_rms", "record per group"}
 SLOW |= {"clip_by_norm soft", "clip_by_norm set", "clip_by_norm band"}
 SLOW |= {"clip_by_historical_norm", "gradient_stabilizer", "aggc"}
 SLOW |= {"clip_by_norm per leaf", "clip_by_norm per unit", "zclip", "agc"}
-SLOW |= {"clip_by_spectral_norm smooth"}
+SLOW |= {"clip_by_spectral_norm smooth", "clip_by_spectral_norm", "spam"}
 SLOW_TO_COMPOSE = SLOW | {"adagc"}
 SLOW_WITHOUT_JIT = SLOW | {"stabilize", "clip_by_spectral_norm"}
 # Relative, by which two compiled programs may differ: of matrices 1e6 times their

@@ -33,8 +33,19 @@ NORMS = [0.0, 2e-38, 1e-30, 1e-3, 0.999, 1.0, 7.0, 1e19, 3e38]
 LIMITS = [1e-37, 1e-12, 0.5, 1.0, 1e30, 3e38]
 
 
-@pytest.mark.parametrize("respond", RESPONSES)
-@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize(
+    ("respond", "limit"),
+    [
+        # The others are slow: the same code on other numbers.
+        pytest.param(
+            respond,
+            limit,
+            marks=[] if respond == "set" or limit == 0.5 else pytest.mark.slow,
+        )
+        for respond in RESPONSES
+        for limit in LIMITS
+    ],
+)
 def test_target_of_every_finite_norm(respond, limit):
     clip = optaxclip.clip_by_norm(limit, respond=respond, per="leaf")
     # Of the later leaves every sum of squares is that of two elements.

@@ -264,7 +264,10 @@ def test_complex_and_double_matrices(x64):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P()])
+@pytest.mark.parametrize(
+    "spec",
+    [P("x"), *(pytest.param(x, marks=pytest.mark.slow) for x in (P(None, "x"), P()))],
+)
 def test_sharded_matrices_are_whole(kind, spec):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
     clip = make(1.0)
