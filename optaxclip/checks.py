@@ -57,6 +57,12 @@ def is_real(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
+def check_where(where: Any) -> None:
+    """Raises the error of a `where` that is no function."""
+    if where is not None and not callable(where):
+        raise TypeError(f"where must be a function of a leaf's name, not {where!r}")
+
+
 def check_label(label: Any) -> None:
     """Raises the error of a label that is no name."""
     if not isinstance(label, str) or not label:

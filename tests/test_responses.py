@@ -292,8 +292,16 @@ def test_errors():
         ValueError, match="a lower bound needs respond=\"cap\", not 'set'"
     ):
         optaxclip.clip_by_norm(1.0, respond="set", min_norm=0.5)
-    with pytest.raises(ValueError, match="max_norm must be >= 0"):
+    with pytest.raises(ValueError, match=r"min_norm must be >= 0, not -0\.5"):
         optaxclip.clip_by_norm(1.0, min_norm=-0.5)
+    for make in (
+        lambda where: optaxclip.agc(where=where),
+        lambda where: optaxclip.spam(where=where),
+        lambda where: optaxclip.clip_by_spectral_norm(1.0, where=where),
+        lambda where: optaxclip.stable_adam(optax.adam(1.0), where=where),
+    ):
+        with pytest.raises(TypeError, match="where must be a function"):
+            make("body")
     with pytest.raises(ValueError, match="unit_axis= needs per=\"unit\", not 'leaf'"):
         optaxclip.clip_by_norm(1.0, per="leaf", unit_axis=0)
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip.checks import check_label, check_leaves, own_state
+from optaxclip.checks import check_label, check_leaves, check_where, own_state
 from optaxclip.clipping.rescaling import fits_limit, rescale_scopes
 from optaxclip.clipping.responding import (
     RESPONSES,
@@ -133,6 +133,7 @@ def clip_by_norm(
     check_per(per)
     check_ord(ord)
     check_respond(respond)
+    check_where(where)
     check_label(label)
     limit = band(max_norm, min_norm)
     if limit.is_band and respond != "cap":

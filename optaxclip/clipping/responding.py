@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from optaxclip.checks import check_number
 from optaxclip.clipping.rescaling import fits_limit
 from optaxclip.limits.limit import Band, Limit, LimitLike, as_limit
 from optaxclip.numerics import divide, where
@@ -63,6 +64,8 @@ def band(max_norm: LimitLike, min_norm: LimitLike | None) -> Limit:
     upper = as_limit(max_norm, may_be_band=min_norm is None)
     if min_norm is None:
         return upper
+    if not callable(min_norm) and not isinstance(min_norm, Limit):
+        check_number("min_norm", min_norm, lambda x: x >= 0, ">= 0")
     lower = as_limit(min_norm)
 
     def init(sizes):
