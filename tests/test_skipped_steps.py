@@ -87,6 +87,7 @@ def test_the_last_64_are_kept_in_order(num_bad):
     assert optaxclip.metrics(state)["explosions/num_skipped"] == num_bad
 
 
+@pytest.mark.slow
 def test_a_step_whose_moments_were_mended_is_among_them():
     tx = optaxclip.skip_explosions(optax.adam(1e-3), columns=["batch"])
     state: Any = tx.init(PARAMS)
@@ -134,6 +135,7 @@ def test_of_several_runs_each_has_its_own_list():
 
 
 @pytest.mark.usefixtures("x64", "strict")
+@pytest.mark.slow
 def test_all_of_it_under_strict_promotion_and_with_64_bits():
     tx = optaxclip.stabilize(optax.sgd(0.1), columns=["batch"])
     params = {"w": jnp.ones(3, jnp.float32), "x": jnp.ones(2, jnp.float64)}

@@ -58,7 +58,7 @@ def trained(tx, num_steps, *, bad=()):
 
 
 @pytest.mark.parametrize("name", RECORDERS)
-@pytest.mark.parametrize("num_steps", [3, 300])
+@pytest.mark.parametrize("num_steps", [3, pytest.param(300, marks=pytest.mark.slow)])
 def test_history_gives_back_what_was_given(name, num_steps):
     state, batches, rates = trained(RECORDERS[name], num_steps)
     kept = optaxclip.history(state, PARAMS)
@@ -196,6 +196,7 @@ def test_a_checkpoint_brings_them_back(name, tmp_path):
         chex.assert_trees_all_equal(kept, expected)
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_have_tags_of_their_own():
     tx = RECORDERS["stabilize"]
     states = jax.vmap(lambda _: tx.init(PARAMS))(jnp.arange(3))
