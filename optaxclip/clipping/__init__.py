@@ -39,7 +39,8 @@ The bounds of `clip_by_value` may be schedules as well.
 
 ## What becomes of a norm
 
-Limit and response are independent: any limit goes with any response.
+Limit and response are independent: any limit goes with any response. Only the second
+limit of `with_global` needs one that raises no norm.
 
 | `respond` | norm n with the limit c becomes | at n = c | for |
 |---|---|---|---|
@@ -157,7 +158,7 @@ From Optax and its users:
 | `optax.adaptive_grad_clip(0.01)` | `agc(0.01)` |
 | `optax.clip_by_block_rms(1.0)` | `block_rms(1.0)` |
 | `optax.global_norm(grads)`, `optax.tree.norm(grads)` | `global_norm(grads)` |
-| Levanter `clip_update_norm` | `clip_by_historical_norm()` |
+| Levanter `clip_update_by_historical_norm` | `clip_by_historical_norm()` |
 
 Rules that skip steps:
 

@@ -127,8 +127,8 @@ def clip_by_norm(
       >>> print(jnp.round(updates["w"], 3), state["clip"].norm)
       [0.6 0.8] 5.0
 
-    Reference: Pascanu et al., arXiv:1211.5063, section 3.2, algorithm 1; "soft": Yang
-    et al., arXiv:2206.07136, equation 6.
+    Reference: Pascanu et al., arXiv:1211.5063, section 3.2, algorithm 1; "soft": Bu et
+    al., arXiv:2206.07136.
     """
     check_per(per)
     check_ord(ord)

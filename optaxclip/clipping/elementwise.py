@@ -16,10 +16,9 @@ from optaxclip.checks import (
     check_number,
     check_where,
 )
-from optaxclip.norms.names import Where, leaf_names
+from optaxclip.norms.names import Where, is_chosen, leaf_names
 from optaxclip.numerics import (
     accumulator,
-    is_gradient,
     next_count,
     root_mean_square,
     saturating_cast,
@@ -78,7 +77,7 @@ def spam(
       >>> print(updates.round(3))
       [1.414 1.   ]
 
-    Reference: Huang et al., arXiv:2501.06842, section 4.2.
+    Reference: Huang et al., arXiv:2501.06842.
     """
     check_number("threshold", threshold, lambda x: x > 0, "> 0")
     check_number("decay", decay, lambda x: 0 < x < 1, "within (0, 1)")
@@ -88,7 +87,7 @@ def spam(
     def chosen(tree):
         flags = []
         for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
-            is_clipped = is_gradient(leaf) and (where is None or bool(where(name)))
+            is_clipped = is_chosen(name, leaf, where)
             if is_clipped and jnp.iscomplexobj(leaf):
                 raise ValueError(f"spam cannot clip complex values: {name!r}")
             flags.append(is_clipped)

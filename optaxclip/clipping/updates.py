@@ -92,7 +92,7 @@ def clip_by_historical_norm(
       >>> import optax, optaxclip
       >>> tx = optax.chain(optax.adam(1e-3), optaxclip.clip_by_historical_norm())
 
-    Reference: Levanter, `clip_update_norm`.
+    Reference: Levanter, `optim/clip_update_norm.py`.
     """
     limit = limits.window_sigma(sigmas, window=window)
     return clip_by_norm(

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import optax
 
+from optaxclip.numerics import is_gradient
+
 Per = Literal["tree", "leaf", "unit"] | Callable[[str], str]
 """What one norm is taken over; a function maps a leaf's name to its group's name."""
 
@@ -21,6 +23,11 @@ other arrays of their own; True stands for 1."""
 
 Where = Callable[[str], bool]
 """True for the names of the leaves that are measured and clipped."""
+
+
+def is_chosen(name: str, leaf: Any, where: Where | None) -> bool:
+    """Whether a leaf is measured and clipped: a gradient, and not left out."""
+    return is_gradient(leaf) and (where is None or bool(where(name)))
 
 
 def leaf_names(tree: Any, *, stacked: Stacked | None = None) -> list[str]:

@@ -15,12 +15,12 @@ from optaxclip.norms.names import (
     Stacked,
     Where,
     group_names,
+    is_chosen,
     leaf_names,
     path_name,
     stacked_shape,
 )
 from optaxclip.norms.units import UnitAxis, default_unit_axes, find_unit_axis
-from optaxclip.numerics import is_gradient
 
 # XLA makes a chain of additions of a sum of numbers that lie apart, and on CPU takes
 # time cubic in their number to fuse it. Of more than so many it stays a sum.
@@ -178,7 +178,7 @@ def find_scopes(
         paths_and_leaves, _leaf_specs(specs, paths_and_leaves), axes, strict=True
     ):
         shape, name = np.shape(leaf), path_name(path)
-        is_measured = is_gradient(leaf) and (where is None or bool(where(name)))
+        is_measured = is_chosen(name, leaf, where)
         kept = ()
         if per != "tree":
             kept = tuple(range(len(stacked_shape(name, shape, stacked))))
