@@ -78,7 +78,7 @@ def replace_where(when, new, old):
     def choose(when, new, old):
         def replace(flag, old):
             # Nothing but copies, which are not compiled.
-            return jax.tree.map(lambda x, y: x.astype(y.dtype), tie(flag, new), old)
+            return jax.tree.map(like, tie(flag, new), old)
 
         return run_if(when, replace, old)
 
@@ -90,13 +90,24 @@ def replace_where(when, new, old):
         def select(x, y):
             if y.dtype == jax.dtypes.float0:
                 return y
-            return jnp.where(when, x.astype(y.dtype), y)
+            return jnp.where(when, like(x, y), y)
 
         _, new, old = tangents
         no_tangent: Any = np.zeros(np.shape(done), jax.dtypes.float0)
         return (done, chosen), (no_tangent, jax.tree.map(select, new, old))
 
     return choose(when, new, old)
+
+
+def like(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The array in the dtype and in the memory of another one."""
+    return put(x.astype(y.dtype), jax.typeof(y).memory_space)
+
+
+def put(x: jax.Array, memory: Any) -> jax.Array:
+    """The array in a `jax.memory.Space`; as it is if it is there."""
+    # JAX marks it as moved even if it stays.
+    return x if jax.typeof(x).memory_space == memory else jax.device_put(x, memory)
 
 
 def reshard(x: jax.Array, spec: PartitionSpec) -> jax.Array:

@@ -99,6 +99,11 @@ With `rollback=True` also:
    step multiplies it by `recovery`, up to 1.
 6. If the parameters are NaN, the run is given up at once.
 
+`rollback="host"` does the same with the snapshots in the memory of the host, so that
+the device has none. One travels there every 50 healthy steps, and back in the steps of
+a trial. It needs JAX 0.10, and has been run on CPUs only. A state that is read from a
+checkpoint has to be put there too, or `update` raises an error that says how.
+
 Without `rollback`, the third explosion in a row multiplies the updates by `cool_down`.
 
 `stabilize(optimizer)` is
@@ -215,7 +220,7 @@ snapshot is of what the first step is given.
 * It notices a loss that rises smoothly only at eight times its lowest level. The loss
   of a healthy run may rise too, where values are learned from zero.
 * It needs the loss. Without it, a rollback is judged by the norm alone.
-* A rollback keeps two copies of the parameters.
+* A rollback keeps two copies of the parameters, on the device or on its host.
 * It raises false alarms: 8 in 10,000 healthy steps (1 to 21) of 72 recorded runs that
   it was not tuned on. It notices 93.1 % of the explosions there (86.9 to 99.1). Run
   `python tests/benchmarks/detection.py --split heldout` (x86-64, JAX 0.10.2,

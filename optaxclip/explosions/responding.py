@@ -14,7 +14,14 @@ from jax import lax
 
 from optaxclip.explosions.deciding import Decision, is_trial_in
 from optaxclip.explosions.moments import are_spoiled, find_moments, mended
-from optaxclip.explosions.snapshots import compare, move
+from optaxclip.explosions.snapshots import (
+    compare,
+    go_back,
+    is_on_host,
+    move,
+    snapshot_of,
+    way_to,
+)
 from optaxclip.explosions.state import (
     BROKEN,
     DetectExplosionsState,
@@ -109,15 +116,19 @@ def respond(
         nothing = jnp.zeros_like(u)
         u = lax.select(jnp.isfinite(applied), u, nothing)
         if snapshot is not None and param is not None:
-            # An update, so that whoever applies updates rolls back without knowing it.
-            way_back = add(snapshot, -param).astype(u.dtype)
+            way_back = way_to(u, param, snapshot)
             nothing = lax.select(decision.is_at_snapshot, way_back, nothing)
         return lax.select(moved.is_skipped, nothing, u)
 
     trees = [updates] if params is None else [updates, params]
-    if isinstance(moved.snapshots, Snapshots):
-        trees.append(moved.snapshots.older)
-    return jax.tree.map(of_leaf, *trees)
+    if not isinstance(moved.snapshots, Snapshots):
+        return jax.tree.map(of_leaf, *trees)
+    older = moved.snapshots.older
+    if not is_on_host(older):
+        return jax.tree.map(of_leaf, *trees, older)
+    # A select would fetch the snapshot in every step.
+    updates = jax.tree.map(of_leaf, *trees)
+    return go_back(decision.is_at_snapshot, updates, snapshot_of(params), older)
 
 
 def count_response(

@@ -8,7 +8,7 @@ makes the updates: zeros, smaller ones, or the way to a snapshot.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
@@ -36,7 +36,12 @@ from optaxclip.explosions.responding import (
 )
 from optaxclip.explosions.rules import LOSS_LIMIT, MAX_GAP, NORM_LIMIT, SHARE_LIMIT
 from optaxclip.explosions.selecting import update_or_keep
-from optaxclip.explosions.snapshots import empty_snapshots
+from optaxclip.explosions.snapshots import (
+    check_host_memory,
+    check_is_on_host,
+    empty_snapshots,
+    on_host,
+)
 from optaxclip.explosions.state import (
     COUNTS,
     NUM_SKIPPED,
@@ -61,7 +66,7 @@ def skip_explosions(
     max_consecutive: int = 10,
     cool_down: ArrayLike | None = None,
     recovery: ArrayLike = 1.005,
-    rollback: bool = False,
+    rollback: bool | Literal["host"] = False,
     snapshot_every: int = 50,
     rollback_after: int = 3,
     give_up_after: int = 100,
@@ -87,7 +92,10 @@ def skip_explosions(
 
     The update of a rollback is `snapshot - params`, and it has to be applied as it is:
     put `skip_explosions` around everything that changes updates. It needs the memory of
-    two copies of the parameters, and reads one of them while it is on trial.
+    two copies of the parameters; with `rollback="host"` that of the host, of the kind
+    "pinned_host". Then one copy goes there every `snapshot_every` healthy steps, one
+    comes back in each step of a trial, and in all other steps nothing travels. It needs
+    JAX 0.10, and has been run on CPUs only.
 
     Args:
       inner: The optimizer; it gets all extra arguments.
@@ -99,7 +107,8 @@ def skip_explosions(
       cool_down: The factor by which a rollback reduces the updates, within (0, 1]; None
         for off. Without `rollback`, the `rollback_after`-th explosion in a row does.
       recovery: Growth of the factor in a healthy step, up to 1; >= 1, 1.005 by default.
-      rollback: Whether to roll back; `update` then needs `params`.
+      rollback: Whether to roll back; `update` then needs `params`. "host" keeps the
+        snapshots in the memory of the host.
       snapshot_every: Number of healthy steps between snapshots; at least 1, 50 by
         default.
       rollback_after: How many explosions in a row start a rollback; at least 1, 3 by
@@ -118,7 +127,8 @@ def skip_explosions(
 
     Raises:
       ValueError: In `update` without `params` if there is a rollback, or if `inner`
-        changes the structure of its state.
+        changes the structure of its state; in `init` if a platform gives no memory of
+        its host.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optaxclip
@@ -147,9 +157,10 @@ def skip_explosions(
             snapshot_every,
             cool_down,
             recovery,
-            has_snapshots=rollback,
+            has_snapshots=_check_rollback(rollback),
         )
     )
+    is_on_host = rollback == "host"
     check_label(label)
     check_transformation("inner", inner)
     refused = [x for x in ("value", "tag") if not takes(inner.update, x)]
@@ -158,6 +169,9 @@ def skip_explosions(
     def init(params):
         inner_state = inner.init(params)
         snapshots = empty_snapshots(params) if rollback else ()
+        if is_on_host:
+            check_host_memory()
+            snapshots = on_host(snapshots)
         return {
             label: SkipExplosionsState(
                 explosions=detection.init(params),
@@ -169,6 +183,8 @@ def skip_explosions(
 
     def update(updates, state, params=None, **extra_args):
         state = own_state(state, label, SkipExplosionsState)
+        if is_on_host:
+            check_is_on_host(state.snapshots)
         if rollback and params is None:
             raise ValueError(
                 "a rollback is an update from the parameters: call "
@@ -217,16 +233,19 @@ def skip_explosions(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _check_rollback(rollback: Any) -> bool:
+    """Whether there are snapshots; raises the error of what says neither."""
+    if not isinstance(rollback, bool) and rollback != "host":
+        raise TypeError(f'rollback must be True, False or "host", not {rollback!r}')
+    return bool(rollback)
+
+
 def _checked(settings: Settings) -> Settings:
     """The settings; raises the errors of those that are out of range."""
     recovery, cool_down = settings.recovery, settings.cool_down
     check_number("recovery", recovery, lambda x: x >= 1, ">= 1")
     if cool_down is not None:
         check_number("cool_down", cool_down, lambda x: 0 < x <= 1, "within (0, 1]")
-    if not isinstance(settings.has_snapshots, bool):
-        raise TypeError(
-            f"rollback must be True or False, not {settings.has_snapshots!r}"
-        )
     lengths = "max_consecutive", "rollback_after", "give_up_after", "snapshot_every"
     return settings._replace(
         **{name: check_length(name, getattr(settings, name), 1) for name in lengths}

@@ -12,8 +12,8 @@ from jax import lax
 from optaxclip.explosions.deciding import Decision
 from optaxclip.explosions.state import Snapshots
 from optaxclip.norms.scopes import Scopes
-from optaxclip.numerics import accumulator, is_gradient, promote, widen
-from optaxclip.xla import replace_where, run_if, tie
+from optaxclip.numerics import accumulator, add, is_gradient, promote, widen
+from optaxclip.xla import put, replace_where, run_if, tie
 
 
 def move(
@@ -57,7 +57,8 @@ def compare(
         return jnp.where(jnp.isnan(distance), 2, is_away.astype(jnp.float32))
 
     def highest_level(flag, _):
-        leaves = map(jax.tree.leaves, (*tie(flag, (params, snapshot)), updates))
+        present, earlier = tie(flag, (params, snapshot))
+        leaves = map(jax.tree.leaves, (present, on_device(earlier), updates))
         levels = list(map(level_of, scopes.leaves, *leaves))
         level: Any = scopes.collapse(levels, "max")
         return jnp.max(level, initial=0)
@@ -68,11 +69,76 @@ def compare(
     return level > 0, level > 1
 
 
+def go_back(when: jax.Array, updates: Any, params: Any, snapshot: Any) -> Any:
+    """The way to a snapshot in the host's memory as updates `when` it is due.
+
+    Else the updates as they are, and nothing travels.
+    """
+    leaves, structure = jax.tree.flatten(updates)
+    places = [i for i, u in enumerate(leaves) if is_gradient(u)]
+    there = [jax.tree.leaves(tree) for tree in (params, snapshot)]
+    there = [[tree[i] for i in places] for tree in there]
+
+    def way_back(flag, updates):
+        present, earlier = tie(flag, there)
+        return list(map(way_to, updates, present, on_device(earlier)))
+
+    _, found = run_if(when, way_back, [leaves[i] for i in places])
+    for i, u in zip(places, found, strict=True):
+        leaves[i] = u
+    return jax.tree.unflatten(structure, leaves)
+
+
+def way_to(update: jax.Array, param: jax.Array, snapshot: jax.Array) -> jax.Array:
+    """The update that leads from a parameter to its snapshot."""
+    # An update, so that whoever applies updates rolls back without knowing it.
+    return add(snapshot, -param).astype(update.dtype)
+
+
 def empty_snapshots(params: Any) -> Snapshots:
     """Two of zeros; each has buffers of its own, or they could not be donated."""
     present = snapshot_of(params)
     older, newer = (jax.tree.map(jnp.zeros_like, present) for _ in range(2))
     return Snapshots(older, newer)
+
+
+def check_host_memory() -> None:
+    """Raises the error of a platform that has no memory of the host."""
+    with jax.ensure_compile_time_eval():
+        kind = put(jnp.zeros([]), jax.memory.Space.Host).sharding.memory_kind
+    if kind != "pinned_host":
+        raise ValueError(
+            'rollback="host" keeps snapshots in the memory of the host, which '
+            f"{jax.default_backend()} with JAX {jax.__version__} does not give: use "
+            "JAX 0.10 or later, or rollback=True"
+        )
+
+
+def check_is_on_host(snapshots: Any) -> None:
+    """Raises the error of a state that was read into the memory of the device."""
+    # Not put there instead: JAX 0.10 aborts if what it moves is donated.
+    if jax.tree.leaves(snapshots) and not is_on_host(snapshots):
+        raise ValueError(
+            'with rollback="host" the snapshots must be in the memory of the host, as '
+            "init makes them: state = jax.device_put(state, jax.tree.map(lambda x: "
+            "x.sharding, tx.init(params)))"
+        )
+
+
+def on_host(tree: Any) -> Any:
+    """The arrays in the memory of the host."""
+    return jax.tree.map(lambda x: put(x, jax.memory.Space.Host), tree)
+
+
+def is_on_host(tree: Any) -> bool:
+    """Whether the arrays are in the memory of the host."""
+    spaces = {jax.typeof(x).memory_space for x in jax.tree.leaves(tree)}
+    return spaces == {jax.memory.Space.Host}
+
+
+def on_device(tree: Any) -> Any:
+    """The arrays in the memory of the device."""
+    return jax.tree.map(lambda x: put(x, jax.memory.Space.Device), tree)
 
 
 def snapshot_of(params: Any) -> Any:
@@ -98,7 +164,8 @@ def widen_snapshots(snapshots: Snapshots, present: Any) -> Snapshots:
     def widen(x, y):
         if x.dtype == y.dtype:
             return x
-        return x.astype(promote(x.dtype, y.dtype))
+        wide = put(x, jax.memory.Space.Device).astype(promote(x.dtype, y.dtype))
+        return put(wide, jax.typeof(x).memory_space)
 
     older, newer = (jax.tree.map(widen, copy, present) for copy in snapshots)
     return Snapshots(older, newer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import optax
 
@@ -22,7 +22,7 @@ def stabilize(
     norm: limits.LimitLike | None = NORM_LIMIT,
     share: limits.LimitLike | None = SHARE_LIMIT,
     loss: limits.LimitLike | None = LOSS_LIMIT,
-    rollback: bool = True,
+    rollback: bool | Literal["host"] = True,
     specs: Any = None,
     stacked: Stacked | None = None,
     columns: Sequence[str] = (),
@@ -43,8 +43,9 @@ def stabilize(
       norm: As in `detect_explosions`; None for no such rule.
       share: Likewise.
       loss: Likewise.
-      rollback: Whether to keep two copies of the parameters to return to. Without them
-        it only skips, and far fewer runs are saved.
+      rollback: Whether to keep two copies of the parameters to return to, with "host"
+        in the memory of the host, see `skip_explosions`. Without them it only skips,
+        and far fewer runs are saved.
       specs: A common argument, see `help(optaxclip)`.
       stacked: Likewise.
       columns: Likewise.

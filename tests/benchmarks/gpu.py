@@ -41,6 +41,7 @@ ARMS = (
     "optaxclip.clip_by_norm",
     "optaxclip.stabilize, no rollback",
     "optaxclip.stabilize",
+    "optaxclip.stabilize, snapshots on the host",
 )
 TESTS = "test_clipping.py", "test_norms.py", "test_explosions.py", "test_recording.py"
 

@@ -53,6 +53,9 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
         adam, rollback=False
     ),
     "optaxclip.stabilize": optaxclip.stabilize,
+    "optaxclip.stabilize, snapshots on the host": lambda adam: optaxclip.stabilize(
+        adam, rollback="host"
+    ),
 }
 
 # Each learned limit beside the fixed one over the same scopes, and the recorder with a
@@ -152,7 +155,7 @@ class Size(NamedTuple):
     temporaries: int
     """Bytes."""
     state: int
-    """Bytes beyond the state of Adam."""
+    """Bytes on the device beyond the state of Adam."""
 
 
 def size_of(step: Any, arrays: tuple, rest: Any) -> Size:
@@ -164,7 +167,11 @@ def size_of(step: Any, arrays: tuple, rest: Any) -> Size:
         kernels=len(re.findall(r" fusion\(", hlo)),
         loops=len(re.findall(r" while\(", hlo)),
         temporaries=step.memory_analysis().temp_size_in_bytes,
-        state=sum(x.nbytes for x in jax.tree.leaves(rest)),
+        state=sum(
+            x.nbytes
+            for x in jax.tree.leaves(rest)
+            if x.sharding.memory_kind == jax.devices()[0].default_memory().kind
+        ),
     )
 
 
