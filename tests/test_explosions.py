@@ -804,6 +804,7 @@ def test_count_reads_by_name():
     assert count(state["explosions"], "nonfinite_in_a_row") == 1
 
 
+@pytest.mark.slow
 def test_a_loss_narrower_than_the_norm(x64):
     """It is widened, and nothing overflows on the way."""
     params = {"a": jnp.ones(2, jnp.float64)}

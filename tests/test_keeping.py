@@ -120,6 +120,7 @@ def test_an_accepted_explosion_was_taken():
     assert [row[0] for row in found] == [1] * 4 + [0, 0, 1]
 
 
+@pytest.mark.slow
 def test_a_step_whose_moments_were_mended_was_skipped():
     tx = optaxclip.skip_explosions(optax.adam(1e-3), norm=None, share=None, loss=None)
     params = {"w": jnp.ones(2, jnp.float16)}
@@ -137,6 +138,7 @@ def test_before_the_first_step():
     assert optaxclip.keep(state, jnp.array(1.0), jnp.array(0.0)) == 1
 
 
+@pytest.mark.slow
 def test_several_runs():
     tx = optaxclip.skip_explosions(optax.sgd(0.1))
     params = {"w": jnp.ones((3, 2))}
@@ -148,6 +150,7 @@ def test_several_runs():
     np.testing.assert_array_equal(kept[:, 0], [1, 0, 1])
 
 
+@pytest.mark.slow
 def test_keys_and_whole_numbers_are_kept_as_they_are():
     tx = optaxclip.skip_explosions(optax.sgd(0.1))
     params = jnp.ones(1)

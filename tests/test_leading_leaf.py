@@ -49,6 +49,7 @@ def test_it_is_the_one_that_has_grown_or_is_nonfinite(name, value):
     assert optaxclip.leading_leaf(state, PARAMS) == name
 
 
+@pytest.mark.slow
 def test_layers_and_masks_are_named():
     tx = optax.masked(
         optaxclip.detect_explosions(stacked=lambda name: name == "rnn/hh"),

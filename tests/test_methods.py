@@ -161,6 +161,7 @@ class TestGradientStabilizer:
         expected = updates_of(clip_by_norm(limit, respond="set", per="leaf"))
         chex.assert_trees_all_equal(found, expected)
 
+    @pytest.mark.slow
     def test_neither_the_unit_nor_the_size_of_a_spike_matters(self):
         clip: Any = optaxclip.gradient_stabilizer()
         update = jax.jit(clip.update)
@@ -352,6 +353,7 @@ class TestStableAdam:
         np.testing.assert_array_equal(state[0]["clip"].norm, [0])
         np.testing.assert_array_equal(state[0]["clip"].num_nonfinite, [0])
 
+    @pytest.mark.slow
     def test_parameters_wider_than_the_gradients(self, x64):
         params = {"w": jnp.ones((2, 2))}
         grads = {"w": jnp.full((2, 2), 0.3, jnp.float32)}

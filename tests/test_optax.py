@@ -349,6 +349,7 @@ def test_clips_by_ever_smaller_limits(make, sizes_of):
         chex.assert_trees_all_close(updates, once, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_per_example_clip():
     """The norms are 0.5, sqrt(50), sqrt(70) and 0."""
     grads = [
@@ -395,6 +396,7 @@ def test_apply_if_finite(make, momentum):
     assert metrics["explosions/num_in_a_row"] == 3
 
 
+@pytest.mark.slow
 def test_apply_if_finite_where_the_devices_differ():
     """NaN that the function itself makes, on one of eight, skips the step on all."""
     automatic = (jax.sharding.AxisType.Auto,)

@@ -206,6 +206,7 @@ def test_a_knob_out_of_range_is_named(private, value):
             private.main(**{name: value})
 
 
+@pytest.mark.slow
 def test_a_batch_is_no_larger_than_the_training_set(private):
     with pytest.raises(
         private.cli.InputError, match=r"^batch_size is 5000, of only 4000 "

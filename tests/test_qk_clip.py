@@ -77,6 +77,7 @@ def test_qk_clip_brings_the_largest_logit_of_a_head_to_the_threshold():
     chex.assert_trees_all_equal(new["value"], params["value"])
 
 
+@pytest.mark.slow
 def test_it_is_last_in_a_chain_and_inside_of_wrappers():
     params, grads = trees()
     factors = {"query": jnp.array([[0.5], [1.0]])}

@@ -83,6 +83,7 @@ def test_metrics_outside_jit_compiles_once_for_a_structure():
     assert len(compiled) == num_first
 
 
+@pytest.mark.slow
 def test_metrics_of_numpy_arrays_are_plain_arrays():
     state, params = one_run(), params_of()
     expected = optaxclip.metrics(state, params)
@@ -456,6 +457,7 @@ def test_a_checkpoint_read_without_a_template_is_told(tmp_path):
                 read(found)
 
 
+@pytest.mark.slow
 def test_a_train_state_stands_for_its_parameters():
     params = params_of()
     state = TrainState.create(apply_fn=lambda: None, params=params, tx=TX)

@@ -89,6 +89,7 @@ def test_what_is_not_finite_is_kept_and_counted():
     assert metrics["gradients/largest_norm"] == 5
 
 
+@pytest.mark.slow
 def test_before_the_first_step_there_is_no_limit():
     found = optaxclip.metrics(optaxclip.detect_explosions().init(PARAMS))
     assert found["explosions/norm_limit"] == math.inf
@@ -118,6 +119,7 @@ def test_norms_of_any_size(size):
     np.testing.assert_allclose(metrics["gradients/squared_share/1"], 0.2, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_recorders_before_and_after_a_clip_and_after_the_optimizer():
     tx = optax.chain(
         optaxclip.record("before", window=4),
@@ -167,6 +169,7 @@ def test_ratios_need_the_parameters_themselves():
     assert "gradients/norm/b/c" in names
 
 
+@pytest.mark.slow
 def test_a_leaf_has_vanished_when_it_was_small_in_a_whole_window():
     tx = optaxclip.record(window=4)
     small = [(1, 1e-7)] * 4

@@ -326,6 +326,7 @@ def test_where_also_measures_the_parameters_of_the_chosen_leaves_alone():
     np.testing.assert_allclose(jax.tree.leaves(after)[0], [0.2], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_layers_and_experts_come_apart():
     rng = np.random.default_rng(0)
     stacked = jnp.asarray(rng.normal(size=(3, 5, 2, 2)), jnp.float32)

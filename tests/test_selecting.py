@@ -175,6 +175,7 @@ def test_gradients_of_another_dtype(name, params_dtype, gradient_dtype):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [exact, pytest.param(lambda: optax.nadamw(0.1), marks=pytest.mark.slow)]
 )

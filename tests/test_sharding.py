@@ -166,6 +166,7 @@ def test_shard_map(per, check_vma):
         assert_same(update(place(mesh, values), state), expected(values, state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ord", [1, 3, float("inf")])
 def test_other_orders_in_shard_map(ord):
     def norms(values):
@@ -238,6 +239,7 @@ def test_a_training_run_inside_shard_map():
     assert jax.jit(found)(place(mesh, tree())) == 3
 
 
+@pytest.mark.slow
 def test_specs_may_be_a_prefix_and_cover_masked_subtrees():
     mesh = mesh_of(AxisType.Auto)
     values = {"deep": {"u": jnp.ones(8), "v": jnp.ones((8, 2))}, "rest": jnp.ones(8)}

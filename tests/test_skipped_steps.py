@@ -68,6 +68,7 @@ def test_they_are_those_that_were_not_taken_with_batch_and_rules():
     assert json.loads(json.dumps(found)) == found
 
 
+@pytest.mark.slow
 def test_they_outlive_the_record():
     sizes, batches = sizes_of(400, {70: 50.0, 90: np.nan}), batches_of(400)
     state, _ = run(TX, TX.init(PARAMS), sizes, batches)
@@ -122,6 +123,7 @@ def test_a_tag_that_is_nonfinite_is_none_and_others_have_few_digits():
     json.dumps(found, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_of_several_runs_each_has_its_own_list():
     sizes = np.stack(
         [sizes_of(9, bad) for bad in ({}, {3: np.nan}, {4: np.nan, 7: 9e9})]

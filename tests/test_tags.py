@@ -28,6 +28,11 @@ RECORDERS: dict[str, Any] = {
     "skip_explosions": optaxclip.skip_explosions(SGD, columns=COLUMNS, window=64),
     "stabilize": optaxclip.stabilize(SGD, columns=COLUMNS),
 }
+# The others share their code, and are slow.
+QUICK_RECORDERS = [
+    pytest.param(name, marks=[] if name == "stabilize" else pytest.mark.slow)
+    for name in RECORDERS
+]
 LARGEST = 2**31 - 1
 
 
@@ -57,7 +62,7 @@ def trained(tx, num_steps, *, bad=()):
     return run(tx, tx.init(PARAMS), sizes, batches, rates), batches, rates
 
 
-@pytest.mark.parametrize("name", RECORDERS)
+@pytest.mark.parametrize("name", QUICK_RECORDERS)
 @pytest.mark.parametrize("num_steps", [3, pytest.param(300, marks=pytest.mark.slow)])
 def test_history_gives_back_what_was_given(name, num_steps):
     state, batches, rates = trained(RECORDERS[name], num_steps)
@@ -108,6 +113,7 @@ def test_other_numbers_are_a_float32_and_may_be_nonfinite():
     np.testing.assert_array_equal(optaxclip.history(state).tags["x"], expected)
 
 
+@pytest.mark.slow
 def test_a_report_names_the_batch_even_when_its_row_is_gone():
     state, batches, _ = trained(RECORDERS["detect_explosions"], 120, bad=[100])
     text = optaxclip.explain(state, PARAMS)
@@ -118,6 +124,7 @@ def test_a_report_names_the_batch_even_when_its_row_is_gone():
     assert f"began on step 100, batch {batches[100]}, learning_rate 0.101: " in text
 
 
+@pytest.mark.slow
 def test_each_explosion_and_what_is_nonfinite_are_told_with_their_batch():
     tx = RECORDERS["stabilize"]
     state, batches, _ = trained(tx, 120, bad=[80, 100, 102])
@@ -178,7 +185,7 @@ def test_without_columns_the_state_holds_the_arrays_that_it_had(name):
     assert state.record.num_scopes == tagged.record.num_scopes == 2
 
 
-@pytest.mark.parametrize("name", RECORDERS)
+@pytest.mark.parametrize("name", QUICK_RECORDERS)
 def test_a_checkpoint_brings_them_back(name, tmp_path):
     tx = RECORDERS[name]
     state, *_ = trained(tx, 70)
@@ -211,6 +218,7 @@ def test_runs_side_by_side_have_tags_of_their_own():
         assert kept.tags["batch"].tolist() == [batch]
 
 
+@pytest.mark.slow
 def test_a_recorder_inside_and_one_outside_read_the_same_tag():
     inner = optax.chain(optaxclip.record("inside", columns=["batch"]), SGD)
     accumulated: Any = optax.MultiSteps(inner, 1)

@@ -17,6 +17,7 @@ def order() -> Any:
     return importlib.import_module("temporal_order")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [10, 25, 40])
 def test_two_symbols_stand_where_the_paper_has_them(order, length):
     symbols, classes = order.sequences(jax.random.key(1), length, 2000)
@@ -120,6 +121,7 @@ def test_training_is_that_of_a_plain_loop(order, monkeypatch):
     assert (norms[1] > 0.02).all()  # so the second arm clipped
 
 
+@pytest.mark.slow
 def test_the_result_tells_the_runs(order, tmp_path, capsys, monkeypatch):
     nan, shape = np.nan, (3, 2, 3)  # checks, arms, seeds
     errors = np.full(shape, 0.75)

@@ -84,6 +84,7 @@ def test_gradients_of_another_type_than_the_parameters(dtypes):
     assert num_compiled == update_of(bare)._cache_size()
 
 
+@pytest.mark.slow
 def test_snapshots_widen_with_the_parameters():
     """After `init` on bfloat16 a rollback still gives back float32 parameters."""
     tx = stabilize(optax.sgd(0.1))
@@ -95,6 +96,7 @@ def test_snapshots_widen_with_the_parameters():
     chex.assert_trees_all_close(after, params, rtol=2e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "wide"),
     [
@@ -256,6 +258,7 @@ def test_a_rollback_leaves_what_the_user_and_the_clock_decided():
     assert np.all(injected.inner_state[0].mu["w"] > 0)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_saved_without_it_goes_on_from_its_moments():
     """Put into `inner_state` before the first step; the first snapshot is made then."""
     bare = optax.adam(0.1)
@@ -291,6 +294,7 @@ def test_a_rollback_inside_of_schedule_free_is_told():
     assert optaxclip.metrics(state)["explosions/num_blocked_rollbacks"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "factor"), [("bfloat16", 100), ("float32", 1e8)])
 def test_a_rollback_from_parameters_that_have_grown_far(dtype, factor):
     """The first update misses by a rounding of theirs, so the second trial decides."""
@@ -316,6 +320,7 @@ def test_parameters_that_are_nan_from_outside_are_told_at_once(rollback):
     assert optaxclip.metrics(state)["explosions/gave_up"] == rollback
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rollback", [True, False])
 def test_inf_that_the_optimizer_makes_out_of_finite_gradients_is_mended(rollback):
     """In float16 the square of 300 is inf, in the second moment for ever."""
@@ -339,6 +344,7 @@ def test_inf_that_the_optimizer_makes_out_of_finite_gradients_is_mended(rollback
     optaxclip.raise_if_exploded(state, params)
 
 
+@pytest.mark.slow
 def test_what_alone_is_non_finite_in_the_updates_is_told_by_a_detector_inside():
     """Its elements become 0. The state stays finite, so nothing else shows it."""
     root = optax.stateless(lambda updates, _: jax.tree.map(jnp.sqrt, updates))
@@ -400,6 +406,7 @@ def test_of_accumulation_one_micro_batch_is_lost(order):
 # Derivatives.
 
 
+@pytest.mark.slow
 def test_derivatives_through_a_rollback():
     """With respect to the initial parameters."""
     tx = stabilize(optax.sgd(0.25, 0.5))

@@ -49,6 +49,7 @@ def test_723_leaves_have_at_most_64_names_which_stay_the_same():
     assert not [name for name in none if "/top/" in name or "layer" in name]
 
 
+@pytest.mark.slow
 def test_the_largest_are_ranked_by_their_share_and_named_by_index():
     tx = optaxclip.record()
     norms = {NAMES[7]: 5.0, NAMES[700]: 9.0, NAMES[0]: 3.0}
@@ -75,6 +76,7 @@ def test_what_is_nonfinite_comes_first():
     np.testing.assert_allclose(np.array(values), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_up_to_top_scopes_have_names_of_their_own():
     params = {name: jnp.ones(2) for name in "abc"}
     for tx in (optaxclip.record(), optaxclip.clip_by_norm(1.0, per="leaf")):
@@ -85,6 +87,7 @@ def test_up_to_top_scopes_have_names_of_their_own():
         assert f"{label}/norm" in optaxclip.metrics(state, params, top=2)
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_are_ranked_each():
     tx = optaxclip.record()
     sizes = jnp.array([[1.0, 3.0, 2.0], [5.0, 4.0, 6.0]])
@@ -182,7 +185,7 @@ def test_before_the_first_step_and_without_a_finite_norm_they_are_zero():
 
 
 @pytest.mark.parametrize(
-    "num_steps", [70, 71, 72, pytest.param(390, marks=pytest.mark.slow)]
+    "num_steps", [70, *(pytest.param(x, marks=pytest.mark.slow) for x in (71, 72, 390))]
 )
 def test_exploded_and_skipped_steps_of_the_window_and_of_the_run(num_steps):
     """Also where the last step itself was skipped."""
@@ -266,6 +269,7 @@ def test_spike_score_is_that_of_olmo_core(num_steps, kind):
         assert theirs.running > 0
 
 
+@pytest.mark.slow
 def test_spike_score_over_other_lengths():
     norms, losses = trace(900, seed=2)
     for window, length in [(256, 60), (600, None), (600, 100)]:
@@ -330,6 +334,7 @@ def test_zeros_are_counted_on_request():
         optaxclip.metrics(clash, zeros=tree)
 
 
+@pytest.mark.slow
 def test_inside_jit_it_says_the_same():
     norms, losses = trace(300)
     tx = optaxclip.stabilize(optax.sgd(0.1), rollback=False)
