@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure
@@ -343,6 +344,54 @@ def test_few_steps_have_whole_ticks():
     axes = panels(figure)["norm"]
     low, high = axes.get_xlim()
     assert [x for x in axes.get_xticks() if low <= x <= high] == [17]
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+@pytest.mark.parametrize("num_scopes", [2, 9])
+def test_a_figure_is_drawn_anew_in_place(num_scopes):
+    """It shows what a new one would, whatever it showed before."""
+    last = exploding(num_scopes, 1)
+    figure = plot(history_of(random_norms(num_scopes, 5)))  # without a loss
+    size = figure.get_size_inches()
+    for history in (history_of(random_norms(num_scopes), loss=3.0), last):
+        assert plot(history, figure=figure) is figure
+    assert list(panels(figure)) == list(panels(plot(last)))
+    np.testing.assert_array_equal(figure.get_size_inches(), size)
+    fresh = plot(last)
+    fresh.set_size_inches(*size)
+    np.testing.assert_array_equal(pixels(figure), pixels(fresh))
+
+
+def test_a_figure_of_the_users_own_keeps_its_size(tmp_path):
+    figure = Figure(figsize=(7, 6))
+    figure.subplots().plot([1, 2])
+    path = tmp_path / "live.png"
+    plot(exploding(3, 1), path, figure=figure)
+    assert list(panels(figure)) == ["loss", "norm", "scopes"]
+    content = path.read_bytes()
+    width, height = (int.from_bytes(content[i : i + 4]) for i in (16, 20))
+    assert (width, height) == (7 * 120, 6 * 120)
+    # Else titles and legends would cover each other.
+    assert type(figure.get_layout_engine()).__name__ == "ConstrainedLayoutEngine"
+
+
+def test_a_figure_stays_as_it_was_if_nothing_can_be_drawn():
+    figure = plot(exploding(3, 1))
+    before = pixels(figure)
+    history = exploding(3, 1)
+    with pytest.raises(ValueError, match="no steps"):
+        plot(history_of(np.zeros((0, 2))), figure=figure)
+    with pytest.raises(ValueError, match="other steps"):
+        plot(history, after=history_of(random_norms(3)), figure=figure)
+    np.testing.assert_array_equal(pixels(figure), before)
+    wrong: Any = figure.axes[0]
+    with pytest.raises(TypeError, match=r"^figure must be a Figure of matplotlib, not"):
+        plot(history, figure=wrong)
 
 
 def test_no_global_state(monkeypatch):

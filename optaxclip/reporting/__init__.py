@@ -5,7 +5,7 @@
 | `metrics` | a flat dictionary of scalars | every step, in `jit` or not |
 | `history` | the recorded steps as NumPy arrays | at the end, or after a crash |
 | `explain` | a report in words | at the end, or after a crash |
-| `plot` | a picture | at the end, or after a crash |
+| `plot` | a picture | at the end, after a crash, or as it goes |
 | `raise_if_exploded` | an `ExplosionError` | every few steps, outside `jit` |
 | `leading_leaf` | the name of the leaf that led the last explosion | outside `jit` |
 | `skipped_steps` | which steps were skipped, for the data loader | outside `jit` |
@@ -136,6 +136,26 @@ the steps that exploded, and every leaf, with the leading leaf highlighted. With
 than seven leaves it adds a map of all. Give the history of a recorder behind a clip as
 `after=`, and it also marks what was clipped. `plot` needs matplotlib:
 `pip install "optaxclip[report]"`.
+
+To see a run as it goes, draw into the figure that is there already, with `figure=`. In
+a notebook, where `%matplotlib inline` lets figures be shown at all:
+
+```python
+%matplotlib inline
+from IPython.display import display
+
+figure = None
+for step, batch in enumerate(batches):
+    params, opt_state = train_step(params, opt_state, batch)
+    if step % 100 == 0:
+        kept = optaxclip.history(opt_state, params)
+        figure = optaxclip.plot(kept, figure=figure)
+        display(figure, display_id="run", update=step > 0)
+```
+
+In a window the figure is one of pyplot, `figure = plt.figure(figsize=(11, 8))`, and
+`plt.pause(0.1)` shows what was drawn. Without a screen, `plot(kept, "run.png")` writes
+the same file again and again, as `examples/scan_training.py --watch 50` does.
 
 ## Reports in words
 

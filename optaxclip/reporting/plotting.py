@@ -32,6 +32,7 @@ NUM_COLORED = len(COLORS)
 # With so many scopes at most, each is named on the map; with more, so many are.
 MAX_NAMED, NUM_NAMED = 40, 20
 MAX_NAME_LENGTH = 32
+TAG = "tag/"  # before the names of tags, which may be those of other panels
 
 
 def plot(
@@ -39,6 +40,7 @@ def plot(
     path: str | os.PathLike[str] | None = None,
     *,
     after: History | None = None,
+    figure: Figure | None = None,
 ) -> Figure:
     """Draws the last steps of a run: the loss, the norms, what exploded and where.
 
@@ -52,12 +54,15 @@ def plot(
       path: Where to save the picture, `.png`, `.pdf` or `.svg`; None for nowhere.
       after: That of a recorder behind a clip: its norm is drawn too, and the steps on
         which it is smaller are marked as clipped.
+      figure: A matplotlib `Figure` to draw into, in place of what it shows, such as
+        that of an earlier call; it keeps its size. None for a new one.
 
     Returns:
-      The figure, not registered with pyplot.
+      The figure. A new one is not registered with pyplot.
 
     Raises:
-      ValueError: If the history is empty, or `after` holds other steps.
+      ValueError: If the history is empty, or `after` holds other steps; `figure` then
+        stays as it was.
       ImportError: If matplotlib is missing.
 
     Example:
@@ -84,24 +89,19 @@ def plot(
             )
     if path is not None and not isinstance(path, str | os.PathLike):
         raise TypeError(f"path must be the name of a file, not {path!r}")
+    if figure is not None and not isinstance(figure, Figure):
+        raise TypeError(f"figure must be a Figure of matplotlib, not {figure!r}")
     if not len(history.step):
         raise ValueError("history holds no steps")
     if after is not None and not np.array_equal(after.step, history.step):
         raise ValueError("after= holds other steps than history")
-    num_scopes = len(history.names)
     leader = leading(history)
-    heights = {"norm": 2.4}
-    if not np.isnan(history.loss).all():
-        heights = {"loss": 1.8} | heights
-    if num_scopes > 1:
-        heights["scopes"] = 2.8
-    # A name of theirs may be that of another panel.
-    tags = {f"tag/{name}": name for name in history.tags}
-    heights |= dict.fromkeys(tags, 1.2)
-    if num_scopes > NUM_COLORED:
-        heights["map"] = 4.6 if num_scopes > MAX_NAMED else 1.2 + 0.14 * num_scopes
-
-    figure = Figure(figsize=(11, 0.6 + sum(heights.values())), layout="constrained")
+    heights = _heights(history)
+    if figure is None:
+        figure = Figure(figsize=(11, 0.6 + sum(heights.values())))
+    # What it shows goes: axes of an earlier call may lack a panel that is due by now.
+    figure.clear()
+    figure.set_layout_engine("constrained")
     panels = figure.subplot_mosaic(
         [[name] for name in heights], height_ratios=list(heights.values()), sharex=True
     )
@@ -110,8 +110,8 @@ def plot(
     draw_norm(panels["norm"], history, after)
     if "scopes" in panels:
         draw_scopes(panels["scopes"], history, leader)
-    for panel, name in tags.items():
-        draw_tag(panels[panel], history, name)
+    for name in history.tags:
+        draw_tag(panels[f"{TAG}{name}"], history, name)
     for axes in panels.values():
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -125,6 +125,20 @@ def plot(
     if path is not None:
         figure.savefig(path, dpi=120)
     return figure
+
+
+def _heights(history: History) -> dict[str, float]:
+    """The panels from top to bottom, with their heights in inches."""
+    num_scopes = len(history.names)
+    heights = {"norm": 2.4}
+    if not np.isnan(history.loss).all():
+        heights = {"loss": 1.8} | heights
+    if num_scopes > 1:
+        heights["scopes"] = 2.8
+    heights |= {f"{TAG}{name}": 1.2 for name in history.tags}
+    if num_scopes > NUM_COLORED:
+        heights["map"] = 4.6 if num_scopes > MAX_NAMED else 1.2 + 0.14 * num_scopes
+    return heights
 
 
 def leading(history: History) -> int | None:
