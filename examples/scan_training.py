@@ -1,6 +1,7 @@
 """What blew up inside a `jax.lax.scan` that nobody could look into?
 
 python examples/scan_training.py                             # no download
+python examples/scan_training.py --watch 50                  # a picture as it goes
 
 The whole training is one `jax.lax.scan` under `jit`: no Python runs between the steps,
 and nothing leaves the device before the last. A learning rate that rises too far makes
@@ -18,6 +19,7 @@ from typing import Any
 import cli
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import optaxclip
@@ -48,11 +50,11 @@ def loss_fn(params: Any, x: jax.Array) -> jax.Array:
     return jnp.mean(((x @ head["kernel"] + head["bias"])[:, 0] - target) ** 2)
 
 
-def train(tx: Any, params: Any, keys: jax.Array, *, batch_size: int) -> Any:
+def train(tx: Any, carry: Any, keys: jax.Array, *, batch_size: int) -> Any:
     """Trains one step for each key, inside one scan, on data made there.
 
     Returns:
-        opt_state: The last state of the optimizer.
+        carry: The parameters and the state of the optimizer, as they were given.
         losses: `[steps]`.
     """
 
@@ -63,8 +65,7 @@ def train(tx: Any, params: Any, keys: jax.Array, *, batch_size: int) -> Any:
         updates, opt_state = tx.update(grads, opt_state, params, value=loss)
         return (optax.apply_updates(params, updates), opt_state), loss
 
-    (_, opt_state), losses = jax.lax.scan(step, (params, tx.init(params)), keys)
-    return opt_state, losses
+    return jax.lax.scan(step, carry, keys)
 
 
 def main(
@@ -75,9 +76,12 @@ def main(
     layers: int = 5,
     batch_size: int = 64,
     seed: int = 0,
+    watch: int | None = None,
     logdir: Path | None = None,
 ) -> dict[str, Any]:
     """Trains an MLP twice, in one scan each, and says what happened in there.
+
+    Watched, each is several scans, one after the other, with the same results.
 
     Args:
         steps: Training steps, of which the last 256 are kept.
@@ -86,6 +90,7 @@ def main(
         layers: Layers.
         batch_size: Examples in each step.
         seed: Decides the parameters and the examples.
+        watch: Steps between two drawings of the picture; by default the last alone.
         logdir: Where to write; by default a new directory in runs/scan_training.
 
     Returns:
@@ -95,7 +100,8 @@ def main(
     """
     knobs = {"steps": steps, "learning_rate": learning_rate, "hidden": hidden}
     knobs |= {"layers": layers, "batch_size": batch_size}
-    cli.check_positive(knobs)
+    every = steps if watch is None else watch
+    cli.check_positive(knobs | {"watch": every})
     logdir = logdir or Path("runs", "scan_training", time.strftime("%Y%m%d-%H%M%S"))
     logdir.mkdir(parents=True, exist_ok=True)
     init_key, data_key = jax.random.split(jax.random.key(seed))
@@ -108,22 +114,30 @@ def main(
     result = {}
     for name, tx in runs.items():
         run = jax.jit(functools.partial(train, tx, batch_size=batch_size))
-        opt_state, losses = jax.device_get(run(params, keys))
+        carry, chunks, figure = (params, tx.init(params)), [], None
+        picture = logdir / f"{name}.png"
+        for start in range(0, steps, every):
+            # Equally long chunks are one compiled program.
+            carry, losses = run(carry, keys[start : start + every])
+            chunks.append(losses)
+            kept = optaxclip.history(carry[1], params)
+            figure = optaxclip.plot(kept, picture, figure=figure)
+            if start == 0:
+                print(f"{name}: the picture is {picture.resolve()}")
+        losses, opt_state = np.concatenate(chunks), carry[1]
         metrics = optaxclip.metrics(opt_state)
         began = int(metrics["explosions/began"])
         leaf = int(metrics["explosions/leading_leaf"])
         result[name] = found = {
             "losses": losses,
             "history": optaxclip.history(opt_state, params),
-            "picture": logdir / f"{name}.png",
+            "picture": picture,
             "story": optaxclip.explain(opt_state, params),
             "began": began if began >= 0 else None,
             "leaf": optaxclip.leaf_names(params)[leaf] if began >= 0 else None,
         }
-        optaxclip.plot(found["history"], found["picture"])
         print(f"{name}: the loss went from {losses[0]:.3g} to {losses[-1]:.3g}")
-        print(found["story"])
-        print(f"the picture is {found['picture'].resolve()}\n")
+        print(f"{found['story']}\n")
     return result
 
 

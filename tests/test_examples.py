@@ -553,8 +553,8 @@ def test_the_norms_out_of_a_scan_are_those_of_its_gradients(scan):
     params = scan.init(jax.random.key(0), 8, 3)
     keys = jax.random.split(jax.random.key(1), 4)
     tx = optax.chain(optaxclip.detect_explosions(), optax.sgd(0.1))
-    opt_state, losses = jax.jit(functools.partial(scan.train, tx, batch_size=5))(
-        params, keys
+    (_, opt_state), losses = jax.jit(functools.partial(scan.train, tx, batch_size=5))(
+        (params, tx.init(params)), keys
     )
     kept = optaxclip.history(opt_state, params)
     for i, key in enumerate(keys):
@@ -574,6 +574,34 @@ def test_a_scan_without_an_explosion_names_none(scan, tmp_path):
         assert len(run["history"].step) == 3
 
 
+@pytest.mark.slow
+def test_a_watched_scan_is_the_same_run(scan, tmp_path, monkeypatch):
+    from matplotlib.image import imread
+
+    def run(name, **flags):
+        steps = dict(steps=20, hidden=4, layers=2, batch_size=2)
+        return scan.main(**steps, logdir=tmp_path / name, **flags)["stabilized"]
+
+    drawn, plot = [], optaxclip.plot
+
+    def remember(history, path, **options):
+        figure = plot(history, path, **options)
+        drawn.append((path.name, history.step[-1] + 1, figure, path.read_bytes()))
+        return figure
+
+    monkeypatch.setattr(optaxclip, "plot", remember)
+    whole, watched = run("whole"), run("watched", watch=8)
+    names, steps, figures, pictures = zip(*drawn, strict=True)
+    assert names[2:] == ("plain.png",) * 3 + ("stabilized.png",) * 3
+    assert steps == (20, 20, 8, 16, 20, 8, 16, 20)
+    assert len(set(pictures[2:5])) == 3, "each is a picture of its own"
+    assert figures[2] is figures[3] is figures[4], "drawn anew in place"
+    np.testing.assert_array_equal(watched["losses"], whole["losses"])
+    np.testing.assert_array_equal(watched["history"].norms, whole["history"].norms)
+    assert watched["story"] == whole["story"]
+    np.testing.assert_array_equal(imread(watched["picture"]), imread(whole["picture"]))
+
+
 def test_the_shortest_example_survives_its_bad_batch(capsys):
     params = importlib.import_module("clip_and_log").main(120)
     np.testing.assert_allclose(params["slope"], 3, atol=0.2)
@@ -584,6 +612,8 @@ def test_the_shortest_example_survives_its_bad_batch(capsys):
 def test_a_scan_needs_steps(scan, mnist):
     with pytest.raises(mnist.InputError, match="steps must be positive, got 0"):
         scan.main(steps=0)
+    with pytest.raises(mnist.InputError, match="watch must be positive, got 0"):
+        scan.main(watch=0)
 
 
 # --- The command line
