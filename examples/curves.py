@@ -5,6 +5,10 @@ Every example records through `Recorder`. Names decide the groups in TensorBoard
     loss, accuracy
     norm/before, norm/after                   the whole gradient's, around the clip
     norm_before/<leaf>, norm_after/<leaf>     each parameter's
+
+and, if asked for, one histogram of all leaves on either side of the clip:
+
+    log10_leaf_norms/before, log10_leaf_norms/after
 """
 
 import statistics
@@ -23,16 +27,17 @@ COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#00
 
 
 class Recorder:
-    """Writes scalars to TensorBoard, shows the progress, and remembers all.
+    """Writes to TensorBoard, shows the progress, and remembers all scalars.
 
     Attributes:
         history: All that was added, `{name: {step: value}}`.
         picture: The file that `draw` writes.
     """
 
-    def __init__(self, logdir: Path, *, num_steps: int):
+    def __init__(self, logdir: Path, *, num_steps: int, histograms: bool = False):
         self.history: dict[str, dict[int, float]] = {}
         self.picture = logdir / "curves.png"
+        self.histograms = histograms
         self.writer = SummaryWriter(str(logdir))
         self.bar = tqdm(total=num_steps, unit="step")
 
@@ -66,9 +71,23 @@ class Recorder:
                 for name, norm in zip(kept.names, kept.norms[i], strict=True):
                     values[f"norm_{when}/{name}"] = norm
             self.add(int(before.step[i]) + 1, values)
+        if self.histograms:
+            self.add_histograms(num_steps, before, after)
         self.bar.update(num_steps)
         shown = [n for n in ("loss", "norm/before", "accuracy") if n in self.history]
         self.bar.set_postfix({name: self.last(name) for name in shown})
+
+    def add_histograms(
+        self, num_steps: int, before: optaxclip.History, after: optaxclip.History
+    ) -> None:
+        """Adds one histogram of the norms of all leaves in the newest steps."""
+        for when, kept in (("before", before), ("after", after)):
+            norms = kept.norms[-num_steps:]
+            # A logarithm, as norms are decades apart; none of zero, inf and NaN.
+            shown = np.log10(norms[(norms > 0) & (norms < np.inf)])
+            if shown.size:
+                name, step = f"log10_leaf_norms/{when}", int(kept.step[-1]) + 1
+                self.writer.add_histogram(name, shown, step, bins="auto")
 
     def last(self, name: str) -> float:
         """Returns the newest value of a curve."""

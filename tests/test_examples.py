@@ -281,6 +281,61 @@ def test_the_events_are_the_history(learned):
         assert read[name] == pytest.approx(values, rel=1e-6), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("histograms", [True, False])
+def test_the_histograms_hold_the_norms_of_all_leaves(
+    lstm, digits, tmp_path, histograms
+):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = FLAGS | {"steps": 15, "histograms": histograms}
+    result = lstm.main(data=digits, logdir=tmp_path, **flags)
+    events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0})
+    events.Reload()
+    tags = ["log10_leaf_norms/after", "log10_leaf_norms/before"] if histograms else []
+    assert sorted(events.Tags()["histograms"]) == tags
+    for tag in tags:
+        when = tag.rpartition("/")[2]
+        curves = [x for x in result["history"] if x.startswith(f"norm_{when}/")]
+        assert len(curves) == 5
+        found = events.Histograms(tag)
+        assert [x.step for x in found] == [3, 6, 9, 12, 15]  # one for each dispatch
+        for event in found:
+            steps = range(event.step - 2, event.step + 1)
+            norms = [result["history"][name][i] for name in curves for i in steps]
+            logs, shown = np.log10(norms), event.histogram_value
+            assert (shown.num, sum(shown.bucket)) == (15, 15)
+            assert [shown.min, shown.max] == pytest.approx([logs.min(), logs.max()])
+            assert shown.sum == pytest.approx(logs.sum(), rel=1e-5)
+
+
+def test_a_histogram_leaves_out_what_has_no_logarithm(tmp_path, monkeypatch):
+    curves = importlib.import_module("curves")
+    history = optaxclip.History(
+        step=np.arange(3),
+        loss=np.ones(3),
+        loss_limit=np.full(3, np.inf),
+        norm=np.ones(3),
+        limit=np.full(3, np.inf),
+        fired=np.zeros((3, 4), bool),
+        leaf=np.full(3, -1),
+        norms=np.array([[7.0, 7.0], [0.0, 100.0], [np.inf, np.nan]]),
+        names=["a", "b"],
+    )
+    nothing = history._replace(norms=np.zeros((3, 2)))
+    written = []
+    with curves.Recorder(tmp_path, num_steps=3, histograms=True) as recorder:
+        add = recorder.writer.add_histogram
+        monkeypatch.setattr(
+            recorder.writer,
+            "add_histogram",
+            lambda *x, **options: (written.append(x), add(*x, **options)),
+        )
+        recorder.add_steps(2, history, nothing)  # the first is not new
+    ((name, values, step),) = written
+    assert (name, list(values), step) == ("log10_leaf_norms/before", [2.0], 3)
+
+
 def test_the_picture_shows_the_curves(learned):
     from matplotlib.image import imread
 
@@ -497,6 +552,11 @@ def test_only_the_corrupted_batches_are(mnist, digits):
     assert explode.corrupt(data, batches, seed=2)[3] != steps
 
 
+def test_an_explosion_has_no_histograms(lstm, mnist, digits, tmp_path):
+    with pytest.raises(mnist.InputError, match="--explode writes no --histograms"):
+        lstm.main(data=digits, logdir=tmp_path, explode=True, histograms=True)
+
+
 def test_an_explosion_needs_steps_before_and_after(lstm, mnist, digits, tmp_path):
     with pytest.raises(mnist.InputError, match="needs 60 steps, got 59"):
         lstm.main(data=digits, logdir=tmp_path, steps=59, explode=True)
@@ -634,6 +694,7 @@ def test_the_command_line_names_every_knob_and_every_error(
     for knob in f"{knobs} logdir preset".split():
         assert f"--{knob} " in shown
     assert "--explode, " in shown
+    assert "--histograms, " in shown
     assert "none}" not in shown, "None is what is not given"
     message = str(run("--data", str(tmp_path)).code)
     assert message.startswith("error: ")
