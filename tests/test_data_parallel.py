@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ import pytest
 from jax.tree_util import keystr
 
 import optaxclip
-from data_parallel_process import arrays_of, faulty
+from data_parallel_process import arrays_of, faulty, poisonable
 from digits import write_idx
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -27,7 +28,10 @@ TESTS = Path(__file__).parent
 TIMEOUT = 200  # seconds
 NAN_AT, DIE_AT, NUM_STEPS, SAVE_EVERY = 57, 120, 200, 50
 FLAGS: dict[str, Any] = {"steps": NUM_STEPS, "save_every": SAVE_EVERY, "hidden": 12}
-FLAGS |= {"batch_size": 16, "learning_rate": 0.01}
+FLAGS |= {"batch_size": 16, "learning_rate": 0.005}
+CLEAN_ROWS = importlib.import_module("data_parallel").read_rows
+# From the last step on, each spoils the parameters, and a rollback mends them.
+POISON_AT = [110, 130]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +42,8 @@ def example() -> Any:
         patch.setattr(jax, "devices", lambda *_: two)
         patch.setattr(jax, "device_count", lambda: len(two))
         # Each run jits the same step again, so it is traced and compiled once.
-        patch.setattr(module, "build", functools.cache(module.build))
-        patch.setattr(module, "read_rows", faulty(module.read_rows, NAN_AT))
+        patch.setattr(module, "build", functools.cache(poisonable(module.build)))
+        patch.setattr(module, "read_rows", faulty(CLEAN_ROWS, nan_at=[NAN_AT]))
         yield module
 
 
@@ -78,12 +82,13 @@ def differing(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> 
 
 def leave_out(part: str, directory: Path, like: Any, start: Any) -> None:
     """Rewrites the last checkpoint: what is in `part` is as it was at the start."""
-    names = ("carry", "settings")
+    names = ("carry", "progress", "settings")
     with ocp.CheckpointManager(directory, item_names=names) as manager:
         last = manager.latest_step()
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         like = ocp.args.StandardRestore(like)
-        args = ocp.args.Composite(carry=like, settings=ocp.args.JsonRestore())
+        read = ocp.args.JsonRestore()
+        args = ocp.args.Composite(carry=like, progress=read, settings=read)
         found = manager.restore(last, args=args)
         carry = jax.tree_util.tree_map_with_path(
             lambda path, x, at_start: at_start if part in keystr(path) else x,
@@ -93,6 +98,7 @@ def leave_out(part: str, directory: Path, like: Any, start: Any) -> None:
         manager.delete(last)
         args = ocp.args.Composite(
             carry=ocp.args.StandardSave(carry),
+            progress=ocp.args.JsonSave(found["progress"]),
             settings=ocp.args.JsonSave(found["settings"]),
         )
         manager.save(last, args=args, force=True)
@@ -136,13 +142,159 @@ def test_it_learns(one_process):
     assert np.isfinite(np.delete(result["losses"], NAN_AT)).all()
 
 
+# --- A rewind
+
+
+def continued(one_process: Any, directory: Path, *, last: int = 100) -> dict[str, Any]:
+    """A copy of the checkpoints up to `last`, as a flag of a run that goes on."""
+    shutil.copytree(one_process[1], directory)
+    for path in directory.iterdir():
+        if int(path.name) > last:
+            shutil.rmtree(path)
+    return {"checkpoints": directory}
+
+
+def poison(example: Any, monkeypatch: Any, batches: list[int], nan_at: Any = ()) -> Any:
+    faults = {"nan_at": [NAN_AT, *nan_at], "poison_at": batches}
+    monkeypatch.setattr(example, "read_rows", faulty(CLEAN_ROWS, **faults))
+
+
+def numbers(directory: Path) -> list[int]:
+    return sorted(int(path.name) for path in directory.iterdir())
+
+
+def test_a_run_rewinds_and_ends_well(
+    example, one_process, data, tmp_path, monkeypatch, capsys
+):
+    poison(example, monkeypatch, [160, 180])
+    flags = FLAGS | continued(one_process, tmp_path / "rewound", last=150)
+    found = example.main(data=data, **flags)
+    told = capsys.readouterr().out
+    (line,) = [x for x in told.splitlines() if "rewind" in x]
+    assert line == (
+        "rewind 1: rolling back did not end the explosion that began on step 161; back "
+        "from step 200 to 150, past batches 150 to 199"
+    )
+    assert "1 of 200 steps exploded: 1 non-finite. 1 was skipped" in told
+    assert len(found["losses"]) == 50 + 50
+    assert found["accuracy"] > 0.8
+    assert numbers(flags["checkpoints"]) == [0, 50, 100, 150, 200, 250]
+
+
+@pytest.mark.slow
+def test_a_rewind_is_as_if_its_batches_did_not_exist(
+    example, one_process, data, tmp_path, monkeypatch, capsys
+):
+    poison(example, monkeypatch, POISON_AT)
+    flags = FLAGS | continued(one_process, tmp_path / "rewound") | {"data": data}
+    found = example.main(**flags)
+    assert "past batches 100 to 149" in capsys.readouterr().out
+
+    # Killed after it, the run does not read them either, nor rewind again.
+    for number in (200, 250):
+        shutil.rmtree(flags["checkpoints"] / str(number))
+    again = example.main(**flags)
+    assert "rewind" not in capsys.readouterr().out
+    assert len(again["losses"]) == 100
+    assert not differing(arrays_of(again), arrays_of(found))
+
+    # The loader of this run begins behind them.
+    flags |= continued(one_process, tmp_path / "skipping")
+    load = example.load_batches
+
+    def load_later(*args):
+        loader = load(*args)
+        loader.set_state({"next_index": 150})
+        monkeypatch.setattr(type(loader), "set_state", lambda *_: None)
+        return loader
+
+    monkeypatch.setattr(example, "load_batches", load_later)
+    skipping = example.main(**flags)
+    assert len(skipping["losses"]) == 100
+    assert not differing(arrays_of(skipping), arrays_of(found))
+
+
+@pytest.mark.slow
+def test_rewinds_come_to_an_end(
+    example, one_process, data, tmp_path, monkeypatch, capsys
+):
+    poison(example, monkeypatch, [10 + i for i in range(100, 500, 20)])
+    flags = FLAGS | continued(one_process, tmp_path / "rewound") | {"data": data}
+    with pytest.raises(optaxclip.ExplosionError, match="would be rewind 3, and --max"):
+        example.main(max_rewinds=2, **flags)
+    lines = [x for x in capsys.readouterr().out.splitlines() if "rewind" in x]
+    first, second = (x.partition("; ")[2] for x in lines)
+    assert first == "back from step 150 to 100, past batches 100 to 149"
+    assert second == "back from step 150 to 100, past batches 150 to 199"
+    # The same command ends in the same way, and one that allows more goes on.
+    for more in (0, 1):
+        with pytest.raises(optaxclip.ExplosionError, match=f"rewind {3 + more}, and"):
+            example.main(max_rewinds=2 + more, **flags)
+
+
+@pytest.mark.slow
+def test_a_run_that_gave_up_rewinds(
+    example, one_process, data, tmp_path, monkeypatch, capsys
+):
+    poison(example, monkeypatch, [], nan_at=range(75, 201))
+    flags = FLAGS | continued(one_process, tmp_path / "rewound", last=50)
+    flags |= {"data": data}
+    found = example.main(**flags)
+    told = capsys.readouterr().out
+    assert "began on step 75; back from step 200 to 50, past batches 50 to 199" in told
+    assert len(found["losses"]) == 150 + 150
+    assert found["accuracy"] > 0.8
+
+
+def test_no_rewind_without_a_checkpoint_from_before(example, one_process):
+    _, directory = one_process
+    before = numbers(directory)
+    with example.open_checkpoints(directory, SAVE_EVERY, {}) as manager:
+        progress = example.Progress(num_batches=200, step=200, began=0)
+        with pytest.raises(optaxclip.ExplosionError, match="is from before step 0, on"):
+            example.rewind(manager, progress, None, 3)
+        with pytest.raises(optaxclip.ExplosionError, match="be rewind 1, and --max-re"):
+            example.rewind(manager, progress, None, 0)
+    assert numbers(directory) == before
+
+
+ROLLBACK, GAVE_UP = (1, 0), (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("events", "expected", "began"),
+    [
+        ({}, False, 0),
+        ({40: ROLLBACK}, False, 35),
+        ({40: ROLLBACK, 90: ROLLBACK}, True, 35),
+        ({40: ROLLBACK, 340: ROLLBACK}, True, 35),
+        ({40: ROLLBACK, 341: ROLLBACK}, False, 336),
+        ({40: ROLLBACK, 341: ROLLBACK, 350: ROLLBACK}, True, 336),
+        ({399: GAVE_UP}, True, 394),
+        (dict.fromkeys(range(380, 399), GAVE_UP), False, 0),  # and got over it
+        ({390: ROLLBACK, 399: GAVE_UP}, True, 385),
+    ],
+)
+@pytest.mark.parametrize("every", [400, 50])
+def test_what_calls_for_a_rewind(example, events, expected, began, every):
+    """Whether looked at once, or every 50 steps."""
+    progress, decided = example.Progress(), []
+    for start in range(0, 400, every):
+        steps = range(start, start + every)
+        progress.step += every
+        seen = [[*events.get(i, (0, 0)), i - 5] for i in steps]
+        decided.append(progress.must_rewind(seen))
+    assert any(decided) == expected
+    assert progress.began == began
+
+
 # --- Two processes
 
 
 class Processes:
     """Some processes of the example, each with one device, on this machine."""
 
-    def __init__(self, directory: Path, data: str, *, die_at: int = -1, num: int = 2):
+    def __init__(self, directory: Path, data: str, *, num: int = 2, **faults: Any):
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{sock.getsockname()[1]}"
@@ -168,7 +320,8 @@ class Processes:
         self.processes = []
         for i in range(num):
             command = [sys.executable, TESTS / "data_parallel_process.py"]
-            command += [self.outputs[i], NAN_AT, die_at]
+            faults.setdefault("nan_at", [NAN_AT])
+            command += [self.outputs[i], json.dumps(faults)]
             for name, value in (flags | {"process_id": i}).items():
                 command += [f"--{name.replace('_', '-')}", value]
             with self.logs[i].open("w") as log:
@@ -201,13 +354,15 @@ class Processes:
         return [dict(np.load(output)) for output in self.outputs]
 
 
-def killed_and_started_again(directory: Path, data: str, between=None) -> Processes:
+def killed_and_started_again(
+    directory: Path, data: str, between=None, *, die_at: int = DIE_AT, **faults: Any
+) -> Processes:
     """Two processes, one of which was killed on the way, after all have ended."""
-    with Processes(directory, data, die_at=DIE_AT) as killed:
+    with Processes(directory, data, die_at=die_at, **faults) as killed:
         assert killed.processes[1].wait(TIMEOUT) == -signal.SIGKILL
     if between:
         between(directory / "checkpoints")
-    with Processes(directory, data) as processes:
+    with Processes(directory, data, **faults) as processes:
         processes.wait()
     return processes
 
@@ -219,7 +374,8 @@ def test_two_of_which_one_was_killed_do_what_one_does(
     processes = killed_and_started_again(tmp_path, data)
     expected = arrays_of(one_process[0])
     first, second = processes.results()
-    # They went on from the last checkpoint that was complete when one died.
+    # They went on from the last checkpoint that was complete when one died, a few
+    # steps before: batches are read ahead.
     assert NUM_STEPS - DIE_AT <= len(first["losses"]) <= NUM_STEPS - SAVE_EVERY
     assert not differing(first, second)
     assert not differing(first, expected)
@@ -234,6 +390,26 @@ def test_two_of_which_one_was_killed_do_what_one_does(
     found = example.main(data=data, checkpoints=last.parent, **FLAGS)
     assert len(found["losses"]) == SAVE_EVERY
     assert not differing(arrays_of(found), expected)
+
+
+@pytest.mark.slow
+def test_two_rewind_and_go_on_when_one_was_killed(
+    example, one_process, data, tmp_path, monkeypatch, capsys
+):
+    poison(example, monkeypatch, POISON_AT)
+    directory = tmp_path / "one"
+    flags = FLAGS | continued(one_process, directory)
+    expected = example.main(data=data, **flags)
+    assert "past batches 100 to 149" in capsys.readouterr().out
+    continued(one_process, tmp_path / "checkpoints")
+    processes = killed_and_started_again(
+        tmp_path, data, die_at=180, poison_at=POISON_AT
+    )
+    for found, log in zip(processes.results(), processes.logs, strict=True):
+        assert len(found["losses"]) == 100  # from the checkpoint after the rewind
+        assert not differing(found, arrays_of(expected))
+        assert "rewind" not in log.read_text()
+    assert numbers(tmp_path / "checkpoints") == numbers(directory)
 
 
 @pytest.mark.slow

@@ -120,6 +120,7 @@ Without `rollback`, the third explosion in a row multiplies the updates by `cool
 | the same leaf explodes again and again | a smaller learning rate, or a clip |
 | non-finite, though nothing grew before | look at the data and the precision |
 | the run was given up | an earlier checkpoint, a smaller learning rate |
+| rollback after rollback | an earlier checkpoint, as `examples/data_parallel.py` does |
 | the parameters hold NaN | an earlier checkpoint |
 | the optimizer's state holds NaN or inf | larger constants in its denominators |
 | `explosions/num_blocked_rollbacks` above 0 | put `stabilize` around everything else |
