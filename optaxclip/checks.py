@@ -11,6 +11,8 @@ import numpy as np
 import optax
 
 State = TypeVar("State")
+STATIC = "optax.inject_hyperparams takes it in static_args="
+"""Ends the error of an argument that decides which program is made."""
 
 
 def known_value(name: str, value: Any) -> float | None:
@@ -42,10 +44,7 @@ def check_number(
 def check_length(name: str, value: Any, least: int) -> int:
     """A whole number; raises the error of what is none, or too small or large."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(
-            f"{name} must be a whole number, not {value!r}; optax.inject_hyperparams "
-            "takes it in static_args="
-        )
+        raise TypeError(f"{name} must be a whole number, not {value!r}; {STATIC}")
     # Twice of it has to fit an int32, as `2 * snapshot_every` does.
     if not least <= int(value) < 2**30:
         raise ValueError(f"{name} must be >= {least} and < 2**30, not {value!r}")
@@ -57,10 +56,15 @@ def is_real(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
-def check_where(where: Any) -> None:
-    """Raises the error of a `where` that is no function."""
-    if where is not None and not callable(where):
-        raise TypeError(f"where must be a function of a leaf's name, not {where!r}")
+def check_by_name(**functions: Any) -> None:
+    """Raises the error of a `where`, `stacked` or the like that is no function."""
+    for name, value in functions.items():
+        if value is not None and not callable(value):
+            # `inject_hyperparams` calls it with the count, unless it is static.
+            hint = f"; {STATIC}" if isinstance(value, jax.Array) else ""
+            raise TypeError(
+                f"{name} must be a function of a leaf's name, not {value!r}{hint}"
+            )
 
 
 def check_label(label: Any) -> None:

@@ -87,6 +87,7 @@ import optax
 from jax import lax
 
 from optaxclip.checks import (
+    check_by_name,
     check_label,
     check_leaves,
     check_length,
@@ -154,6 +155,7 @@ def record(
       [0.5 1. ]
     """
     check_label(label)
+    check_by_name(stacked=stacked)
     window = check_length("window", window, 1)
     own = check_columns(columns)
     check_per(per)

@@ -774,7 +774,9 @@ def test_the_state_is_small():
         ({"cool_down": 0.0}, "cool_down must be within (0, 1]"),
         ({"cool_down": 1.5}, "cool_down must be within (0, 1]"),
         ({"recovery": 0.9}, "recovery must be >= 1"),
-        ({"norm": -1.0}, "max_norm must be >= 0"),
+        ({"norm": -1.0}, "norm must be >= 0"),
+        ({"share": -1.0}, "share must be >= 0"),
+        ({"loss": -1.0}, "loss must be >= 0"),
         ({"norm": limits.params()}, "limits.params"),
     ],
 )

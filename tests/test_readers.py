@@ -178,7 +178,37 @@ MISTAKES: dict[str, Any] = {
     ),
     "a limit that was not called": (
         lambda: one_step(package.clip_by_norm(package.limits.drift)),
-        "max_norm gave a Limit, and not a number: call it first",
+        "a schedule gave a Limit, and not a number: call it first",
+    ),
+    "two limits, the first of them bad": (
+        lambda: package.limits.with_global(-1.0, 5.0),
+        "limit must be >= 0, not -1.0",
+    ),
+    "two limits, the second of them bad": (
+        lambda: package.limits.minimum(1.0, -5.0),
+        "second must be >= 0, not -5.0",
+    ),
+    "a cap on a learned limit": (
+        lambda: package.zclip(max_norm=-1.0),
+        "max_norm must be >= 0, not -1.0",
+    ),
+    "a lower bound that is a schedule of a limit": (
+        lambda: one_step(
+            package.clip_by_norm(1.0, min_norm=lambda count: package.limits.zscore())
+        ),
+        "a schedule gave a Limit, and not a number: call it first",
+    ),
+    "a list for a response": (
+        lambda: package.clip_by_norm(1.0, respond=["cap"]),
+        "respond must be one of ('cap', 'soft', 'set'), not ['cap']",
+    ),
+    "a function of names that gives no axis": (
+        lambda: package.unit_norms({"w": jnp.ones((2, 2))}, unit_axis=lambda name: 1.0),
+        "unit_axis= must give 'w' a whole number, not 1.0",
+    ),
+    "True for the tree whose zeros are counted": (
+        lambda: package.metrics({}, zeros=True),
+        "zeros must be a tree of arrays, such as the gradients, not True",
     ),
     "a transformation for a limit": (
         lambda: package.clip_by_norm(package.clip_by_norm(1.0)),
@@ -278,6 +308,48 @@ def test_a_mistake_is_told_in_words(mistake):
     make, message = MISTAKES[mistake]
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         make()
+
+
+# What else they need, by its name.
+GIVEN: dict[str, Any] = {"inner": SGD, "max_norm": 1.0, "low": 0.5, "high": 2.0}
+GIVEN |= {"tree": SMALL, "group": lambda name: name}
+BY_NAME: list[Any] = [
+    (function, argument)
+    for function in vars(optaxclip).values()
+    if inspect.isfunction(function)
+    for argument in ("where", "stacked", "unit_axis", "group")
+    if argument in inspect.signature(function).parameters
+]
+
+
+@pytest.mark.parametrize("value", ["w", True, jnp.array(0)], ids=repr)
+@pytest.mark.parametrize(
+    ("function", "argument"), BY_NAME, ids=lambda x: getattr(x, "__name__", x)
+)
+def test_no_function_of_names_is_told_where_it_is_given(function, argument, value):
+    given: Any = {
+        name: GIVEN[name]
+        for name, x in inspect.signature(function).parameters.items()
+        if x.default is x.empty
+    } | {argument: value}
+    if argument == "unit_axis" and function is package.clip_by_norm:
+        given["per"] = "unit"
+    with pytest.raises(TypeError, match=f"{argument} must be .*function of a leaf's"):
+        function(**given)
+
+
+@pytest.mark.parametrize("argument", ["unit_axis", "where", "stacked"])
+def test_inject_hyperparams_is_told_what_has_to_be_static(argument):
+    static = {"ord", "per", "unit_axis", "where", "stacked"} - {argument}
+    make = optax.inject_hyperparams(package.clip_by_norm, static_args=tuple(static))
+    # Optax takes a function for a schedule, and calls it with the count.
+    value = 0 if argument == "unit_axis" else lambda name: name == 0
+    with pytest.raises(TypeError, match=rf"{argument} must be .*static_args="):
+        make(1.0, per="unit", **{argument: value}).init(SMALL)
+    make = optax.inject_hyperparams(
+        package.clip_by_norm, static_args=(*static, argument)
+    )
+    one_step(make(1.0, per="unit", **{argument: value}))
 
 
 def test_an_optimizer_that_takes_no_loss_is_given_none():

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip.checks import check_label, check_leaves, check_where, own_state
+from optaxclip.checks import check_by_name, check_label, check_leaves, own_state
 from optaxclip.clipping.rescaling import fits_limit, rescale_scopes
 from optaxclip.clipping.responding import (
     RESPONSES,
@@ -24,7 +24,7 @@ from optaxclip.limits.limit import LimitLike
 from optaxclip.norms.measuring import check_ord, measure
 from optaxclip.norms.names import Layout, Per, Stacked, Where, layout_of
 from optaxclip.norms.scopes import Scopes, check_per, find_scopes
-from optaxclip.norms.units import UnitAxis
+from optaxclip.norms.units import UnitAxis, check_unit_axis
 from optaxclip.numerics import increment, next_count, saturating_cast
 
 
@@ -133,7 +133,8 @@ def clip_by_norm(
     check_per(per)
     check_ord(ord)
     check_respond(respond)
-    check_where(where)
+    check_by_name(where=where, stacked=stacked)
+    check_unit_axis(unit_axis)
     check_label(label)
     limit = band(max_norm, min_norm)
     if limit.is_band and respond != "cap":

@@ -11,10 +11,10 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip.checks import (
+    check_by_name,
     check_leaves,
     check_length,
     check_number,
-    check_where,
 )
 from optaxclip.norms.names import Where, is_chosen, leaf_names
 from optaxclip.numerics import (
@@ -82,7 +82,7 @@ def spam(
     check_number("threshold", threshold, lambda x: x > 0, "> 0")
     check_number("decay", decay, lambda x: 0 < x < 1, "within (0, 1)")
     warmup = check_length("warmup", warmup, 2)
-    check_where(where)
+    check_by_name(where=where)
 
     def chosen(tree):
         flags = []

@@ -60,7 +60,7 @@ def zclip(
     limit = limits.zscore(max_zscore, decay=decay, warmup=warmup)
     if max_norm is not None:
         # Not by default: where norms are above 1, a cap of 1 is all that clips.
-        limit = limits.minimum(limit, max_norm)
+        limit = limits.minimum(limit, limits.as_limit(max_norm))
     return clip_by_norm(
         limit, per=per, where=where, specs=specs, stacked=stacked, label=label
     )

@@ -12,7 +12,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from optaxclip.checks import check_number
 from optaxclip.clipping.rescaling import fits_limit
 from optaxclip.limits.limit import Band, Limit, LimitLike, as_limit
 from optaxclip.numerics import divide, where
@@ -64,9 +63,7 @@ def band(max_norm: LimitLike, min_norm: LimitLike | None) -> Limit:
     upper = as_limit(max_norm, may_be_band=min_norm is None)
     if min_norm is None:
         return upper
-    if not callable(min_norm) and not isinstance(min_norm, Limit):
-        check_number("min_norm", min_norm, lambda x: x >= 0, ">= 0")
-    lower = as_limit(min_norm)
+    lower = as_limit(min_norm, "min_norm")
 
     def init(sizes):
         return upper.init(sizes), lower.init(sizes)
@@ -82,5 +79,5 @@ def band(max_norm: LimitLike, min_norm: LimitLike | None) -> Limit:
 
 def check_respond(respond: str) -> None:
     """Raises the error of an unknown response."""
-    if respond not in RESPONSES:
+    if respond not in tuple(RESPONSES):
         raise ValueError(f"respond must be one of {tuple(RESPONSES)}, not {respond!r}")

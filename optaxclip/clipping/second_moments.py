@@ -10,10 +10,10 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip.checks import (
+    check_by_name,
     check_label,
     check_number,
     check_transformation,
-    check_where,
     own_state,
     with_extra_args,
 )
@@ -83,7 +83,7 @@ def stable_adam(
     check_number("max_rms", max_rms, lambda x: x > 0, "> 0")
     check_number("b2", b2, lambda x: 0 < x < 1, "within (0, 1)")
     check_number("eps", eps, lambda x: x > 0, "> 0")
-    check_where(where)
+    check_by_name(where=where, stacked=stacked)
     check_label(label)
     inner = with_extra_args(inner)
 

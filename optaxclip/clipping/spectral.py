@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from optaxclip.checks import check_label, check_leaves, check_where, own_state
+from optaxclip.checks import check_by_name, check_label, check_leaves, own_state
 from optaxclip.clipping.by_norm import ClipByNormState
 from optaxclip.clipping.rescaling import fits_limit
 from optaxclip.clipping.singular import cap, largest_singular_value, soften
@@ -75,7 +75,7 @@ def clip_by_spectral_norm(
     Reference: Jiang et al., arXiv:2603.14315, equation 4 for `smooth`.
     """
     limit = as_limit(max_norm)
-    check_where(where)
+    check_by_name(where=where, stacked=stacked)
     check_label(label)
     if not isinstance(smooth, bool):
         raise TypeError(f"smooth must be True or False, not {smooth!r}")

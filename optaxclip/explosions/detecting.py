@@ -12,6 +12,7 @@ import optax
 from jax import lax
 
 from optaxclip.checks import (
+    check_by_name,
     check_label,
     check_leaves,
     check_length,
@@ -143,7 +144,9 @@ def make_detection(
     max_gap = check_length("max_gap", max_gap, 1)
     window = check_length("window", window, 64)
     own = check_columns(columns)
-    rules = [None if x is None else as_limit(x) for x in (norm, share, loss)]
+    check_by_name(stacked=stacked)
+    given = {"norm": norm, "share": share, "loss": loss}
+    rules = [None if x is None else as_limit(x, name) for name, x in given.items()]
     if any(rule is not None and rule.needs_params for rule in rules):
         raise ValueError(
             "a rule compares a signal with its past, not with parameters: "

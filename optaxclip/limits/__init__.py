@@ -106,14 +106,13 @@ all of that code breaks at the first NaN.
 
 ## A limit to change by hand
 
-`optax.inject_hyperparams` puts the limit into the state. An argument that is not a
-number has to be named in `static_args`. The same holds for the lengths `warmup` and
-`window` of learned limits.
+`optax.inject_hyperparams` puts the limit into the state. `ord` and `unit_axis`, and the
+lengths `warmup` and `window` of learned limits, have to be named in `static_args`, as
+has each argument that is no number: Optax takes a function for a schedule.
 
 ```python
->>> make = optax.inject_hyperparams(
-...     optaxclip.clip_by_norm, static_args=("per", "ord", "specs", "stacked", "label")
-... )
+>>> static = "per", "ord", "where", "unit_axis", "specs", "stacked", "label"
+>>> make = optax.inject_hyperparams(optaxclip.clip_by_norm, static_args=static)
 >>> tx = make(max_norm=1.0)
 >>> grads = {"w": jnp.array([3.0, 4.0])}
 >>> state = tx.init(grads)

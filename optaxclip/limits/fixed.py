@@ -176,7 +176,7 @@ def with_global(limit: LimitLike, max_norm: LimitLike) -> Limit:
       >>> print(limit.update(norms, limit.init(norms), None)[0])
       [1.5 2. ]
     """
-    own, together = as_limit(limit), as_limit(max_norm)
+    own, together = as_limit(limit, "limit"), as_limit(max_norm)
 
     def init(sizes):
         # Units may be spread over devices, which a limit does not know.
@@ -206,7 +206,7 @@ def _chosen(
     second: LimitLike,
 ) -> Limit:
     """Chooses between two limits."""
-    pair = as_limit(first), as_limit(second)
+    pair = as_limit(first, "first"), as_limit(second, "second")
 
     def init(sizes):
         return tuple(limit.init(sizes) for limit in pair)

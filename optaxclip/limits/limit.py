@@ -126,7 +126,7 @@ def schedule(max_norm: Callable[[jax.Array], ArrayLike]) -> Limit:
         limit = max_norm(state.num_steps)
         # As `lambda count: limits.zscore()`, whose error would come from deep inside.
         if isinstance(limit, Limit):
-            raise TypeError("max_norm gave a Limit, and not a number: call it first")
+            raise TypeError("a schedule gave a Limit, and not a number: call it first")
         limits = jax.tree.map(lambda n: jnp.full_like(n, limit), norms)
         return limits, ScheduleState(
             num_steps=jnp.asarray(optax.safe_increment(state.num_steps))
@@ -135,15 +135,23 @@ def schedule(max_norm: Callable[[jax.Array], ArrayLike]) -> Limit:
     return Limit(init, update)
 
 
-def as_limit(max_norm: LimitLike, *, may_be_band: bool = False) -> Limit:
-    """Turns a number into `constant` and a function into `schedule`."""
+def as_limit(
+    max_norm: LimitLike, name: str = "max_norm", *, may_be_band: bool = False
+) -> Limit:
+    """Turns a number into `constant` and a function into `schedule`.
+
+    `name`: that of the argument, for the errors of a number.
+    """
     if isinstance(max_norm, Limit):
         if max_norm.is_band and not may_be_band:
             raise ValueError(
                 f"{max_norm} has a lower bound, which clip_by_norm alone can take"
             )
         return max_norm
-    return schedule(max_norm) if callable(max_norm) else constant(max_norm)
+    if callable(max_norm):
+        return schedule(max_norm)
+    check_number(name, max_norm, lambda x: x >= 0, ">= 0")
+    return constant(max_norm)
 
 
 def cast_like(norms: jax.Array, *values: Any) -> list[jax.Array]:

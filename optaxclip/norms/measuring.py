@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optaxclip.checks import STATIC, check_by_name
 from optaxclip.norms.names import Per, Stacked
 from optaxclip.norms.reduction import reduce_leaves, reduce_scopes
 from optaxclip.norms.scopes import Scopes, find_scopes
-from optaxclip.norms.units import UnitAxis
+from optaxclip.norms.units import UnitAxis, check_unit_axis
 
 
 def global_norm(tree: Any, *, ord: float = 2, specs: Any = None) -> jax.Array:
@@ -128,6 +129,7 @@ def group_norms(
       >>> print(optaxclip.group_norms(tree, lambda name: name.split("/")[0]))
       [5. 1.]
     """
+    check_by_name(group=group)
     return _norms(tree, group, ord, specs, stacked)
 
 
@@ -135,10 +137,7 @@ def check_ord(ord: Any) -> None:
     """Raises the error of an `ord` that is no number >= 1."""
     # It decides which program is made, and so cannot be traced.
     if isinstance(ord, bool) or not isinstance(ord, numbers.Real):
-        raise TypeError(
-            f"ord must be a Python number, not {ord!r}; with optax.inject_hyperparams "
-            'name it in static_args=("ord",)'
-        )
+        raise TypeError(f"ord must be a Python number, not {ord!r}; {STATIC}")
     if not float(ord) >= 1:
         raise ValueError(f"ord must be >= 1 or inf, not {ord!r}")
 
@@ -180,6 +179,8 @@ def _norms(
     unit_axis: UnitAxis | None = None,
 ) -> Any:
     check_ord(ord)
+    check_by_name(stacked=stacked)
+    check_unit_axis(unit_axis)
     scopes = find_scopes(tree, per, specs=specs, stacked=stacked, unit_axis=unit_axis)
     return measure(tree, scopes, ord)[0]
 

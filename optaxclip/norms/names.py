@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import optax
 
+from optaxclip.checks import check_by_name
 from optaxclip.numerics import is_gradient
 
 Per = Literal["tree", "leaf", "unit"] | Callable[[str], str]
@@ -53,6 +54,7 @@ def leaf_names(tree: Any, *, stacked: Stacked | None = None) -> list[str]:
       >>> optaxclip.leaf_names(params, stacked=lambda name: name == "rnn/hh")
       ['bias', 'rnn/hh[0]', 'rnn/hh[1]']
     """
+    check_by_name(stacked=stacked)
     names = []
     for path, leaf in jax.tree.leaves_with_path(tree):
         name = path_name(path)
@@ -107,6 +109,7 @@ def group_names(
       >>> optaxclip.group_names(params, lambda name: name.split("/")[0])
       ['head', 'rnn']
     """
+    check_by_name(group=group)
     groups = [group(name) for name in leaf_names(tree, stacked=stacked)]
     for name in groups:
         if not isinstance(name, str):

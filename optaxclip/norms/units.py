@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import operator
+import numbers
 from collections.abc import Callable
 from typing import Any
 
 import jax
+
+from optaxclip.checks import STATIC
 
 UnitAxis = int | Callable[[str], int]
 """The axis that counts output units; a function gives that of the leaf of a name."""
@@ -16,7 +18,9 @@ def find_unit_axis(
     name: str, shape: tuple[int, ...], num_stacked: int, unit_axis: UnitAxis
 ) -> int:
     """The axis of output units in a leaf, behind its stacked axes; never negative."""
-    axis = operator.index(unit_axis(name) if callable(unit_axis) else unit_axis)
+    axis: Any = unit_axis(name) if callable(unit_axis) else unit_axis
+    if not _is_axis(axis):
+        raise TypeError(f"unit_axis= must give {name!r} a whole number, not {axis!r}")
     num_axes = len(shape) - num_stacked
     if not -num_axes <= axis < num_axes:
         raise ValueError(
@@ -24,6 +28,20 @@ def find_unit_axis(
             f"shape is {shape[num_stacked:]}"
         )
     return num_stacked + axis % num_axes
+
+
+def check_unit_axis(unit_axis: Any) -> None:
+    """Raises the error of a `unit_axis` that is neither a number nor a function."""
+    if unit_axis is None or callable(unit_axis) or _is_axis(unit_axis):
+        return
+    raise TypeError(
+        "unit_axis must be a whole number, or a function of a leaf's name, not "
+        f"{unit_axis!r}; {STATIC}"
+    )
+
+
+def _is_axis(axis: Any) -> bool:
+    return isinstance(axis, numbers.Integral) and not isinstance(axis, bool)
 
 
 def default_unit_axes(tree: Any) -> list[int]:

@@ -20,7 +20,7 @@ from optaxclip.reporting.states import (
     find_states,
     params_of,
 )
-from optaxclip.reporting.zeros import ZEROS, zero_scalars
+from optaxclip.reporting.zeros import ZEROS, check_zeros, zero_scalars
 
 NUM_SPLIT = 8
 """So many numbers at a time are taken out of an array: XLA compiles a kernel for each,
@@ -152,6 +152,7 @@ def metrics(
     top = sys.maxsize if top is None else check_length("top", top, 0)
     if window is not None:
         window = check_length("window", window, 1)
+    check_zeros(zeros)
     if zeros is not None and ZEROS in states:
         raise ValueError(f"a state has the label {ZEROS!r}, that of zeros=")
     # What is no array, such as a function, no program takes.

@@ -16,6 +16,15 @@ ZEROS = "zeros"
 """The label of these scalars, beside those of the states."""
 
 
+def check_zeros(tree: Any) -> None:
+    """Raises the error of what holds no array, as True in place of the gradients."""
+    leaves = jax.tree.leaves(tree)
+    if leaves and not any(hasattr(x, "dtype") for x in leaves):
+        raise TypeError(
+            f"zeros must be a tree of arrays, such as the gradients, not {tree!r}"
+        )
+
+
 def zero_scalars(tree: Any, top: int) -> list[tuple[list[str], jax.Array]]:
     """As `scalars_of`, of a tree of one run: the share in all, and in each leaf."""
     leaves = [x if is_gradient(x) else jnp.zeros(0) for x in jax.tree.leaves(tree)]
