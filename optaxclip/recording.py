@@ -44,7 +44,28 @@ Several recorders may stand in one chain, under different labels.
 * Numbers of your own, `columns=`, such as the index of the batch.
 * `window=` sets the number of steps, 256 by default.
 * The state takes `4 * window * (num_scopes + 6 + 2 * num_columns)` bytes and a few.
-  That is 6 KiB and 1 KiB a leaf by default.
+  That is 6 KiB and 1 KiB a leaf by default. With `top=k` it is `2 * k + 1` in place of
+  `num_scopes`.
+
+## Thousands of experts
+
+A model `[layers, experts, in, out]` has 18,432 norms with 48 layers of 384 experts, and
+a record of all of them takes 19 MB. With `top=` it keeps the largest of each step and
+whose they are, in 28 KB for `top=10`. The norm of all updates stays exact, since that
+of all other scopes together is kept, too. The leaves that vanish are not known then.
+
+```python
+>>> recorder = optaxclip.record(top=2, stacked=lambda name: 2 * (name == "experts"))
+>>> model = {"experts": jnp.ones((2, 3, 4, 4)), "router": jnp.ones(3)}
+>>> grads = {"experts": model["experts"].at[1, 2].set(9.0), "router": jnp.ones(3)}
+>>> _, opt_state = recorder.update(grads, recorder.init(model))
+>>> kept = optaxclip.history(opt_state, model)
+>>> print(kept.names, kept.norms[0].round(2))
+['top/1', 'top/2', 'rest'] [36.    4.    8.19]
+>>> print(kept.ranked[0], optaxclip.metrics(opt_state)["gradients/top/1/index"])
+['experts[1, 2]' 'experts[0, 0]'] 5
+
+```
 
 ## Which batch was it?
 
@@ -114,6 +135,7 @@ def record(
     specs: Any = None,
     stacked: Stacked | None = None,
     columns: Sequence[str] = (),
+    top: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Passes updates through, and keeps the norms of the last steps on the device.
 
@@ -134,10 +156,13 @@ def record(
         reduced over the devices.
       stacked: As in `clip_by_norm`.
       columns: A common argument, see `help(optaxclip)`.
+      top: How many norms of each step are kept, the largest; also whose they are, and
+        the norm of all others together. By default, and of no more scopes, all.
 
     Returns:
       The transformation, with the state `{label: RecordState}`: `4 * window *
-      (num_scopes + 6 + 2 * num_columns)` bytes and a few.
+      (num_scopes + 6 + 2 * num_columns)` bytes and a few; with `top`, `2 * top + 1`
+      in place of `num_scopes`.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxclip
@@ -158,6 +183,7 @@ def record(
     check_by_name(stacked=stacked)
     window = check_length("window", window, 1)
     own = check_columns(columns)
+    top = top if top is None else check_length("top", top, 1)
     check_per(per)
     # Units are too many for a record: as many numbers as a bias has, in every step.
     if per == "unit":
@@ -172,7 +198,7 @@ def record(
         norms, _ = jax.eval_shape(lambda: _measure(params, scopes_of(params)))
         counts = jnp.zeros([2], jnp.int32)
         layout = layout_of(params, per, stacked)
-        return {label: empty(norms.size, window, counts, layout, own)}
+        return {label: empty(norms.size, window, counts, layout, own, top)}
 
     def update(updates, state, params=None, **extra_args):
         before, value = own_state(state, label, RecordState), value_of(extra_args)

@@ -10,8 +10,8 @@ import numpy as np
 from jax import lax
 
 from optaxclip.extras import Columns, num_parts
-from optaxclip.norms.names import Layout
-from optaxclip.numerics import saturating_cast
+from optaxclip.norms.names import AnyTree, Layout
+from optaxclip.numerics import root_sum_squares, saturating_cast
 
 COLUMNS = ("loss", "loss_limit", "limit", "largest", "fired", "leaf")
 """What a recorder keeps of a step besides the norms: the loss, `NO_LOSS` where not
@@ -19,6 +19,17 @@ given; the limits of the loss and of the norm of all updates, +inf for none; the
 finite norm of all updates so far; as the bits of a whole number, which of the rules
 (not finite, norm, share, loss) fired; and the leaf that led, -1 for none and in
 `record`."""
+
+
+# As a layout: static. A number of scopes would be an array of the state.
+@jax.tree_util.register_static
+class Top(NamedTuple):
+    """That a recorder keeps the largest norms alone."""
+
+    num: int
+    """How many of them."""
+    num_scopes: Any
+    """Of how many scopes."""
 
 
 class RecordState(NamedTuple):
@@ -29,8 +40,9 @@ class RecordState(NamedTuple):
 
     rows: jax.Array
     """float32 `[window, 6 + 2 * num_columns + num_scopes]`: the `COLUMNS`, two parts of
-    each number of the user's own, and the norm of each scope. One array, since every
-    array of a state costs a small step some microseconds."""
+    each number of the user's own, and the norm of each scope. Of the `top` largest: the
+    scope of each rank, the norm of each, and that of all other scopes together. One
+    array, since every array of a state costs a small step some microseconds."""
     counts: jax.Array
     """int32 `[2]`: number of steps so far, and of those that were non-finite;
     `detect_explosions` appends what it counts."""
@@ -38,10 +50,12 @@ class RecordState(NamedTuple):
     """No arrays: what kind of scopes these are, and how `params` names them."""
     columns: Columns | tuple[()] = ()
     """No arrays: the names of the user's own numbers, () for none."""
+    top: Top | tuple[()] = ()
+    """No arrays: () where the norm of every scope is kept."""
 
     @property
     def norms(self) -> jax.Array:
-        """`[window, num_scopes]`."""
+        """`[window, num_norms]`; the root of their sum of squares is that of all."""
         return self.rows[..., self.num_others :]
 
     @property
@@ -62,11 +76,18 @@ class RecordState(NamedTuple):
     @property
     def num_others(self) -> int:
         """What stands in a row before the norms."""
-        return len(COLUMNS) + num_parts(self.columns)
+        return len(COLUMNS) + num_parts(self.columns) + self.num_ranks
+
+    @property
+    def num_ranks(self) -> int:
+        """How many of the largest norms it keeps; 0 if it keeps all."""
+        return _num_ranks(self.top)
 
     @property
     def num_scopes(self) -> int:
-        """Of how many scopes it keeps a norm."""
+        """How many scopes there are."""
+        if isinstance(self.top, Top) and self.num_ranks:
+            return self.top.num_scopes
         return self.rows.shape[-1] - self.num_others
 
 
@@ -76,11 +97,22 @@ def empty(
     counts: jax.Array,
     layout: Layout,
     own: Columns | tuple[()],
+    top: int | None = None,
 ) -> RecordState:
     """A state before the first step, without limits."""
+    # Without leaves, as `optax.tree_map_params` makes one, it fits every other.
+    kept = () if top is None else Top(top, num_scopes or AnyTree())
+    num_norms = 2 * _num_ranks(kept) + 1 if _num_ranks(kept) else num_scopes
     head = [jnp.inf if name.endswith("limit") else 0 for name in COLUMNS]
-    row = jnp.asarray(head + [0] * (num_parts(own) + num_scopes), jnp.float32)
-    return RecordState(jnp.tile(row, (window, 1)), counts, layout, own)
+    row = jnp.asarray(head + [0] * (num_parts(own) + num_norms), jnp.float32)
+    return RecordState(jnp.tile(row, (window, 1)), counts, layout, own, kept)
+
+
+def _num_ranks(top: Top | tuple[()]) -> int:
+    """Of no more scopes than that, all are kept."""
+    if not isinstance(top, Top) or not isinstance(top.num_scopes, int):
+        return 0
+    return top.num if top.num < top.num_scopes else 0
 
 
 def append(
@@ -107,6 +139,8 @@ def append(
     is_larger = (narrow > before["largest"]) & (narrow < jnp.inf)
     columns = {"leaf": jnp.full([], -1), **columns}
     columns["largest"] = jnp.where(is_larger, narrow, before["largest"])
+    if state.num_ranks:
+        norms = _largest(norms, state.num_ranks)
     head = [*(columns[name] for name in COLUMNS), *tag]
     head = jnp.stack([x.astype(norms.dtype) for x in head])
     row = saturating_cast(jnp.concatenate([head, norms]), jnp.float32)
@@ -114,6 +148,22 @@ def append(
     place = state.counts[0] % len(state.rows)
     rows = lax.dynamic_update_index_in_dim(state.rows, row, place, 0)
     return state._replace(rows=rows, counts=counts)
+
+
+def scopes_of_ranks(state: RecordState, steps: Any) -> Any:
+    """The scopes of the norms that are kept, the largest first: int `[..., top]`."""
+    rows = state.rows[steps % len(state.rows)]
+    first = state.num_others - state.num_ranks
+    return rows[..., first : state.num_others].astype(jnp.int32)
+
+
+def _largest(norms: jax.Array, num: int) -> jax.Array:
+    """The scopes of the largest norms, these norms, and that of the rest together."""
+    # What is non-finite is larger than all, and NaN too.
+    _, scopes = lax.top_k(jnp.where(norms < jnp.inf, norms, jnp.inf), num)
+    rest = root_sum_squares(norms.at[scopes].set(0))
+    # As one array: of scopes that are taken apart XLA sorts all norms.
+    return jnp.concatenate([scopes.astype(norms.dtype), norms[scopes], rest[None]])
 
 
 def rows_of(state: RecordState, steps: Any) -> tuple[dict[str, Any], Any]:
@@ -124,7 +174,7 @@ def rows_of(state: RecordState, steps: Any) -> tuple[dict[str, Any], Any]:
       steps: int `[...]`: their indices; of one below 0 all norms are 0.
 
     Returns:
-      (`{name: [...]}`, `[..., num_scopes]`).
+      (`{name: [...]}`, `[..., num_norms]`).
     """
     rows = state.rows[steps % len(state.rows)]
     columns = {name: rows[..., i] for i, name in enumerate(COLUMNS)}

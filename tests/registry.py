@@ -102,6 +102,9 @@ REGISTRY: dict[str, Any] = {
     "record per group": lambda: optaxclip.record(
         "norms", window=7, per=lambda name: name[:1]
     ),
+    "record top": lambda: optaxclip.record(
+        "top", window=3, top=2, stacked=lambda name: name == "w"
+    ),
     "clip_by_value": lambda: optaxclip.clip_by_value(0.5),
     "clip_by_value schedule": lambda: optaxclip.clip_by_value(
         optax.linear_schedule(2.0, 1.0, 10)
@@ -113,19 +116,22 @@ STATELESS = {"clip_by_value", "scale_params"}
 NEEDS_PARAMS = {"agc", "stabilize"}
 # What becomes of a spike: the others clip it.
 SKIPS = {"skip_explosions", "stabilize"}
-PASSES = {"detect_explosions", "record", "record per group", "scale_params"}
+PASSES = {"detect_explosions", "record", "record per group", "record top"}
+PASSES |= {"scale_params"}
 # The label under which a clip's state stands; None where there is no label.
 LABELS = {name: None if "value" in name else "clip" for name in REGISTRY}
 LABELS |= {"spam": None, "stable_adam": None}  # a tuple, with the state of Adam
 LABELS |= {"scale_params": None}
 LABELS |= {"autoclip": "auto", "skip_explosions": "skip"}
 LABELS |= {"record": "gradients", "record per group": "norms"}
+LABELS |= {"record top": "top"}
 LABELS |= dict.fromkeys(("detect_explosions", "stabilize"), "explosions")
 # Run with -m slow: they share their code with others in the registry.
 SLOW = {"clip_by_norm ord=1", "clip_by_norm ord=3", "clip_by_norm schedule"}
 SLOW |= {"clip_by_norm stacked", "clip_by_norm minimum"}
 SLOW |= {"detect_explosions", "skip_explosions"}  # "stabilize" holds both
 SLOW |= {"clip_by_norm per group", "autoclip", "block_rms", "record per group"}
+SLOW |= {"record top"}
 SLOW |= {"clip_by_norm soft", "clip_by_norm set", "clip_by_norm band"}
 SLOW |= {"clip_by_historical_norm", "gradient_stabilizer", "aggc"}
 SLOW |= {"clip_by_norm per leaf", "clip_by_norm per unit", "zclip", "agc"}

@@ -189,6 +189,15 @@ def test_a_recorder_reads_nothing_that_the_clip_does_not_read():
     assert len(re.findall(r" while\(", both.hlo)) == 2
 
 
+def test_a_recorder_of_the_largest_norms_does_not_sort_them_all():
+    params = {"experts": jax.ShapeDtypeStruct((48, 384, 8, 8), jnp.float32)}
+    tx = optaxclip.record(top=10, stacked=lambda name: 2)
+    state = jax.eval_shape(tx.init, params)
+    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) < 28e3
+    hlo = jax.jit(tx.update).lower(params, state).compile().as_text() or ""
+    assert " sort(" not in hlo
+
+
 @pytest.mark.slow
 def test_learned_limits_read_what_a_fixed_one_reads():
     # At 53 million parameters the windows of AutoClip are 0.01 % of the gradients. One

@@ -137,6 +137,7 @@ ROWS: dict[str, Callable] = {
     "stabilize": of(optaxclip.stabilize, OPTIMIZER),
     "record, per leaf": of(optaxclip.record, window=8),
     "record, per group": of(optaxclip.record, per=group, stacked=is_stacked),
+    "record, top": of(optaxclip.record, top=2, window=8, stacked=is_stacked),
     "global_norm": keeps(optaxclip.global_norm),
     "leaf_norms": keeps(optaxclip.leaf_norms, stacked=is_stacked),
     "unit_norms": keeps(optaxclip.unit_norms, stacked=is_stacked),

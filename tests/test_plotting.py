@@ -99,6 +99,17 @@ def color_map(axes: Axes) -> QuadMesh:
     return found
 
 
+def test_the_largest_norms_are_drawn_as_such_and_none_leads():
+    history = exploding(9, 3)
+    names = [*(f"top/{k}" for k in range(1, 9)), "rest"]
+    ranked = np.full((len(history.step), 8), "moe[1, 2]")
+    figure = optaxclip.plot(history._replace(names=names, ranked=ranked))
+    assert list(panels(figure)) == ["loss", "norm", "scopes"]
+    axes = panels(figure)["scopes"]
+    assert axes.get_title("left") == "the 8 largest norms, and that of the rest"
+    assert not [label for label in labels(axes) if "led" in label]
+
+
 @pytest.mark.parametrize(
     ("num_scopes", "loss", "expected"),
     [

@@ -330,6 +330,8 @@ def test_a_tree_without_leaves_is_told(loss):
     [
         ({"window": 0}, ValueError, "window must be >= 1"),
         ({"window": 2.0}, TypeError, "window must be a whole number"),
+        ({"top": 0}, ValueError, "top must be >= 1"),
+        ({"top": True}, TypeError, "top must be a whole number"),
         ({"per": "unit"}, ValueError, 'not per "unit"'),
         ({"per": "layer"}, ValueError, "per must be"),
         ({"label": ""}, TypeError, "label must be a name"),
@@ -358,6 +360,129 @@ def test_states_that_cannot_be_read():
     tx = optaxclip.record()
     with pytest.raises(ValueError, match=re.escape("not of shape (2,)")):
         tx.update(PARAMS, tx.init(PARAMS), value=jnp.ones(2))
+
+
+# --- The largest norms alone
+
+EXPERTS = {"b": jnp.ones(2), "moe": jnp.ones((3, 4, 5))}
+
+
+def stacked(name) -> int:
+    return 2 if name == "moe" else 0
+
+
+def run_experts(tx, norms, losses) -> Any:
+    """The state after gradients of these norms `[num_steps, 13]`."""
+
+    def step(state, x):
+        norms, loss = x
+        grads = jax.tree.map(jnp.zeros_like, EXPERTS)
+        grads["b"] = grads["b"].at[0].set(norms[0])
+        grads["moe"] = grads["moe"].at[:, :, 2].set(norms[1:].reshape(3, 4))
+        return tx.update(grads, state, EXPERTS, value=loss)[1], ()
+
+    scan = jax.jit(lambda state: lax.scan(step, state, (norms, losses))[0])
+    return scan(tx.init(EXPERTS))
+
+
+@pytest.fixture(scope="module")
+def kept() -> Any:
+    """Norms, and the states of records of all and of the 4 largest."""
+    rng = np.random.default_rng(0)
+    norms = np.exp(rng.standard_normal((12, 13))).astype(np.float32)
+    norms[9, 7], norms[10, 1:7], norms[11, 0] = math.inf, math.nan, 3e38
+    norms[11, 5] = 3e38  # the norm of all is beyond the largest float
+    norms = jnp.asarray(norms)
+    records = [optaxclip.record(window=8, stacked=stacked, top=k) for k in (None, 4)]
+    return norms, *[run_experts(tx, norms, jnp.ones(12)) for tx in records]
+
+
+def test_of_the_largest_norms_the_order_the_scopes_and_the_rest_are_kept(kept):
+    norms, whole, state = kept
+    names = optaxclip.leaf_names(EXPERTS, stacked=stacked)
+    found, all_of_them = (optaxclip.history(x, EXPERTS) for x in (state, whole))
+    assert found.names == ["top/1", "top/2", "top/3", "top/4", "rest"]
+    assert found.ranked is not None
+    for i, row in enumerate(np.asarray(norms[4:])):
+        order = np.argsort(-np.where(row < np.inf, row, np.inf), kind="stable")
+        assert found.ranked[i].tolist() == [names[k] for k in order[:4]]
+        np.testing.assert_allclose(found.norms[i, :4], row[order[:4]], rtol=1e-6)
+        np.testing.assert_allclose(found.norms[i, 4], total(row[order[4:]]), rtol=1e-6)
+        assert found.scope_name(i, 0) == names[order[0]]
+        assert found.scope_name(i, 4) == "rest"
+    np.testing.assert_allclose(found.norm, all_of_them.norm, rtol=1e-6)
+    np.testing.assert_array_equal(found.fired, all_of_them.fired)
+    assert all_of_them.ranked is None
+    assert all_of_them.scope_name(0, 6) == names[6]
+    columns = found.columns()
+    np.testing.assert_array_equal(columns["scope/top/2"], found.ranked[:, 1])
+    assert optaxclip.history(state).scope_name(0, 0).isdigit()
+    size = 4 * 8 * (6 + 2 * 4 + 1)
+    assert sum(x.nbytes for x in jax.tree.leaves(state)) == size + 8
+
+
+def test_metrics_of_the_largest_norms_are_those_of_a_record_of_all(kept):
+    _, whole, state = kept
+    for top in (10, 3, None):
+        found, expected = (
+            optaxclip.metrics(x, EXPERTS, top=top) for x in (state, whole)
+        )
+        chex.assert_trees_all_close(
+            {name: x for name, x in found.items() if "/top/" not in name},
+            {name: expected[name] for name in found if "/top/" not in name},
+            rtol=1e-6,
+        )
+        ranks = [name for name in found if name.endswith("/index")]
+        assert len(ranks) == min(top or 4, 4)
+        missing = {name.split("/")[1] for name in set(expected) - set(found)}
+        assert missing <= {"num_vanished", "top"} | (
+            {"norm", "ratio", "squared_share", "is_vanished"} if top is None else set()
+        )
+    found, expected = (optaxclip.metrics(x, EXPERTS) for x in (state, whole))
+    for name in found:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-6)
+    inside = jax.jit(optaxclip.metrics)(state, EXPERTS)
+    chex.assert_trees_all_close(inside, found, rtol=1e-6)
+
+
+def test_the_scopes_of_the_largest_norms_are_named_in_words(kept):
+    norms, _, _ = kept
+    tx = optaxclip.record(window=8, stacked=stacked, top=4)
+    state = run_experts(tx, norms[:10], jnp.ones(10))
+    text = optaxclip.explain(state, EXPERTS)
+    assert "On step 9 that of 'moe[1, 2]' was the first non-finite." in text
+    state = run_experts(tx, norms[:11], jnp.ones(11))
+    text = optaxclip.explain(state, EXPERTS)
+    assert "that of 'moe[1, 2]' was the first non-finite" in text  # one explosion
+    state = run_experts(tx, norms[10:11], jnp.ones(1))
+    assert "On step 0 more than 4 norms became non-finite." in optaxclip.explain(state)
+    # Of the last rank nothing vanishes, however small it is.
+    tiny = jnp.ones((8, 13)).at[:, 1:].set(1e-9)
+    text = optaxclip.explain(run_experts(tx, tiny, jnp.ones(8)), EXPERTS)
+    assert text == "gradients: 0 of 8 steps were non-finite."
+
+
+def test_a_record_of_more_ranks_than_scopes_keeps_all():
+    records = [optaxclip.record(top=k) for k in (None, 3, 2)]
+    states = [run(tx, noise(4)) for tx in records]
+    for tx, state in zip(records, states, strict=True):
+        mapped = optax.tree_map_params(tx, lambda x: x, state)
+        assert jax.tree.structure(mapped) == jax.tree.structure(state)
+        restored = flax.serialization.from_bytes(
+            tx.init(PARAMS), flax.serialization.to_bytes(state)
+        )
+        assert jax.tree.structure(restored) == jax.tree.structure(state)
+    chex.assert_trees_all_equal(*map(optaxclip.metrics, states[:2]))
+    chex.assert_trees_all_equal(
+        *(optaxclip.history(x, PARAMS).columns() for x in states[:2])
+    )
+    assert optaxclip.history(states[2]).names == ["top/1", "top/2", "rest"]
+    for reader in (optaxclip.metrics, optaxclip.history):
+        with pytest.raises(ValueError, match="does not have the structure"):
+            reader(states[2], {"a": jnp.ones(3)})
+    grads = {"a": jnp.ones(3), "b": jnp.ones(1)}
+    with pytest.raises(ValueError, match="do not have the leaves that init was given"):
+        optaxclip.record(top=2).update(grads, states[2])
 
 
 def test_updates_pass_and_half_precision_is_measured_in_float32():

@@ -131,7 +131,7 @@ class LeafLayout(NamedTuple):
         return tuple(map(len, self.layers))
 
 
-class _AnyTree(tuple):
+class AnyTree(tuple):
     """A nested tuple that equals every other.
 
     In the layout of a tree without leaves, such as the stand-in for all parameters that
@@ -190,7 +190,7 @@ def layout_of(tree: Any, per: Per, stacked: Stacked | None) -> Layout:
         return PerTree()
     if per not in ("leaf", "unit"):
         names = group_names(tree, per, stacked=stacked)
-        return PerGroup(tuple(names) if names else _AnyTree())
+        return PerGroup(tuple(names) if names else AnyTree())
     paths_and_leaves, structure = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
     )
@@ -215,7 +215,7 @@ def layout_of(tree: Any, per: Per, stacked: Stacked | None) -> Layout:
 
     layout = PerLeaf if per == "leaf" else PerUnit
     if not leaves:
-        return layout(_AnyTree())
+        return layout(AnyTree())
     return layout(() if is_plain else nested(structure))
 
 

@@ -95,7 +95,7 @@ A dashboard needs few names that stay the same. Of up to ten scopes each has its
 and no name, since a name that depends on values would come and go, and cannot be made
 in `jit`: `leaf_names(params)[index]` is that leaf. A model of 723 leaves, with
 `stabilize` and a clip per leaf, has 62 names. `top=` sets another number, and
-`top=None` names every scope.
+`top=None` names every scope. A `record(top=k)` keeps no more than the k largest.
 
 Of the last steps, as many as are kept or `window=`, there are percentiles of the norm
 and the shares of steps that exploded and that were skipped, beside those of the run;
@@ -127,7 +127,8 @@ recorders, `label=` chooses one.
 
 ```
 
-`pandas.DataFrame(kept.columns())` makes a table of the history.
+`pandas.DataFrame(kept.columns())` makes a table of the history. Of `record(top=k)` the
+columns of `kept.norms` are those of ranks, and `kept.ranked` says which scope has each.
 
 ## Pictures
 

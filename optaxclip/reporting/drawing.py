@@ -95,7 +95,10 @@ def draw_scopes(axes: Axes, history: History, leader: int | None) -> None:
     """The norm of each scope, the leading one highlighted."""
     norms = _positive(history.norms)
     num_scopes = len(history.names)
-    axes.set_title(f"norms of the {num_scopes} scopes", loc="left", fontsize="medium")
+    title = f"norms of the {num_scopes} scopes"
+    if history.ranked is not None:
+        title = f"the {num_scopes - 1} largest norms, and that of the rest"
+    axes.set_title(title, loc="left", fontsize="medium")
     axes.set_yscale("log")
     others = [i for i in range(num_scopes) if i != leader]
     style: dict[str, Any]

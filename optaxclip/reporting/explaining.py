@@ -86,7 +86,9 @@ def _line(kept: History, first: int, last: int, params: Any) -> str:
     # Only the loss may have been non-finite, and then there is none.
     scopes = np.flatnonzero(~np.isfinite(kept.norms[first]))
     if nonfinite:
-        where = _leaf_name(kept, scopes[0], params) if len(scopes) else "the loss"
+        where = "the loss"
+        if len(scopes):
+            where = _leaf_name(kept, first, scopes[0], params)
         reasons.append(f"{where} was non-finite")
     if norm:
         reasons.append(
@@ -101,7 +103,8 @@ def _line(kept: History, first: int, last: int, params: Any) -> str:
             f"{kept.loss_limit[first]:.3g}"
         )
     if (norm or share) and not len(scopes) and kept.leaf[first] >= 0:
-        reasons.append(f"{_leaf_name(kept, kept.leaf[first], params)} had grown most")
+        leaf = _leaf_name(kept, first, kept.leaf[first], params)
+        reasons.append(f"{leaf} had grown most")
     steps = f"step {kept.step_name(first)}"
     if last > first:
         comma = "," if kept.tags else ""
@@ -109,8 +112,8 @@ def _line(kept: History, first: int, last: int, params: Any) -> str:
     return f"- {steps}: {'; '.join(reasons)}."
 
 
-def _leaf_name(kept: History, leaf: Any, params: Any) -> str:
-    name = kept.names[int(leaf)]
+def _leaf_name(kept: History, row: int, leaf: Any, params: Any) -> str:
+    name = kept.scope_name(row, int(leaf))
     return f"leaf {name if params is None else repr(name)}"
 
 
@@ -128,11 +131,16 @@ def _sentences(kept: History, state: Any, params: Any) -> list[str]:
             found += [story_of(noticed, kept, params), *_aftermath(state)]
         if len(kept.step) and np.isnan(kept.loss).all():
             found.append("No loss was given as value=, so the rule on it was silent.")
-    vanished = [
-        repr(name)
-        for name, has in zip(kept.names, have_vanished(state.record), strict=True)
-        if has
-    ]
+    # Of the largest norms none vanishes.
+    vanished = (
+        []
+        if kept.ranked is not None
+        else [
+            repr(name)
+            for name, has in zip(kept.names, have_vanished(state.record), strict=True)
+            if has
+        ]
+    )
     if vanished:
         names = ", ".join(vanished[:3]) + (", ..." if len(vanished) > 3 else "")
         found.append(
@@ -199,8 +207,9 @@ def _first_nonfinite(kept: History, first: int) -> str:
     if not len(scopes):
         return f"On step {step} the loss was {kept.loss[first]:g}."
     if len(scopes) == len(kept.names):
-        return f"On step {step} all norms became non-finite."
-    name = kept.names[scopes[0]]
+        what = "all" if kept.ranked is None else f"more than {len(scopes) - 1}"
+        return f"On step {step} {what} norms became non-finite."
+    name = kept.scope_name(first, int(scopes[0]))
     return f"On step {step} that of {name!r} was the first non-finite."
 
 
@@ -210,7 +219,7 @@ def story_of(state: DetectExplosionsState, kept: History, params: Any) -> str:
     began, bad = (read_step(state, which) for which in ("began", "nonfinite"))
 
     def leaf_of(step: Event) -> str:
-        return _leaf_name(kept, step.leaf, params)
+        return _leaf_name(kept, 0, step.leaf, params)
 
     def name_of(step: Event) -> str:
         tags = named_tags(state.record.columns, np.asarray(step.tag))

@@ -17,7 +17,7 @@ def growth_of(kept: History, began: int) -> list[str]:
     unknown = np.full_like(kept.limit, np.inf)
     scopes = [_grown(norms, unknown, began, end) for norms in kept.norms.T]
     found = [("The norm had grown by", whole)]
-    if len(scopes) > 1:
+    if len(scopes) > 1 and kept.ranked is None:
         most = int(np.argmax([grown.rise if grown else 0 for grown in scopes]))
         what = f"In the end that of {kept.names[most]!r} had grown most, by"
         found.append((what, scopes[most]))

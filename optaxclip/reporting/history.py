@@ -20,7 +20,7 @@ from optaxclip.reporting.states import (
     find_recorders,
     params_of,
 )
-from optaxclip.ring import COLUMNS, rows_of
+from optaxclip.ring import COLUMNS, rows_of, scopes_of_ranks
 
 
 class History(NamedTuple):
@@ -44,12 +44,23 @@ class History(NamedTuple):
     non-finite, or else the one that had grown most, on average since 1, 9, 17, ... 57
     steps before; -1 if none had, and in `record`."""
     norms: np.ndarray
-    """float32 `[num_steps, num_scopes]`: the norm of each scope."""
+    """float32 `[num_steps, num_scopes]`: the norm of each scope. Of `record(top=k)`
+    `[num_steps, k + 1]`: the largest k, and the norm of all other scopes together."""
     names: list[str]
-    """The name of each scope, or its number."""
+    """The name of each scope, or its number. With `top=k` those of the ranks: "top/1"
+    to "top/k", and "rest"."""
     tags: Mapping[str, np.ndarray] = MappingProxyType({})
     """Of each name in `columns=`, float64 `[num_steps]`: what was given as `tag=`.
     Whole numbers are exact up to 2**48, all others were kept as a float32."""
+    ranked: np.ndarray | None = None
+    """With `top=k`, str `[num_steps, k]`: the scopes that have the ranks, by name or
+    number; else None."""
+
+    def scope_name(self, row: int, scope: int) -> str:
+        """The name of a scope, or of the one that has the rank in that row."""
+        if self.ranked is None or scope >= self.ranked.shape[1]:
+            return self.names[scope]
+        return str(self.ranked[row, scope])
 
     def step_name(self, row: int) -> str:
         """The step in a row and its tags: "605, batch 38212"."""
@@ -69,10 +80,10 @@ class History(NamedTuple):
         Returns:
           `{name: [num_steps]}`: "step", those of the user's own, "loss", "loss_limit",
           "norm", "limit", the rules "nonfinite", "norm_exploded", "share_exploded" and
-          "loss_exploded", and "norm/<scope>".
+          "loss_exploded", and "norm/<scope>"; with `top=k` also "scope/<rank>".
         """
         fired = ["nonfinite", *(f"{rule}_exploded" for rule in RULES[1:])]
-        return (
+        found = (
             {"step": self.step}
             | dict(self.tags)
             | {
@@ -84,6 +95,9 @@ class History(NamedTuple):
             | dict(zip(fired, self.fired.T, strict=True))
             | by_name({"norm": self.norms.T}, self.names)
         )
+        if self.ranked is not None:
+            found |= by_name({"scope": self.ranked.T}, self.names[:-1])
+        return found
 
 
 def step_name(step: Any, tags: dict[str, Any]) -> str:
@@ -146,6 +160,11 @@ def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> 
     step = np.arange(max(0, num_steps - window), num_steps)
     columns, norms = rows_of(state, step)
     parts = state.rows[step % window, len(COLUMNS) : state.num_others]
+    names = scope_names(state.layout, state.num_scopes, label, params_of(params))
+    ranked = None
+    if state.num_ranks:
+        ranked = np.array(names)[scopes_of_ranks(state, step)]
+        names = [f"top/{rank + 1}" for rank in range(state.num_ranks)] + ["rest"]
     return History(
         step=step,
         loss=np.where(columns["loss"] == NO_LOSS, np.float32(np.nan), columns["loss"]),
@@ -155,8 +174,9 @@ def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> 
         fired=flags_of(columns["fired"].astype(int)),
         leaf=columns["leaf"].astype(int),
         norms=norms,
-        names=scope_names(state.layout, norms.shape[1], label, params_of(params)),
+        names=names,
         tags=named_tags(state.columns, parts),
+        ranked=ranked,
     )
 
 

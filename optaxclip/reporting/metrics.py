@@ -124,7 +124,7 @@ def metrics(
         need those of each, stacked alike.
       top: With more scopes than so many, names are those of ranks instead, so that they
         are few and stay the same: `leaf_names(params)[index]` is the leaf. None for a
-        name for each scope.
+        name for each scope. Of `record(top=k)` there are always ranks, at most k.
       window: The last steps that are summed up; None for all that are kept.
       zeros: A tree of arrays, such as the gradients of this step: also gives the share
         of exact zeros in it, `zeros/fraction`, and in its leaves, as above.

@@ -136,7 +136,8 @@ def _heights(history: History) -> dict[str, float]:
     if num_scopes > 1:
         heights["scopes"] = 2.8
     heights |= {f"{TAG}{name}": 1.2 for name in history.tags}
-    if num_scopes > NUM_COLORED:
+    # Ranks are in order: a map of them shows nothing more.
+    if num_scopes > NUM_COLORED and history.ranked is None:
         heights["map"] = 4.6 if num_scopes > MAX_NAMED else 1.2 + 0.14 * num_scopes
     return heights
 
@@ -147,7 +148,7 @@ def leading(history: History) -> int | None:
     In `record` the first that was non-finite.
     """
     first = history.began
-    if first is None:
+    if first is None or history.ranked is not None:  # the ranks are not one scope each
         return None
     nonfinite = np.flatnonzero(~np.isfinite(history.norms[first]))
     leaf = int(nonfinite[0]) if nonfinite.size else int(history.leaf[first])

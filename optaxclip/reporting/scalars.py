@@ -34,7 +34,7 @@ from optaxclip.norms.scopes import find_scopes
 from optaxclip.numerics import divide, normalize_norms, root_sum_squares
 from optaxclip.reporting.history import totals_of
 from optaxclip.reporting.windowed import windowed_metrics
-from optaxclip.ring import RecordState, rows_of
+from optaxclip.ring import RecordState, rows_of, scopes_of_ranks
 
 TOP = "top/"
 """Begins the name of what is told of the largest scopes alone."""
@@ -117,6 +117,8 @@ def _record_metrics(
     if isinstance(state.layout, PerTree):
         return [result]
     shares = jnp.square(normalize_norms(norms)[0])
+    if state.num_ranks:
+        return [result, *_ranked_metrics(label, state, norms, shares, params, top)]
     # A number, since trackers do not take flags.
     has_vanished = vanished_of(state, totals).astype(jnp.int32)
     result |= {
@@ -124,14 +126,36 @@ def _record_metrics(
         "num_vanished": jnp.sum(has_vanished),
     }
     columns = {"norm": norms, "squared_share": shares, "is_vanished": has_vanished}
-    ratios = _ratios(norms, state.layout, label, params)
-    if ratios is not None:
-        result["ratio"], columns["ratio"] = ratios
+    found = _measure_params(label, state, params)
+    if found is not None:
+        units, unit = (x.astype(norms.dtype) for x in found)
+        result["ratio"] = _ratio(root_sum_squares(norms), unit)
+        columns["ratio"] = _ratio(norms, units)
     if len(norms) > top:
         # The order of the shares; what is non-finite is larger than all, and NaN too.
         sizes, index = lax.top_k(jnp.where(norms < jnp.inf, norms, jnp.inf), top)
         sizes = jnp.where(sizes < jnp.inf, sizes, norms[index])
         columns = {f"{TOP}index": index, f"{TOP}norm": sizes}
+    return [result, columns]
+
+
+def _ranked_metrics(
+    label: str,
+    state: RecordState,
+    norms: jax.Array,
+    shares: jax.Array,
+    params: Any,
+    top: int,
+) -> list[dict[str, jax.Array]]:
+    """Of a record of the largest norms, which does not know of any that vanish."""
+    largest = slice(min(top, state.num_ranks))
+    result = {"squared_share": jnp.max(shares[: state.num_ranks], initial=0)}
+    found = _measure_params(label, state, params)
+    if found is not None:
+        unit = found[1].astype(norms.dtype)
+        result["ratio"] = _ratio(root_sum_squares(norms), unit)
+    scopes = scopes_of_ranks(state, state.counts[0] - 1)
+    columns = {f"{TOP}index": scopes[largest], f"{TOP}norm": norms[largest]}
     return [result, columns]
 
 
@@ -149,25 +173,23 @@ def vanished_of(state: RecordState, totals: jax.Array) -> jax.Array:
     return jnp.all(is_small, axis=0) & (state.counts[0] >= len(state.norms))
 
 
-def _ratios(norms: jax.Array, layout: Layout, label: str, params: Any):
-    """Norms in units of those of the parameters; None where these are not known."""
+def _measure_params(label: str, state: RecordState, params: Any):
+    """Norms of the parameters, and of all; None where these are not known."""
     leaves = jax.tree.leaves(params)
     is_known = all(isinstance(x, jax.Array | np.ndarray) for x in leaves)
-    if params is None or not is_known or not isinstance(layout, PerLeaf):
+    if params is None or not is_known or not isinstance(state.layout, PerLeaf):
         return None
-    found = scope_leaves(layout, len(norms), label, params)
+    found = scope_leaves(state.layout, state.num_scopes, label, params)
     tree = [leaves[i] for i, _ in found]
     scopes = find_scopes(tree, "leaf", stacked=lambda i: len(found[int(i)][1]))
-    param_norms, param_norm = measure_leaves(tree, scopes)
+    return measure_leaves(tree, scopes)
 
-    def ratio(norm, unit):
-        quotient = divide(norm, jnp.where(unit > 0, unit, 1))
-        # Of a leaf that starts at zero any norm is infinitely large; none is none.
-        return jnp.where((unit > 0) | (norm == 0), quotient, jnp.inf)
 
-    unit = param_norm.astype(norms.dtype)
-    units = param_norms.astype(norms.dtype)
-    return ratio(root_sum_squares(norms), unit), ratio(norms, units)
+def _ratio(norm: jax.Array, unit: jax.Array) -> jax.Array:
+    """Norms in units of those of the parameters."""
+    quotient = divide(norm, jnp.where(unit > 0, unit, 1))
+    # Of a leaf that starts at zero any norm is infinitely large; none is none.
+    return jnp.where((unit > 0) | (norm == 0), quotient, jnp.inf)
 
 
 def _explosion_metrics(state: Any) -> dict[str, jax.Array]:

@@ -12,7 +12,7 @@ from optaxclip.ring import RecordState
 
 STATES = ClipByNormState, RecordState, DetectExplosionsState, SkipExplosionsState
 """The kinds of states that can be read."""
-EMPTY = {"layout", "columns", "limit_state", "target", "snapshots"}
+EMPTY = {"layout", "columns", "top", "limit_state", "target", "snapshots"}
 """Their fields that may hold no arrays, which some checkpoints leave out."""
 
 
