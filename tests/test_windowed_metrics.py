@@ -13,6 +13,7 @@ import pytest
 from jax import lax
 
 import optaxclip
+from optaxclip.reporting import zeros
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -332,6 +333,34 @@ def test_zeros_are_counted_on_request():
     clash = optaxclip.record("zeros").init(params)
     with pytest.raises(ValueError, match="a state has the label 'zeros'"):
         optaxclip.metrics(clash, zeros=tree)
+
+
+@pytest.mark.parametrize("most", [1, 5, 20, 60, 10**9])
+def test_more_zeros_than_an_integer_holds_are_counted(most, monkeypatch):
+    monkeypatch.setattr(zeros, "MOST_COUNTED", most)
+    x = np.random.default_rng(0).integers(0, 2, (3, 5, 4)).astype(np.float32)
+    tree = {"all": jnp.zeros((3, 5, 4)), "some": jnp.asarray(x), "number": 0.0}
+    # A new function: what is compiled for another limit would be found again.
+    found = jax.jit(lambda tree: optaxclip.metrics({}, zeros=tree))(tree)
+    assert found["zeros/fraction/all"] == 1
+    share = np.mean(x == 0)
+    np.testing.assert_allclose(found["zeros/fraction/some"], share, rtol=1e-6)
+    whole = (61 + 60 * share) / 121
+    np.testing.assert_allclose(found["zeros/fraction"], whole, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 2**30), (48, 384, 8192, 8192), (2**31 - 1, 7)])
+def test_no_integer_counts_more_than_it_holds(shape):
+    tree = {"w": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
+    program = jax.make_jaxpr(lambda tree: optaxclip.metrics({}, zeros=tree))(tree)
+    sizes = [
+        (equation.invars[0].aval.size, equation.outvars[0].aval.size)
+        for equation in program.eqns
+        if equation.primitive.name == "reduce_sum"
+        and equation.outvars[0].aval.dtype == jnp.int32
+    ]
+    assert len(sizes) == 1
+    assert all(before <= after * (2**31 - 1) for before, after in sizes)
 
 
 @pytest.mark.slow
