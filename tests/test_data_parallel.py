@@ -244,6 +244,8 @@ def test_a_run_that_gave_up_rewinds(
     assert "began on step 75; back from step 200 to 50, past batches 50 to 199" in told
     assert len(found["losses"]) == 150 + 150
     assert found["accuracy"] > 0.8
+    # Those of steps 100 and 150 are gone: nothing goes back into the explosion.
+    assert numbers(flags["checkpoints"]) == [0, 50, 200, 250, 300, 350]
 
 
 def test_no_rewind_without_a_checkpoint_from_before(example, one_process):
