@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from optaxclip.reporting.drawing import (
+    MAX_NAMED,
+    NUM_COLORED,
     add_legend,
     draw_loss,
     draw_map,
@@ -21,17 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Okabe and Ito's colors, which the color-blind can tell apart; no yellow, on white.
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000", "#999999")
-ALARM = "#d55e00"  # for nothing but what explodes
-ZERO = "#ffffff"
-
-
-# With so many scopes at most, each has a color; with more there is a map of all.
-NUM_COLORED = len(COLORS)
-# With so many scopes at most, each is named on the map; with more, so many are.
-MAX_NAMED, NUM_NAMED = 40, 20
-MAX_NAME_LENGTH = 32
 TAG = "tag/"  # before the names of tags, which may be those of other panels
 
 
