@@ -36,7 +36,8 @@ snapshot and temporarily reduces the updates. A clip is one line:
 
 ## Which one do I want?
 
-**The run must survive, and I know no threshold.** `stabilize(optimizer)`.
+**The run must survive, and I know no threshold.** `stabilize(optimizer)`. It keeps two
+copies of the parameters; `rollback="host"` keeps them in the memory of the host.
 
 **I want to know when a run became NaN, and where that began.** `detect_explosions()` in
 the chain, and `raise_if_exploded(opt_state, params)` in the loop.
