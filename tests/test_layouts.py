@@ -483,8 +483,8 @@ def test_all_reduces_of_a_healthy_step(layout, mode, subtests):
 
 def test_every_transformation_and_every_limit_has_a_row():
     words = set(re.findall(r"[\w.]+", " ".join(ROWS)))
-    # Products of matrices gather them, and have no `specs`: see `test_spectral.py`. The
-    # other one measures nothing.
+    # Products of matrices gather them: see `test_spectral.py`. The other one measures
+    # nothing.
     words |= {"clip_by_spectral_norm", "scale_params"}
     returned = ("GradientTransformationExtraArgs", "Limit")
     for prefix, module in {"": optaxclip, "limits.": limits}.items():

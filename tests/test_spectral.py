@@ -293,6 +293,48 @@ def test_sharded_matrices_are_whole(kind, spec):
     assert found["w"].sharding.is_equivalent_to(sharding, 2)
 
 
+@pytest.mark.usefixtures("quick_to_compile")
+@pytest.mark.parametrize(
+    "check_vma", [pytest.param(False, marks=pytest.mark.slow), True]
+)
+@pytest.mark.parametrize(
+    "smooth", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["cap", "smooth"]
+)
+def test_matrices_are_whole_inside_shard_map(smooth, check_vma):
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    shapes = {"both": (16, 24), "last": (8, 32), "layers": (3, 8, 16)}
+    shapes |= {"same": (8, 8), "vector": (8,)}
+    specs = {"both": P("b", "a"), "last": P(None, ("b", "a"))}
+    specs |= {"layers": P(None, ("a", "b")), "same": P(), "vector": P("a")}
+    rng = np.random.default_rng(0)
+    updates = {
+        name: jnp.float32(rng.standard_normal(shape)) for name, shape in shapes.items()
+    }
+    updates["layers"] = updates["layers"].at[1, 7, 3].set(np.nan)
+    # Of some matrices the largest singular value is within the limit.
+    updates["layers"] = updates["layers"].at[2].multiply(1e-3)
+    options: Any = {"stacked": lambda name: name == "layers", "smooth": smooth}
+
+    def run(updates, specs=None):
+        clip = make(limits.quantile(initial_norm=1.0), specs=specs, **options)
+        return clip.update(updates, clip.init(updates))
+
+    expected, expected_state = jax.jit(run)(updates)
+    sharded = jax.jit(
+        jax.shard_map(
+            functools.partial(run, specs=specs),
+            mesh=mesh,
+            in_specs=(specs,),
+            out_specs=(specs, P()),
+            check_vma=check_vma,
+        )
+    )
+    found, state = sharded(updates)
+    for name, x in expected.items():
+        np.testing.assert_allclose(found[name], x, rtol=1e-4, atol=1e-6, err_msg=name)
+    chex.assert_trees_all_close(state, expected_state, rtol=1e-4)
+
+
 def test_each_polynomial_maps_into_the_interval_of_the_next():
     table = singular.POLYNOMIALS
     floors = [*table[1:, 0], 1 - 8e-4]

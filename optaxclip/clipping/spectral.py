@@ -13,11 +13,17 @@ from jax.sharding import PartitionSpec
 from optaxclip.checks import check_by_name, check_label, check_leaves, own_state
 from optaxclip.clipping.by_norm import ClipByNormState
 from optaxclip.clipping.rescaling import fits_limit
+from optaxclip.clipping.shards import (
+    MeshAxes,
+    join_shards,
+    own_shard,
+    whole_shape,
+)
 from optaxclip.clipping.singular import cap, largest_singular_value, soften
 from optaxclip.limits.limit import LimitLike, as_limit
 from optaxclip.norms.measuring import measure
 from optaxclip.norms.names import Stacked, Where, layout_of
-from optaxclip.norms.scopes import Leaf, Scopes, find_scopes
+from optaxclip.norms.scopes import Leaf, Scopes, find_scopes, mesh_axes_of
 from optaxclip.numerics import (
     divide,
     increment,
@@ -35,6 +41,7 @@ def clip_by_spectral_norm(
     *,
     smooth: bool = False,
     where: Where | None = None,
+    specs: Any = None,
     stacked: Stacked | None = None,
     label: str = "clip",
 ) -> optax.GradientTransformationExtraArgs:
@@ -50,13 +57,14 @@ def clip_by_spectral_norm(
 
     The norm is the largest singular value, at most 0.5 % too small. Of norms up to
     10,000 times the limit, results are within 0.3 % of the limit of the formula; of
-    larger ones, what is below 1e-6 of the Frobenius norm shrinks with it. Under `jit`
-    matrices may be sharded; in `jax.shard_map` a shard counts as a matrix.
+    larger ones, what is below 1e-6 of the Frobenius norm shrinks with it. Of a sharded
+    matrix, each device works on the whole.
 
     Args:
       max_norm: The limit, as in `clip_by_norm`; a `Limit` learns from each matrix.
       smooth: Also shrinks what is below the limit, smoothly.
       where: A common argument, see `help(optaxclip)`.
+      specs: Likewise.
       stacked: Likewise; each layer or expert is a matrix.
       label: Likewise.
 
@@ -81,7 +89,7 @@ def clip_by_spectral_norm(
         raise TypeError(f"smooth must be True or False, not {smooth!r}")
 
     def scopes_of(tree):
-        return find_scopes(tree, "leaf", stacked=stacked, where=where)
+        return find_scopes(tree, "leaf", specs=specs, stacked=stacked, where=where)
 
     def init(params):
         scopes = scopes_of(params)
@@ -107,13 +115,15 @@ def clip_by_spectral_norm(
         del extra_args
         state = own_state(state, label, ClipByNormState)
         scopes = scopes_of(updates)
-        norms, frobenius, excess = _measure(updates, scopes)
+        mesh_axes = mesh_axes_of(updates, specs)
+        norms, frobenius, excess = _measure(updates, scopes, mesh_axes)
         check_leaves([state.norm.shape], [norms.shape], updates, params)
         dtype = state.norm.dtype
         seen = saturating_cast(norms, dtype)
         param_norms = None
         if limit.needs_params and params is not None:
-            param_norms, _, _ = _measure(params, scopes_of(params))
+            param_axes = mesh_axes_of(params, specs)
+            param_norms, _, _ = _measure(params, scopes_of(params), param_axes)
             check_leaves([state.norm.shape], [param_norms.shape], updates, params)
             param_norms = saturating_cast(param_norms, dtype)
         limits, limit_state = limit.update(seen, state.limit_state, param_norms)
@@ -139,7 +149,9 @@ def clip_by_spectral_norm(
         function = soften if smooth else cap
         leaves = [
             _clip(function, x, leaf, *values) if _is_matrix(leaf) else x
-            for x, leaf, *values in zip(leaves, scopes.leaves, *numbers, strict=True)
+            for x, leaf, *values in zip(
+                leaves, scopes.leaves, mesh_axes, *numbers, strict=True
+            )
         ]
         return jax.tree.unflatten(structure, leaves), {label: state}
 
@@ -160,16 +172,19 @@ def _is_matrix(leaf: Leaf) -> bool:
     return leaf.is_gradient and len(leaf.shape) - len(leaf.kept) == 2
 
 
-def _measure(tree: Any, scopes: Scopes) -> tuple[Any, Any, Any]:
+def _measure(
+    tree: Any, scopes: Scopes, mesh_axes: list[MeshAxes]
+) -> tuple[Any, Any, Any]:
     """Largest singular values; Frobenius norms, and by what the true ones exceed them.
 
     Each `[num_leaves]`; the first is 0 of what is no matrix.
     """
     frobenius, excess = measure(tree, scopes, 2)
     parts = []
-    for x, leaf, size, extra in zip(
+    for x, leaf, axes, size, extra in zip(
         jax.tree.leaves(tree),
         scopes.leaves,
+        mesh_axes,
         scopes.spread(frobenius),
         scopes.spread(excess),
         strict=True,
@@ -177,26 +192,30 @@ def _measure(tree: Any, scopes: Scopes) -> tuple[Any, Any, Any]:
         if not _is_matrix(leaf):
             parts.append(jnp.zeros(leaf.part_shape, frobenius.dtype))
             continue
-        share = jax.vmap(largest_singular_value)(_units(x, size, extra))
+        share = jax.vmap(largest_singular_value)(_units(x, axes, size, extra))
         size, extra = size.reshape(-1), extra.reshape(-1)
         norm = jnp.minimum(share * extra * size, jnp.finfo(size.dtype).max)
         parts.append(where(jnp.isfinite(size), norm, size))
-    return scopes.collapse(parts, "max"), frobenius, excess
+    # They are of whole matrices: nothing is left to combine over devices.
+    norms = jnp.concatenate([x.reshape(-1) for x in parts] or [jnp.zeros_like(excess)])
+    return norms, frobenius, excess
 
 
-def _units(x: Any, size: jax.Array, extra: jax.Array) -> jax.Array:
+def _units(x: Any, axes: MeshAxes, size: jax.Array, extra: jax.Array) -> jax.Array:
     """The matrices `[num_matrices, m, n]`, m >= n, each with a Frobenius norm of 1.
 
     In the dtype of `size`; zeros for one that is zero or holds inf or NaN.
     """
-    x = _replicate(widen(jnp.asarray(x), size.dtype))
+    x = _replicate(join_shards(widen(jnp.asarray(x), size.dtype), axes))
     is_known = jnp.isfinite(size) & (size > 0)
     x = divide(divide(x, where(is_known, size, 1)), extra)
     x = jnp.where(is_known, x, jnp.zeros_like(x)).reshape(-1, *x.shape[-2:])
     return x.mT if x.shape[-2] < x.shape[-1] else x
 
 
-def _clip(function: Callable, x, leaf: Leaf, size, extra, limit, fits) -> jax.Array:
+def _clip(
+    function: Callable, x, leaf: Leaf, axes: MeshAxes, size, extra, limit, fits
+) -> jax.Array:
     """A leaf whose matrices are clipped to their limits, but for those that fit."""
     x = jnp.asarray(x)
 
@@ -208,9 +227,10 @@ def _clip(function: Callable, x, leaf: Leaf, size, extra, limit, fits) -> jax.Ar
         least = 8 * jnp.finfo(size.dtype).eps
         cut = divide(divide(limit, where(size > 0, size, 1)), extra)
         cut = jnp.clip(where(fits | is_bad, 1, cut), least)
-        clipped = jax.vmap(function)(_units(known, size, extra), cut.reshape(-1))
-        is_wide = leaf.shape[-2] < leaf.shape[-1]
-        clipped = (clipped.mT if is_wide else clipped).reshape(leaf.shape)
+        clipped = jax.vmap(function)(_units(known, axes, size, extra), cut.reshape(-1))
+        shape = whole_shape(leaf.shape, axes)
+        clipped = (clipped.mT if shape[-2] < shape[-1] else clipped).reshape(shape)
+        clipped = own_shard(clipped, leaf.shape, axes)
         clipped = scale(clipped, where(is_bad, 0, limit)).astype(x.dtype)
         # Zero times inf or NaN is NaN, which stays visible.
         known = _replicate(known)

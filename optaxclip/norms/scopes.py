@@ -186,13 +186,13 @@ def find_scopes(
                 axis = default if unit_axis is None or not is_measured else unit_axis
                 kept += (find_unit_axis(name, shape, len(kept), axis),)
         entries = tuple(spec) + (None,) * (len(shape) - len(spec))
-        kept_mesh_axes = _manual_axes([entries[axis] for axis in kept])
+        kept_mesh_axes = _sorted_axes([entries[axis] for axis in kept])
         if per != "unit" and kept_mesh_axes:
             raise ValueError(
                 f"{name!r} is sharded over its layers by {spec}; with per={per!r} and "
                 "stacked= every device needs all layers"
             )
-        mesh_axes = _manual_axes([e for i, e in enumerate(entries) if i not in kept])
+        mesh_axes = _sorted_axes([e for i, e in enumerate(entries) if i not in kept])
         leaves.append(Leaf(shape, kept, is_measured, mesh_axes, kept_mesh_axes))
     if isinstance(per, str):
         if per == "unit" and not leaves:
@@ -238,6 +238,25 @@ def _leaf_specs(specs: Any, paths_and_leaves: list) -> list[PartitionSpec]:
     return found
 
 
+def mesh_axes_of(tree: Any, specs: Any) -> list[tuple[tuple[str, ...], ...]]:
+    """For each leaf and each of its axes, the manual mesh axes that it is sharded over.
+
+    In the order of the spec, which is that of the shards.
+    """
+    paths_and_leaves = jax.tree.leaves_with_path(tree)
+    found = []
+    for (_, leaf), spec in zip(
+        paths_and_leaves, _leaf_specs(specs, paths_and_leaves), strict=True
+    ):
+        entries = tuple(spec) + (None,) * (np.ndim(leaf) - len(spec))
+        found.append(tuple(_manual_axes([entry]) for entry in entries))
+    return found
+
+
+def _sorted_axes(entries: list[Any]) -> tuple[str, ...]:
+    return tuple(sorted(_manual_axes(entries)))
+
+
 def _manual_axes(entries: list[Any]) -> tuple[str, ...]:
     """The axes in entries of a spec that are those of a `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -253,4 +272,4 @@ def _manual_axes(entries: list[Any]) -> tuple[str, ...]:
                 )
             if types.get(axis) == AxisType.Manual:
                 axes.append(axis)
-    return tuple(sorted(axes))
+    return tuple(axes)
