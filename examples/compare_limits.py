@@ -30,8 +30,14 @@ CLIPS = {
     "ZClip": optaxclip.zclip(),
     "AutoClip": optaxclip.autoclip(),
     "AdaGC": optaxclip.adagc(),
+    "AGGC": optaxclip.aggc(0.5, 2.0),  # has no defaults; these are of its docstring
+    "SPAM": optax.chain(optaxclip.record("clip", window=1), optaxclip.spam()),
+    "Levanter": optaxclip.clip_by_historical_norm(),
 }
-COLORS = dict(zip(CLIPS, ("#000000", *curves.COLORS), strict=False))
+# Not here, since this is SGD: `gradient_stabilizer` takes the size of the gradients
+# away, and `stable_adam` is for Adam.
+BEHIND = {"Levanter"}  # sees the updates, and so stands behind the optimizer
+COLORS = dict(zip(CLIPS, ("#000000", *curves.COLORS[:-1], "#999999"), strict=True))
 MEASURES = "clip/norm", "clip/limit", "clip/clipped_fraction"
 ROW = "{:8} | {:22} | {:16} | {:24} | {:8} | {}"
 
@@ -72,7 +78,8 @@ def train(tx: Any, graphdef: Any, params: Any, texts: np.ndarray, bar: tqdm) -> 
 
     From parameters `[seeds, ...]` and texts `[steps, seeds, batch, length + 1]` to the
     losses, norms before the clip, limits, and shares of the steps so far that were
-    clipped, `[steps, seeds]` each; for AdaGC the largest that any array has.
+    clipped, `[steps, seeds]` each; per array the largest that one has. Limit and share
+    are +inf for SPAM, which clips elements.
     """
     cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 
@@ -85,7 +92,7 @@ def train(tx: Any, graphdef: Any, params: Any, texts: np.ndarray, bar: tqdm) -> 
         loss, grads = jax.value_and_grad(loss_fn)(params, text)
         updates, opt_state = tx.update(grads, opt_state, params)
         metrics = optaxclip.metrics(opt_state)
-        measures = [metrics[name] for name in MEASURES]
+        measures = [metrics.get(name, jnp.inf) for name in MEASURES]
         return (optax.apply_updates(params, updates), opt_state), (loss, *measures)
 
     advance = jax.jit(lambda carry, texts: jax.lax.scan(jax.vmap(step), carry, texts))
@@ -111,8 +118,8 @@ def spikes(losses: np.ndarray, *, factor: float = 1.2, window: int = 50) -> np.n
 
 def draw(path: Path, runs: dict[str, Any], result: dict[str, Any]) -> None:
     """Draws the losses, the norms with their limits, and the loss of each seed."""
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    rows: Any = [[f"{n}: {what}" for n in runs] for what in ("loss", "norm and limit")]
+    figure = Figure(figsize=(2.2 * len(runs), 8), layout="constrained")
+    rows: Any = [[f"{n}: {what}" for n in runs] for what in ("loss", "norm, limit")]
     rows.append(["final loss of each seed"] * len(runs))
     axes = figure.subplot_mosaic(rows, height_ratios=[3, 3, 2])
     *others, end_axis = axes.values()
@@ -148,7 +155,7 @@ def main(
     length: int = 64,
     logdir: Path | None = None,
 ) -> dict[str, Any]:
-    """Trains the same two-layer LSTM by SGD under five clips, and says which helped.
+    """Trains the same two-layer LSTM by SGD under seven clips, and says which helped.
 
     Args:
         steps: Training steps of each run.
@@ -175,7 +182,8 @@ def main(
     with tqdm(total=len(CLIPS) * steps, unit="step") as bar:
         for name, clip in CLIPS.items():
             bar.set_description(name)
-            tx = optax.chain(clip, optax.sgd(rate))
+            parts = clip, optax.sgd(rate)
+            tx = optax.chain(*(parts[::-1] if name in BEHIND else parts))
             runs[name] = losses, *_, share = train(tx, graphdefs[0], params, texts, bar)
             last = losses[-max(1, steps // 20) :].mean(axis=0, dtype=float)
             last = np.where(np.isfinite(last), last, np.inf)
@@ -184,6 +192,8 @@ def main(
                 f"{np.median(x):{form}} ({x.min():{form}} to {x.max():{form}})"
                 for x, form in zip(found.values(), ("#.3g", ".0f", ".1%"), strict=True)
             ]
+            if np.isinf(found["clipped"]).all():
+                cells[-1] = "-"
             found["diverged"] = int(np.sum(last >= chance))
             found["helped"] = int(np.sum(last < result.get("none", found)["loss"]))
             tqdm.write(ROW.format(name, *cells, found["diverged"], found["helped"]))

@@ -8,7 +8,8 @@ import pytest
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
-CLIPS = ["none", "fixed", "ZClip", "AutoClip", "AdaGC"]
+CLIPS = ["none", "fixed", "ZClip", "AutoClip", "AdaGC", "AGGC", "SPAM", "Levanter"]
+PER_ARRAY = {"AdaGC", "AGGC"}
 FLAGS: dict[str, Any] = {"steps": 20, "seeds": 2, "hidden": 4, "batch_size": 2}
 FLAGS |= {"length": 4, "warmup": 0}
 
@@ -31,7 +32,7 @@ def drawn(compare, monkeypatch) -> dict[str, Any]:
     return runs
 
 
-# One test, since each worker of pytest-xdist would compile the five programs anew.
+# One test, since each worker of pytest-xdist would compile the programs anew.
 @pytest.mark.slow
 def test_every_clip_gets_the_same_run_and_the_result_tells_it(
     compare, drawn, tmp_path, capsys, monkeypatch
@@ -61,7 +62,7 @@ def test_every_clip_gets_the_same_run_and_the_result_tells_it(
         found = result[name]
         np.testing.assert_allclose(found["loss"], losses[-1])
         np.testing.assert_array_equal(found["spikes"], compare.spikes(losses))
-        if name != "AdaGC":  # gives the largest norm and limit of any array
+        if name not in {*PER_ARRAY, "SPAM"}:  # give the largest of any array, or none
             clipped = (norms > limits).mean(axis=0)
             np.testing.assert_allclose(found["clipped"], clipped, rtol=1e-6)
         assert found["diverged"] == (found["loss"] > 3.25).sum()
@@ -77,23 +78,29 @@ def test_every_clip_gets_the_same_run_and_the_result_tells_it(
     for i in (0, 3):
         np.testing.assert_allclose(drawn["AdaGC"][i], drawn["fixed"][i], rtol=1e-2)
     assert (np.isfinite(drawn["AdaGC"][2]) == (drawn["fixed"][1] > 1)).all()
+    # SPAM clips from its 20th step on.
+    np.testing.assert_allclose(drawn["SPAM"][0][:4], drawn["none"][0][:4], rtol=1e-5)
+    assert np.isinf(drawn["SPAM"][2:]).all()
+    # It sees the updates: the gradients of the first step, times the learning rate.
+    np.testing.assert_allclose(drawn["Levanter"][1][0], 5 * drawn["none"][1][0], 1e-5)
 
     lines = capsys.readouterr().out.splitlines()
-    for name, line in zip(CLIPS, lines[2:7], strict=True):
+    for name, line in zip(CLIPS, lines[2 : 2 + len(CLIPS)], strict=True):
         cells = [cell.strip() for cell in line.split("|")]
         loss = result[name]["loss"]
         assert cells[0] == name
         assert cells[1].startswith(f"{np.median(loss):#.3g} ({loss.min():#.3g} to ")
+        assert (cells[3] == "-") == (name == "SPAM")
         assert cells[4:] == [str(result[name][key]) for key in ("diverged", "helped")]
     helped = [name for name in CLIPS if result[name]["helped"] == 2] or ["nothing"]
-    assert [part.split()[0] for part in lines[7].split(": ")[1].split(", ")] == helped
-    assert lines[7].startswith("none ")
+    assert [part.split()[0] for part in lines[-2].split(": ")[1].split(", ")] == helped
+    assert lines[-2].startswith("none ")
 
     from matplotlib.image import imread
 
     assert result["picture"] == tmp_path / "new" / "compare_limits.png"
     pixels = imread(result["picture"])[..., :3]
-    assert pixels.shape == (800, 1100, 3)
+    assert pixels.shape == (800, 220 * len(CLIPS), 3)
     for name in CLIPS:
         color = compare.COLORS[name]
         rgb = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]

@@ -53,7 +53,7 @@ norms.
 
 ```
 
-`examples/compare_limits.py` compares five clips at a learning rate at which training
+`examples/compare_limits.py` compares seven clips at a learning rate at which training
 without one diverges.
 
 ## Limits to detect explosions with
