@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 import optaxclip
+from optaxclip.reporting.drawing import ALARM, MAX_NAME_LENGTH, ZERO
 from optaxclip.reporting.history import History
-from optaxclip.reporting.plotting import ALARM, MAX_NAME_LENGTH, ZERO, leading, plot
+from optaxclip.reporting.plotting import leading, plot
 
 NUM_STEPS = 30
 
