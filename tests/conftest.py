@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Workers of the same run inherit it, so what one has compiled is not compiled
@@ -13,6 +14,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+if "XLA_FLAGS" not in os.environ and (
+    tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
+):
+    # Compiling is most of the time, and the older way to emit code nearly halves it.
+    # Newer versions of JAX have only the other; there, and once a week, it is tested.
+    os.environ["XLA_FLAGS"] = (
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    )
 
 import chex
 import jax

@@ -396,6 +396,7 @@ def test_a_change_of_regime_is_accepted_within_max_consecutive(max_consecutive):
     )
 
 
+@pytest.mark.slow
 def test_what_is_accepted_is_clipped_until_it_is_usual():
     tx = optaxclip.skip_explosions(optax.sgd(1.0))
     _, state, _ = run(tx, healthy(130))
@@ -537,6 +538,7 @@ def explode(tx, sizes, state: Any = None, params: Any = PARAMS) -> Any:
     return run(tx, sizes, sizes, state, params)
 
 
+@pytest.mark.slow
 def test_stabilize_cools_down_when_it_happens_again():
     _, state, _ = explode(STABILIZE, [*healthy(8), *BAD, *FINE])
     metrics = optaxclip.metrics(state)

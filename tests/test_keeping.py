@@ -163,6 +163,7 @@ def test_keys_and_whole_numbers_are_kept_as_they_are():
     assert jax.random.key_data(kept["key"])[-1] == 1
 
 
+@pytest.mark.slow
 def test_which_state_is_meant():
     params = jnp.ones(1)
     tx = optax.chain(

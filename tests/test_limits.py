@@ -345,6 +345,7 @@ def test_norms_near_the_largest_float(name):
     assert_equals_the_reference(name, norms, found, 1e-4)
 
 
+@pytest.mark.slow
 @every_limit
 def test_norms_near_the_smallest_float(name):
     flat = np.full((100, 3), 2e-38)

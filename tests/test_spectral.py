@@ -147,6 +147,7 @@ def test_matrices_of_any_size(size, dtype):
     np.testing.assert_allclose(state.norm, singular_values(x)[0], rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_far_beyond_the_limit_it_is_still_a_limit():
     # Of the largest floats: the norm reads as the largest.
     huge = jnp.full((4, 3), 3e38)
@@ -183,7 +184,9 @@ def test_edge_cases(smooth):
     chex.assert_trees_all_equal(clipped(x * 1e-5, 1.0, smooth=smooth)[0], x * 1e-5)
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize(
+    "bad", [jnp.nan, pytest.param(jnp.inf, marks=pytest.mark.slow)]
+)
 def test_what_is_not_finite_stays_in_its_matrix(bad):
     tree = {"bad": jnp.ones((3, 2)).at[1, 0].set(bad), "good": jnp.ones((3, 2))}
     tree |= {"vector": jnp.array([bad, 1.0])}
@@ -293,6 +296,7 @@ def test_sharded_matrices_are_whole(kind, spec):
     assert found["w"].sharding.is_equivalent_to(sharding, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_to_compile")
 @pytest.mark.parametrize(
     "check_vma", [pytest.param(False, marks=pytest.mark.slow), True]

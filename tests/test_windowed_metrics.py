@@ -64,6 +64,7 @@ def test_the_largest_are_ranked_by_their_share_and_named_by_index():
         assert not [name for name in found if "top/4" in name or "layer" in name]
 
 
+@pytest.mark.slow
 def test_what_is_nonfinite_comes_first():
     tx = optaxclip.record()
     norms = {NAMES[7]: math.inf, NAMES[700]: math.nan, NAMES[0]: 3e38}
