@@ -559,6 +559,7 @@ def test_without_a_rule_on_the_loss_the_norm_speaks_against_the_parameters():
     assert optaxclip.metrics(state)["explosions/num_rollbacks"] == 1
 
 
+@pytest.mark.slow
 def test_a_rollback_long_after_another_is_a_first_one():
     _, state, _ = explode(STABILIZE, [*healthy(8), *BAD, *FINE])
     _, state, _ = explode(STABILIZE, [*healthy(300), *BAD, *FINE], state=state)

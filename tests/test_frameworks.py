@@ -594,6 +594,7 @@ def interrupted_run(scope: str) -> Any:
     return train, start, saved, train(saved, range(3, 6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scope", "round_trip"),
     [

@@ -338,6 +338,7 @@ def test_long_and_odd_names():
     assert axes.get_position().width > 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf, 1e-45, 3e38, 2.0])
 @pytest.mark.parametrize(("num_steps", "num_scopes"), [(1, 9), (4, 2)])
 def test_no_numbers_make_trouble(value, num_steps, num_scopes):

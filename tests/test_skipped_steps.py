@@ -110,6 +110,7 @@ def test_without_columns_they_have_no_tags():
     assert optaxclip.skipped_steps(state) == [{"step": 4, "rules": ["nonfinite"]}]
 
 
+@pytest.mark.slow
 def test_a_tag_that_is_nonfinite_is_none_and_others_have_few_digits():
     tx = optaxclip.skip_explosions(optax.sgd(0.1), columns=["logit", "rate"])
     state = tx.init(PARAMS)
