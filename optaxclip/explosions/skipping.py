@@ -94,8 +94,9 @@ def skip_explosions(
     put `skip_explosions` around everything that changes updates. It needs the memory of
     two copies of the parameters; with `rollback="host"` that of the host, of the kind
     "pinned_host". Then one copy goes there every `snapshot_every` healthy steps, one
-    comes back in each step of a trial, and in all other steps nothing travels. It needs
-    JAX 0.10, and has been run on CPUs only.
+    comes back in each step of a trial, and in all other steps nothing travels. But the
+    updates are stored before they are applied, which takes as much memory as the
+    gradients. It needs JAX 0.10, and has been run on CPUs only.
 
     Args:
       inner: The optimizer; it gets all extra arguments.
