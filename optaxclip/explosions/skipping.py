@@ -37,10 +37,8 @@ from optaxclip.explosions.responding import (
 from optaxclip.explosions.rules import LOSS_LIMIT, MAX_GAP, NORM_LIMIT, SHARE_LIMIT
 from optaxclip.explosions.selecting import update_or_keep
 from optaxclip.explosions.snapshots import (
-    check_host_memory,
     check_is_on_host,
     empty_snapshots,
-    on_host,
 )
 from optaxclip.explosions.state import (
     COUNTS,
@@ -161,7 +159,7 @@ def skip_explosions(
             has_snapshots=_check_rollback(rollback),
         )
     )
-    is_on_host = rollback == "host"
+    on_host = rollback == "host"
     check_label(label)
     check_transformation("inner", inner)
     refused = [x for x in ("value", "tag") if not takes(inner.update, x)]
@@ -169,10 +167,7 @@ def skip_explosions(
 
     def init(params):
         inner_state = inner.init(params)
-        snapshots = empty_snapshots(params) if rollback else ()
-        if is_on_host:
-            check_host_memory()
-            snapshots = on_host(snapshots)
+        snapshots = empty_snapshots(params, on_host=on_host) if rollback else ()
         return {
             label: SkipExplosionsState(
                 explosions=detection.init(params),
@@ -184,7 +179,7 @@ def skip_explosions(
 
     def update(updates, state, params=None, **extra_args):
         state = own_state(state, label, SkipExplosionsState)
-        if is_on_host:
+        if on_host:
             check_is_on_host(state.snapshots)
         if rollback and params is None:
             raise ValueError(

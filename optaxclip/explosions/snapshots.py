@@ -95,10 +95,18 @@ def way_to(update: jax.Array, param: jax.Array, snapshot: jax.Array) -> jax.Arra
     return add(snapshot, -param).astype(update.dtype)
 
 
-def empty_snapshots(params: Any) -> Snapshots:
+def empty_snapshots(params: Any, *, on_host: bool) -> Snapshots:
     """Two of zeros; each has buffers of its own, or they could not be donated."""
+    if on_host:
+        check_host_memory()
+    space = jax.memory.Space.Host if on_host else jax.memory.Space.Device
+
+    def empty(x):
+        # Array by array: the device may have no room for all at once.
+        return put(jnp.zeros_like(x), space)
+
     present = snapshot_of(params)
-    older, newer = (jax.tree.map(jnp.zeros_like, present) for _ in range(2))
+    older, newer = (jax.tree.map(empty, present) for _ in range(2))
     return Snapshots(older, newer)
 
 
@@ -123,11 +131,6 @@ def check_is_on_host(snapshots: Any) -> None:
             "init makes them: state = jax.device_put(state, jax.tree.map(lambda x: "
             "x.sharding, tx.init(params)))"
         )
-
-
-def on_host(tree: Any) -> Any:
-    """The arrays in the memory of the host."""
-    return jax.tree.map(lambda x: put(x, jax.memory.Space.Host), tree)
 
 
 def is_on_host(tree: Any) -> bool:
