@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,12 @@ def faulty(
     nan_at: list[int],
     poison_at: list[int] | None = None,
     die_at: int = -1,
+    die_after: str | None = None,
 ) -> Callable:
-    """The last process reads NaN or poison in these batches, and is killed in one."""
+    """The last process reads NaN or poison in these batches, and is killed in one.
+
+    Not before `die_after` exists, a checkpoint: it is written beside the steps.
+    """
 
     def read(digits, batch, index):
         images, labels = read_rows(digits, batch, index)
@@ -38,6 +43,8 @@ def faulty(
             if index in (poison_at or []):
                 labels[-1] += POISON
             if index == die_at:
+                while die_after and not Path(die_after).exists():
+                    time.sleep(0.1)
                 os.kill(os.getpid(), signal.SIGKILL)
         return images, labels
 

@@ -311,12 +311,19 @@ class Processes:
             "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0",
         }
         # One device each, and no proxy on the way to 127.0.0.1.
-        others = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
         env = {
             name: value
             for name, value in os.environ.items()
-            if name not in others and not name.lower().endswith("_proxy")
+            if name != "JAX_NUM_CPU_DEVICES" and not name.lower().endswith("_proxy")
         }
+        # All else as here, or the bits would differ.
+        flags_of_xla = [
+            flag
+            for flag in env.pop("XLA_FLAGS", "").split()
+            if not flag.startswith("--xla_force_host_platform_device_count")
+        ]
+        if flags_of_xla:
+            env["XLA_FLAGS"] = " ".join(flags_of_xla)
         self.outputs = [directory / f"{i}.npz" for i in range(num)]
         self.logs = [directory / f"{i}.log" for i in range(num)]
         self.processes = []
@@ -357,10 +364,17 @@ class Processes:
 
 
 def killed_and_started_again(
-    directory: Path, data: str, between=None, *, die_at: int = DIE_AT, **faults: Any
+    directory: Path,
+    data: str,
+    between=None,
+    *,
+    die_at: int = DIE_AT,
+    die_after: str | None = None,
+    **faults: Any,
 ) -> Processes:
     """Two processes, one of which was killed on the way, after all have ended."""
-    with Processes(directory, data, die_at=die_at, **faults) as killed:
+    death = {"die_at": die_at, "die_after": die_after}
+    with Processes(directory, data, **death, **faults) as killed:
         assert killed.processes[1].wait(TIMEOUT) == -signal.SIGKILL
     if between:
         between(directory / "checkpoints")
@@ -405,7 +419,11 @@ def test_two_rewind_and_go_on_when_one_was_killed(
     assert "past batches 100 to 149" in capsys.readouterr().out
     continued(one_process, tmp_path / "checkpoints")
     processes = killed_and_started_again(
-        tmp_path, data, die_at=180, poison_at=POISON_AT
+        tmp_path,
+        data,
+        die_at=180,
+        die_after=str(tmp_path / "checkpoints" / "150"),
+        poison_at=POISON_AT,
     )
     for found, log in zip(processes.results(), processes.logs, strict=True):
         assert len(found["losses"]) == 100  # from the checkpoint after the rewind
