@@ -97,6 +97,62 @@ The arrays of a model are its parameters:
 
 ```
 
+## NumPyro
+
+`optax_to_numpyro` passes the loss on. Use `svi.update`: `svi.stable_update` drops the
+whole state of a non-finite step, and with it the count of the guard.
+
+```python
+>>> import numpyro
+>>> from numpyro.infer import SVI, Trace_ELBO, autoguide
+>>> def model(x):
+...     mean = numpyro.sample("mean", numpyro.distributions.Normal(0.0, 10.0))
+...     numpyro.sample("x", numpyro.distributions.Normal(mean, 1.0), obs=x)
+>>> tx = optaxclip.stabilize(optax.adam(1e-3))
+>>> optimizer = numpyro.optim.optax_to_numpyro(tx)
+>>> svi = SVI(model, autoguide.AutoDelta(model), optimizer, Trace_ELBO())
+>>> state = svi.init(jax.random.key(0), x)
+>>> update = jax.jit(svi.update)
+>>> for batch in (x, x * jnp.nan):
+...     state, loss = update(state, batch)
+>>> step, (params, opt_state) = state.optim_state
+>>> print(skipped(opt_state))
+1
+
+```
+
+## Diffrax, and fits in float64
+
+A solver needs nothing of its own. Gradients in float64 are measured in float64; what
+is recorded and told of them is float32. A solve that fails with `throw=False` gives a
+loss of inf and gradients of 0: such a step is taken, and counted as non-finite. One
+with a gradient of NaN is skipped.
+
+```python
+>>> import diffrax
+>>> def solve(rate):
+...     decay = diffrax.ODETerm(lambda t, y, rate: -rate * y)
+...     solution = diffrax.diffeqsolve(
+...         decay, diffrax.Euler(), t0=0, t1=1, dt0=0.1, y0=jnp.array(1.0),
+...         args=rate, throw=False,
+...     )
+...     return solution.ys[0]
+>>> tx = optaxclip.stabilize(optax.adam(0.1))
+>>> rate = jnp.array(0.5)
+>>> opt_state = tx.init(rate)
+>>> @jax.jit
+... def train_step(rate, opt_state, target):
+...     loss_fn = lambda rate: (solve(rate) - target) ** 2
+...     loss, grads = jax.value_and_grad(loss_fn)(rate)
+...     updates, opt_state = tx.update(grads, opt_state, rate, value=loss)
+...     return optax.apply_updates(rate, updates), opt_state
+>>> for target in (0.2, jnp.nan):
+...     rate, opt_state = train_step(rate, opt_state, target)
+>>> print(skipped(opt_state), bool(rate > 0.5))
+1 True
+
+```
+
 ## Haiku, and any loop of your own
 
 The loop calls `update` itself, as in the README:
@@ -112,8 +168,9 @@ alone; a rollback would raise an error that says so:
 >>> tx = optaxclip.stabilize(optax.adam(1e-3), rollback=False)
 >>> params = {"w": jnp.ones(2)}
 >>> opt_state = tx.init(params)
+>>> update = jax.jit(tx.update)
 >>> for grads in (params, {"w": jnp.array([jnp.nan, 1.0])}):
-...     updates, opt_state = tx.update(grads, opt_state)
+...     updates, opt_state = update(grads, opt_state)
 >>> print(skipped(opt_state), updates["w"])
 1 [0. 0.]
 
@@ -127,7 +184,8 @@ routine on the first steps. `metrics` then has it in `explosions/num_exploded/no
 and nothing is cut, since no parameter was changed by it.
 
 ```python
->>> def step(params, opt_state, scale):
+>>> @jax.jit
+... def step(params, opt_state, scale):
 ...     scaled = lambda params: scale * jnp.sum(params["w"] ** 2)
 ...     loss, grads = jax.value_and_grad(scaled)(params)
 ...     grads = jax.tree.map(lambda g: g / scale, grads)
@@ -169,8 +227,9 @@ around them passes every extra argument on:
 >>> inner = optax.chain(optax.adam(1e-3), optax.contrib.reduce_on_plateau(patience=1))
 >>> tx = optaxclip.stabilize(inner)
 >>> opt_state = tx.init(params)
+>>> update = jax.jit(tx.update)
 >>> for _ in range(3):
-...     _, opt_state = tx.update(params, opt_state, params, value=jnp.array(1.0))
+...     _, opt_state = update(params, opt_state, params, value=jnp.array(1.0))
 >>> print(optax.tree.get(opt_state, "best_value"))
 1.0
 
