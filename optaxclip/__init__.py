@@ -82,12 +82,12 @@ These mean the same wherever they appear:
 `"explosions"` or `"gradients"`; two transformations of a chain need different ones.
 
 Errors come as early as they can. Where something is made, an argument of the wrong type
-is a `TypeError`, and one that is out of range a `ValueError`; so is `limits.drift` per
-unit, and any other limit that learns, in `init`. In `update`, leaves or a state that
-`init` did not make are a `ValueError`, as is a loss with axes. A complex loss, or one
-given as `loss=` in place of `value=`, is a `TypeError`. Where there are `columns`, no
-`tag` is a `TypeError`, and one that lacks a name a `ValueError`. Docstrings name what
-else raises.
+is a `TypeError`, and one that is out of range a `ValueError`; so is a limit that
+learns, such as `limits.zscore`, per unit, in `init`. In `update`, leaves or a state
+that `init` did not make are a `ValueError`, as is a loss with axes. A complex loss, or
+one given as `loss=` in place of `value=`, is a `TypeError`. Where there are `columns`,
+no `tag` is a `TypeError`, and one that lacks a name a `ValueError`. Docstrings name
+what else raises.
 
 ## Guides
 

@@ -160,7 +160,7 @@ LIMITS: dict[str, Any] = {
     "percentile": lambda: limits.percentile(10.0, window=3),
     "window_sigma": lambda: limits.window_sigma(3.0, window=2),
     "log_quantile": lambda: limits.log_quantile(window=4),
-    "drift": lambda: limits.drift(window=4),
+    "sustained_rise": lambda: limits.sustained_rise(window=4),
     "above_lowest": lambda: limits.above_lowest(),
     "fraction_of_start": lambda: limits.fraction_of_start(),
 }

@@ -121,7 +121,7 @@ ROWS: dict[str, Callable] = {
     "limits.window_sigma": clip(limits.window_sigma(1.0, window=4)),
     "limits.quantile": clip(limits.quantile(), per=group),
     "limits.log_quantile": clip(limits.log_quantile()),
-    "limits.drift": clip(limits.drift(1.5, window=4), per="leaf"),
+    "limits.sustained_rise": clip(limits.sustained_rise(1.5, window=4), per="leaf"),
     "limits.above_lowest": clip(limits.above_lowest()),
     "limits.maximum": clip(limits.maximum(1.0, limits.quantile()), per="leaf"),
     "limits.fraction_of_start": clip(limits.fraction_of_start(0.5)),

@@ -99,7 +99,7 @@ def naive_log_quantile(norms, totals, power=3, min_ratio=3, max_jump=5, window=1
     return found
 
 
-def naive_drift(norms, totals, max_ratio=5, window=64, patience=3):
+def naive_sustained_rise(norms, totals, max_ratio=5, window=64, patience=3):
     mean = change = num_above = 0
     logs, found = np.log(norms), []
     for step, log in enumerate(logs):
@@ -164,7 +164,7 @@ CASES = {
     "window_sigma": case("window_sigma"),
     "quantile": case("quantile"),
     "log_quantile": case("log_quantile"),
-    "drift": case("drift"),
+    "sustained_rise": case("sustained_rise"),
     "above_lowest": case("above_lowest"),
     "fraction_of_start": case("fraction_of_start"),
     "mean_over_rms": case("mean_over_rms"),
@@ -177,7 +177,7 @@ CASES = {
     "short log_quantile": case(
         "log_quantile", power=1.5, min_ratio=1.2, max_jump=2.0, window=11
     ),
-    "short drift": case("drift", max_ratio=1.3, window=5, patience=2),
+    "short sustained_rise": case("sustained_rise", max_ratio=1.3, window=5, patience=2),
     "short above_lowest": case("above_lowest", max_ratio=1.2, window=3),
     "short mean_over_rms": case("mean_over_rms", decay=0.9, squares_decay=0.7),
     "short start": case("fraction_of_start", fraction=0.5, num_steps=3),
@@ -743,10 +743,10 @@ def test_log_quantile_needs_an_eighth_of_the_window_for_a_loss_of_either_sign():
     assert np.isfinite(found[16:]).all()
 
 
-def test_drift_needs_patience():
+def test_sustained_rise_needs_patience():
     flat, high = np.ones(100, np.float32), np.asarray([8, 8, 1, 8, 8, 8])
     norms = np.concatenate([flat, high]).astype(np.float32)
-    is_above = norms > run("drift", norms)[0]
+    is_above = norms > run("sustained_rise", norms)[0]
     assert np.flatnonzero(is_above).tolist() == [105]
 
 

@@ -177,7 +177,7 @@ MISTAKES: dict[str, Any] = {
         "ord must be a Python number, not True",
     ),
     "a limit that was not called": (
-        lambda: one_step(package.clip_by_norm(package.limits.drift)),
+        lambda: one_step(package.clip_by_norm(package.limits.sustained_rise)),
         "a schedule gave a Limit, and not a number: call it first",
     ),
     "two limits, the first of them bad": (

@@ -33,7 +33,7 @@ off.
 | rule | signal | default limit |
 |---|---|---|
 | `norm` | the norm of all gradients | `limits.log_quantile()`, with a floor |
-| `share` | the share of each leaf in that norm | `limits.drift()` |
+| `share` | the share of each leaf in that norm | `limits.sustained_rise()` |
 | `loss` | the loss, given as `value=` to `update` | the smaller of two, with a floor |
 
 * Behind the optimizer, `detect_explosions` sees the norm of the updates instead.

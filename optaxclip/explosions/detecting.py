@@ -81,7 +81,7 @@ def detect_explosions(
       norm: Limit on the norm: a number, a schedule or a `Limit`; None for no such rule.
         By default `limits.log_quantile()`, but at least `limits.fraction_of_start()`.
       share: Limit on the share of each leaf, within [0, 1], likewise. By default
-        `limits.drift()`.
+        `limits.sustained_rise()`.
       loss: Limit on the loss, likewise; it may have either sign. By default the smaller
         of `limits.log_quantile(2.4, min_ratio=1.7, early_jump=2.5, min_level=0.01)` and
         `limits.above_lowest()`, but at least `limits.fraction_of_start()`.

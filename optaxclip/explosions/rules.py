@@ -33,7 +33,7 @@ NORM_LIMIT = limits.maximum(
 )
 
 # Half and twice of each number give the same there: what decides is MIN_GROWTH, below.
-SHARE_LIMIT = limits.drift(5.0, window=64, patience=3)
+SHARE_LIMIT = limits.sustained_rise(5.0, window=64, patience=3)
 
 # A loss jumps less than a norm. power: with 1.8 there are 18.0, with 3.4 it notices
 # 98.0. min_ratio: with 1.4 there are 7.5, with 2.4 it notices 99.1. early_jump: with 2

@@ -66,15 +66,15 @@ compares a signal with its own past.
 |---|---|---|
 | `100.0` | above that number | any signal |
 | `log_quantile()` | far above the median, in units of the spread | norm, loss |
-| `drift()` | for 3 steps above 5 times its slow moving average | share |
+| `sustained_rise()` | for 3 steps above 5 times its slow moving average | share |
 | `above_lowest()` | for 8 steps above 8 times its lowest average | loss |
 | `fraction_of_start()` | above 1/1000 of its first values | a floor, in `maximum` |
 | `window_sigma(6)` | 6 standard deviations above the mean | norm, loss |
 
 The spread of `log_quantile` is how far the last 128 values lie above their median, on a
 logarithmic scale. A loss may have either sign: where one of the values is negative, the
-scale is linear. The default rules use `log_quantile`, `drift`, `above_lowest` and
-`fraction_of_start`; `help(optaxclip.explosions)` says for which signal.
+scale is linear. The default rules use `log_quantile`, `sustained_rise`, `above_lowest`
+and `fraction_of_start`; `help(optaxclip.explosions)` says for which signal.
 
 ## Sources
 
@@ -88,8 +88,8 @@ scale is linear. The default rules use `log_quantile`, `drift`, `above_lowest` a
 * `window_sigma`: Levanter, which clips at 3; OLMo-core, which skips at 6.
 * `quantile`: Andrew et al., [1905.03871](https://arxiv.org/abs/1905.03871), for clients
   in federated learning; TensorFlow Federated and Opacus.
-* `log_quantile`, `drift`, `above_lowest`, `fraction_of_start`: of this project, for
-  explosions.
+* `log_quantile`, `sustained_rise`, `above_lowest`, `fraction_of_start`: of this
+  project, for explosions.
 
 The docstring of each named method says where it differs from the published code. Nearly
 all of that code breaks at the first NaN.
@@ -190,12 +190,12 @@ from optaxclip.limits.limit import ScheduleState as ScheduleState
 from optaxclip.limits.limit import as_limit as as_limit
 from optaxclip.limits.limit import constant as constant
 from optaxclip.limits.limit import schedule as schedule
-from optaxclip.limits.persistent import DriftState as DriftState
 from optaxclip.limits.persistent import LowestState as LowestState
 from optaxclip.limits.persistent import StartState as StartState
+from optaxclip.limits.persistent import SustainedRiseState as SustainedRiseState
 from optaxclip.limits.persistent import above_lowest as above_lowest
-from optaxclip.limits.persistent import drift as drift
 from optaxclip.limits.persistent import fraction_of_start as fraction_of_start
+from optaxclip.limits.persistent import sustained_rise as sustained_rise
 from optaxclip.limits.targets import EmaBandState as EmaBandState
 from optaxclip.limits.targets import MeanOverRmsState as MeanOverRmsState
 from optaxclip.limits.targets import mean_over_rms as mean_over_rms

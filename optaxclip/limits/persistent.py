@@ -13,8 +13,8 @@ from optaxclip.limits.limit import Limit, cast_like, keep_finite, refuse_units
 from optaxclip.limits.windowed import _log
 
 
-class DriftState(NamedTuple):
-    """State of `drift`."""
+class SustainedRiseState(NamedTuple):
+    """State of `sustained_rise`."""
 
     memory: jax.Array
     """`[..., 5]`: moving averages of the logarithm of the norms and of its change from
@@ -39,7 +39,9 @@ class StartState(NamedTuple):
     `num_steps`, or -1 once a norm has been negative."""
 
 
-def drift(max_ratio: ArrayLike = 5.0, *, window: int = 64, patience: int = 3) -> Limit:
+def sustained_rise(
+    max_ratio: ArrayLike = 5.0, *, window: int = 64, patience: int = 3
+) -> Limit:
     """Limits a norm that stays above its slow moving average, as in an explosion.
 
     `mean * max(change**2.5, max_ratio)`, where mean is the geometric moving average of
@@ -61,7 +63,7 @@ def drift(max_ratio: ArrayLike = 5.0, *, window: int = 64, patience: int = 3) ->
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
-      >>> limit = optaxclip.limits.drift(patience=2)
+      >>> limit = optaxclip.limits.sustained_rise(patience=2)
       >>> state = limit.init(jnp.ones(()))
       >>> for norm in [1.0] * 50 + [8.0, 8.0]:
       ...     value, state = limit.update(jnp.array(norm), state, None)
@@ -73,8 +75,8 @@ def drift(max_ratio: ArrayLike = 5.0, *, window: int = 64, patience: int = 3) ->
     patience = check_length("patience", patience, 1)
 
     def init(sizes):
-        refuse_units("drift", sizes)
-        return DriftState(jnp.zeros((*sizes.shape, 5), sizes.dtype))
+        refuse_units("sustained_rise", sizes)
+        return SustainedRiseState(jnp.zeros((*sizes.shape, 5), sizes.dtype))
 
     def update(norms, state, param_norms=None):
         del param_norms
@@ -102,7 +104,7 @@ def drift(max_ratio: ArrayLike = 5.0, *, window: int = 64, patience: int = 3) ->
             jnp.minimum(num_above, patience),
         ]
         return limits, keep_finite(
-            norms, DriftState(jnp.stack(learned, axis=-1)), state
+            norms, SustainedRiseState(jnp.stack(learned, axis=-1)), state
         )
 
     return Limit(init, update)

@@ -60,7 +60,7 @@ def detector(
     """`detect_explosions` with these numbers."""
     return optaxclip.detect_explosions(
         norm=limits.maximum(limits.log_quantile(**norm), limits.fraction_of_start()),
-        share=limits.drift(**share),
+        share=limits.sustained_rise(**share),
         loss=limits.maximum(
             limits.minimum(limits.log_quantile(**loss), limits.above_lowest(**lowest)),
             limits.fraction_of_start(),
