@@ -139,9 +139,9 @@ for what is replicated. Give the loss after it has been reduced over the devices
 
 Each transformation and each limit gives on eight devices what it gives on one, updates
 and state, over 16 steps with spikes, NaN and a rollback. Integers are equal, and so are
-floats but for a few roundings (1e-6). `pytest -m "" tests/test_layouts.py` compares
-them. It counts the all-reduces, under `jit` and in `shard_map`, in addition to the one
-of the gradients.
+floats but for a few roundings (1e-6). `pytest -m "" tests/laws/test_layouts.py`
+compares them. It counts the all-reduces, under `jit` and in `shard_map`, in addition to
+the one of the gradients.
 
 | layout | `jit`, both kinds of axes | `shard_map` | extra all-reduces |
 |---|---|---|---|
@@ -170,10 +170,10 @@ process holds the whole state.
 * A checkpoint of parameters and `opt_state` holds all that the limits and the recorder
   know. Restore it into the tree of `tx.init(params)` as its template.
 
-`tests/test_data_parallel.py` kills one of two processes and starts both again. They end
-with the bits of the run that was not killed. `examples/data_parallel.py` trains on many
-devices and hosts, with checkpoints. Where a rollback does not help, it goes back to an
-earlier one, and on with other batches.
+`tests/examples/test_data_parallel.py` kills one of two processes and starts both again.
+They end with the bits of the run that was not killed. `examples/data_parallel.py`
+trains on many devices and hosts, with checkpoints. Where a rollback does not help, it
+goes back to an earlier one, and on with other batches.
 
 ## Versions of JAX
 

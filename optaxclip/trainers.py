@@ -261,7 +261,8 @@ name, x in optaxclip.metrics(opt_state, params).items()}`, and then:
 | MLflow | `mlflow.log_metrics(found, step=step)` |
 | TensorBoard | `for name, x in found.items(): writer.add_scalar(name, x, step)` |
 
-`tests/test_dashboards.py` writes to TensorBoard, and checks the names for all of them.
+`tests/reporting/test_dashboards.py` writes to TensorBoard, and checks the names for all
+of them.
 
 ## Accumulation, masks, schedules, hyperparameters
 

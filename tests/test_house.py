@@ -52,6 +52,13 @@ def imported_by(path: Path) -> set[str]:
     return found
 
 
+def test_folders_of_the_tests_are_those_of_the_package():
+    of_tests = {path.parent.name for path in PACKAGE.parent.glob("tests/*/test_*.py")}
+    of_package = {path.parent.name for path in MODULES if path.parent != PACKAGE}
+    # Laws run over the registry, and examples have tests too.
+    assert of_tests - {"laws", "examples"} == of_package
+
+
 def test_every_module_has_a_floor():
     assert {part_of(path) for path in MODULES} == set(FLOOR_OF)
 

@@ -21,7 +21,7 @@ RULES = ("nonfinite", "norm", "share", "loss")
 
 # Below 1/1000 of where norm and loss began nothing has exploded. Without noise both
 # fall by any factor, and a schedule-free average lets them rise again by nearly as
-# much. Two runs of `tests/test_optax.py` were rolled back five times without this.
+# much. Two runs of `tests/laws/test_optax.py` were rolled back five times without this.
 START = limits.fraction_of_start(1e-3)
 
 # power: with 2 there are 14.7 false alarms and not 7.3, with 6 it notices 98.9 and not

@@ -43,7 +43,12 @@ ARMS = (
     "optaxclip.stabilize",
     "optaxclip.stabilize, snapshots on the host",
 )
-TESTS = "test_clipping.py", "test_norms.py", "test_explosions.py", "test_recording.py"
+TESTS = (
+    "clipping/test_clipping.py",
+    "norms/test_norms.py",
+    "explosions/test_explosions.py",
+    "test_recording.py",
+)
 
 
 def median_time(function: Callable[..., Any], *args: Any, repetitions: int = 20):

@@ -24,7 +24,7 @@ from digits import write_idx
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 TIMEOUT = 200  # seconds
 NAN_AT, DIE_AT, NUM_STEPS, SAVE_EVERY = 57, 120, 200, 50
 FLAGS: dict[str, Any] = {"steps": NUM_STEPS, "save_every": SAVE_EVERY, "hidden": 12}

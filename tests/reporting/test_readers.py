@@ -549,7 +549,7 @@ def test_help_names_what_an_argument_may_be():
     assert "norm: 'limits.LimitLike | None' = <Limit maximum>," in text
 
 
-PROJECT = pathlib.Path(__file__).parents[1]
+PROJECT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
