@@ -123,41 +123,44 @@ whole state of a non-finite step, and with it the count of the guard.
 
 ## Diffrax, and fits in float64
 
-A solver needs nothing of its own. Gradients in float64 are measured in float64; what
-is recorded and told of them is float32. A solve that fails with `throw=False` gives a
-loss of inf and gradients of 0: such a step is taken, and counted as non-finite. One
-with a gradient of NaN is skipped.
-
-```python
->>> import diffrax
->>> def solve(rate):
-...     decay = diffrax.ODETerm(lambda t, y, rate: -rate * y)
-...     solution = diffrax.diffeqsolve(
-...         decay, diffrax.Euler(), t0=0, t1=1, dt0=0.1, y0=jnp.array(1.0),
-...         args=rate, throw=False,
-...     )
-...     return solution.ys[0]
->>> tx = optaxclip.stabilize(optax.adam(0.1))
->>> rate = jnp.array(0.5)
->>> opt_state = tx.init(rate)
->>> @jax.jit
-... def train_step(rate, opt_state, target):
-...     loss_fn = lambda rate: (solve(rate) - target) ** 2
-...     loss, grads = jax.value_and_grad(loss_fn)(rate)
-...     updates, opt_state = tx.update(grads, opt_state, rate, value=loss)
-...     return optax.apply_updates(rate, updates), opt_state
->>> for target in (0.2, jnp.nan):
-...     rate, opt_state = train_step(rate, opt_state, target)
->>> print(skipped(opt_state), bool(rate > 0.5))
-1 True
-
-```
+A solver needs nothing of its own: the step is that of Equinox. Gradients in float64 are
+measured in float64; what is recorded and told of them is float32. A solve that fails
+with `throw=False` gives a loss of inf and gradients of 0: such a step is taken, and
+counted as non-finite. One with a gradient of NaN is skipped. `tests/test_scientific.py`
+has a whole fit.
 
 ## Haiku, and any loop of your own
 
 The loop calls `update` itself, as in the README:
-`tx.update(grads, opt_state, params, value=loss)`. In a `lax.scan` the carry holds
-`opt_state`; of several runs, `jax.vmap` stacks it.
+`tx.update(grads, opt_state, params, value=loss)`.
+
+## Runs in one scan, as in reinforcement learning
+
+The carry of a `lax.scan` holds `opt_state`, and `jax.vmap` stacks that of several runs.
+Losses of either sign are fine. Here four agents learn which of two arms pays:
+
+```python
+>>> tx = optaxclip.stabilize(optax.adam(0.1))
+>>> def train(key):
+...     def step(carry, key):
+...         logits, opt_state = carry
+...         arm = jax.random.categorical(key, logits)
+...         reward = jnp.where(arm == 0, 1.0, -1.0)
+...         loss_fn = lambda logits: -reward * jax.nn.log_softmax(logits)[arm]
+...         loss, grads = jax.value_and_grad(loss_fn)(logits)
+...         updates, opt_state = tx.update(grads, opt_state, logits, value=loss)
+...         return (optax.apply_updates(logits, updates), opt_state), reward
+...     logits = jnp.zeros(2)
+...     carry = logits, tx.init(logits)
+...     return jax.lax.scan(step, carry, jax.random.split(key, 200))
+>>> keys = jax.random.split(jax.random.key(0), 4)
+>>> (logits, opt_state), rewards = jax.jit(jax.vmap(train))(keys)
+>>> print(rewards[:, 100:].mean() > 0.9)
+True
+>>> print(optaxclip.metrics(opt_state)["explosions/num_rollbacks"])
+[0 0 0 0]
+
+```
 
 ## Where the loop is not yours
 
@@ -216,8 +219,6 @@ Each gets a guard of its own, and its own loss. To read both at once they need l
 
 ```
 
-Losses of either sign are fine, as in reinforcement learning.
-
 ## What reads the loss inside
 
 `optax.contrib.reduce_on_plateau` and `optax.lbfgs` take `value=` as well; the guard
@@ -266,6 +267,8 @@ of them.
 
 ## Accumulation, masks, schedules, hyperparameters
 
-See "In your trainer" in `help(optaxclip.explosions)`, and "The global norm around a
-partition" in `help(optaxclip.clipping)`.
+`optax.MultiSteps` stands inside the guard. `optax.microbatch`, and any mean over
+micro-batches that the loop takes itself, comes before it: there one NaN costs the whole
+step, which is skipped. See "In your trainer" in `help(optaxclip.explosions)`, and "The
+global norm around a partition" in `help(optaxclip.clipping)`.
 """

@@ -1,6 +1,6 @@
 """Inside NumPyro's own loop, and around Diffrax's solvers.
 
-Their short recipes, `help(optaxclip.trainers)`, run as doctests.
+`help(optaxclip.trainers)` has the short recipe for NumPyro, which runs as a doctest.
 """
 
 import diffrax

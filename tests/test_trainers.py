@@ -403,6 +403,33 @@ def test_of_accumulation_one_micro_batch_is_lost(order):
     optaxclip.raise_if_exploded(state, params)
 
 
+@pytest.mark.skipif(not hasattr(optax, "microbatch"), reason="before Optax 0.2.7")
+def test_of_microbatching_the_whole_step_is_lost():
+    def loss_fn(params, batch):
+        return jnp.mean(batch) * jnp.sum(params["w"])
+
+    function = jax.value_and_grad(loss_fn)
+    mean = optax.microbatching.AccumulationType.MEAN
+    summed = optax.microbatch(function, 1, microbatch_size=2, accumulator=mean)
+    tx = stabilize(optax.sgd(0.1))
+
+    @jax.jit
+    def step(params, state, batch):
+        loss, grads = summed(params, batch)
+        updates, state = tx.update(grads, state, params, value=loss)
+        return optax.apply_updates(params, updates), state
+
+    params = {"w": jnp.ones(3)}
+    state = tx.init(params)
+    batch = jnp.ones(8)
+    params, state = step(params, state, batch)
+    np.testing.assert_allclose(params["w"], 0.9, rtol=1e-6)
+    kept, state = step(params, state, batch.at[5].set(jnp.nan))
+    chex.assert_trees_all_equal(kept, params)
+    params, state = step(kept, state, batch)
+    np.testing.assert_allclose(params["w"], 0.8, rtol=1e-6)
+
+
 # Derivatives.
 
 
