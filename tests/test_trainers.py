@@ -403,7 +403,7 @@ def test_of_accumulation_one_micro_batch_is_lost(order):
     optaxclip.raise_if_exploded(state, params)
 
 
-@pytest.mark.skipif(not hasattr(optax, "microbatch"), reason="before Optax 0.2.7")
+@pytest.mark.skipif(not hasattr(optax, "microbatch"), reason="Optax has it not yet")
 def test_of_microbatching_the_whole_step_is_lost():
     def loss_fn(params, batch):
         return jnp.mean(batch) * jnp.sum(params["w"])
