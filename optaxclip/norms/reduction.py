@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +32,13 @@ def reduce_leaves(gradients: list[jax.Array], *, scopes: Scopes):
         root = jnp.sqrt(total)
         return where(jnp.isfinite(root), jnp.minimum(root * unit, largest), root)
 
-    (sums, total), (units, unit) = _sums_of_powers(
-        gradients, scopes, 2, dtype, one_unit=True
-    )
-    return norm_of(sums, units), norm_of(total, unit)
+    all_leaves = _Sharing(jnp.sum, np.any, lambda unit: [unit] * len(gradients))
+    sums, first, unit = _sums_of_powers(gradients, scopes, 2, dtype, all_leaves)
+    # In the unit of one that overflows, or beside a non-finite one, small ones would be
+    # lost.
+    is_kept = _SafeRange.of(dtype).has(first, np.True_)
+    norms = norm_of(where(is_kept, first, sums), where(is_kept, 1, unit))
+    return norms, norm_of(jnp.sum(sums), unit)
 
 
 @functools.partial(jax.jit, static_argnames=("scopes", "ord"))
@@ -45,7 +49,8 @@ def reduce_scopes(gradients: list[jax.Array], *, scopes: Scopes, ord: float):
     @jax.custom_jvp
     def norms_and_excess(gradients):
         if ord in (1, 2):
-            sums, units = _sums_of_powers(gradients, scopes, ord, dtype)
+            each = _Sharing(lambda x: x, lambda x: x, lambda x: _spread(x, scopes))
+            sums, _, units = _sums_of_powers(gradients, scopes, ord, dtype, each)
             roots = jax.tree.map(lambda x: _root(x, ord), sums)
         else:
             values = [widen(x, dtype) for x in gradients]
@@ -78,65 +83,58 @@ def reduce_scopes(gradients: list[jax.Array], *, scopes: Scopes, ord: float):
     return norms_and_excess(gradients)
 
 
-def _sums_of_powers(
-    gradients: list, scopes: Scopes, ord: float, dtype: Any, *, one_unit: bool = False
-):
-    """(sums, units) for ord 1 and 2: one read, and one more if a sum is unsafe.
+class _Sharing(NamedTuple):
+    """Which scopes share a unit: that of the second read, if it is made."""
 
-    With `one_unit` all scopes share that of the second read, which is made if their sum
-    is unsafe; both results are pairs, of the scopes and of all together.
+    join: Callable[[Any], Any]
+    """From the sums of the scopes to those that are judged, one for each unit."""
+    join_flags: Callable[[Any], Any]
+    """The same for flags: true where any of them is."""
+    spread: Callable[[Any], list]
+    """From one value for each unit to one for each gradient."""
+
+
+def _sums_of_powers(
+    gradients: list, scopes: Scopes, ord: float, dtype: Any, sharing: _Sharing
+):
+    """(sums, first, units) for ord 1 and 2: one read, and one more if a sum is unsafe.
+
+    The sums are those of the last read, of elements in those units; `first` those of
+    the first read, where the unit is 1.
     """
-    # A sum under `low` may have lost elements to underflow. Scaled by 2**-shift the
-    # largest float can be raised to `ord` and added up 2**40 times without overflow;
-    # by 2**shift, the smallest is far from underflow. Powers of two are exact.
+    safe = _SafeRange.of(dtype)
     maxexp = jnp.finfo(dtype).maxexp
-    shift, low = 11 * maxexp // 16, 2.0 ** (-maxexp // 2)
-    up, down = jnp.asarray(2.0**shift, dtype), jnp.asarray(2.0**-shift, dtype)
     narrow = iter([4 * jnp.finfo(x.dtype).maxexp <= maxexp for x in gradients])
-    may_overflow = scopes.any_of(
+    flags = scopes.any_of(
         [leaf.is_gradient and not next(narrow) for leaf in scopes.leaves]
     )
-    shapes = may_overflow
-    if one_unit:
-        may_overflow = np.any(may_overflow)
+    may_overflow = sharing.join_flags(flags)
 
     def sums_of(values):
         return _total([_power(x, ord) for x in values], scopes, "sum", dtype)
 
-    def is_safe(sums, may_overflow):
-        return ~may_overflow | ((sums >= low) & (sums < jnp.inf))
-
-    def to_judge(sums: Any) -> Any:
-        return jnp.sum(sums) if one_unit else sums
-
-    def needs_rescue(state):
+    def needs_a_read(state):
         sums, _, _, num_reads = state
-        sums = to_judge(sums)
-        safe = jax.tree.leaves(jax.tree.map(is_safe, sums, may_overflow))
-        is_unsafe = functools.reduce(jnp.logical_or, [~jnp.all(x) for x in safe])
+        are_safe = jax.tree.map(safe.has, sharing.join(sums), may_overflow)
+        any_unsafe = [~jnp.all(x) for x in jax.tree.leaves(are_safe)]
+        is_unsafe = functools.reduce(jnp.logical_or, any_unsafe)
         return (num_reads == 0) | ((num_reads == 1) & scopes.anywhere(is_unsafe))
 
     def read(state):
         sums, first, _, num_reads = state
-        units = jax.tree.map(
-            lambda total, can: where(
-                is_safe(total, can), 1, where(total < low, down, up)
-            ),
-            to_judge(sums),
-            may_overflow,
-        )
+        units = jax.tree.map(safe.unit_of, sharing.join(sums), may_overflow)
         # Divided, since XLA does not compute a division again for every leaf.
         inverses = jax.tree.map(lambda unit: 1 / unit, units)
         # The barrier ties the gradients to the loop's state: XLA would otherwise hoist
         # their conversion to float32 out of the loop and into every healthy step.
         values = []
-        factors = [inverses] * len(gradients) if one_unit else _spread(inverses, scopes)
-        for x, factor in zip(gradients, factors, strict=True):
+        for x, factor in zip(gradients, sharing.spread(inverses), strict=True):
             x, factor = lax.optimization_barrier((x, factor))
             values.append(scale(widen(x, dtype), factor))
         sums = sums_of(values)
-        if one_unit and starts_in_loop:
-            first = where(num_reads == 0, sums, first)
+        if starts_in_loop:
+            keep = functools.partial(where, num_reads == 0)
+            first = jax.tree.map(keep, sums, first)
         return sums, first, units, num_reads + 1
 
     # The first read stands before the loop, which in a healthy step then has no turn: a
@@ -145,24 +143,44 @@ def _sums_of_powers(
     size = sum(x.size for x in gradients)
     starts_in_loop = scopes.kind != "unit" and len(gradients) > max(100, size / 2**15)
     if starts_in_loop:
-        sums = jax.tree.map(lambda can: jnp.ones(can.shape, dtype), shapes)
+        sums = jax.tree.map(lambda flags: jnp.ones(flags.shape, dtype), flags)
     else:
         # The barrier keeps an optimizer from sharing the squares, which XLA would then
         # store; with the 0 it is another than the barrier of the clip.
         values = [lax.optimization_barrier((x, np.float32(0)))[0] for x in gradients]
         sums = sums_of([widen(x, dtype) for x in values])
-    first: Any = sums if one_unit else ()
-    units = jax.tree.map(jnp.ones_like, to_judge(sums))
-    if starts_in_loop or any(can.any() for can in jax.tree.leaves(may_overflow)):
+    units = jax.tree.map(jnp.ones_like, sharing.join(sums))
+    state: Any = sums, sums, units, jnp.asarray(not starts_in_loop, jnp.int32)
+    if starts_in_loop or any(x.any() for x in jax.tree.leaves(may_overflow)):
         # A loop and not a `cond`, of which `vmap` runs both sides.
-        state = sums, first, units, jnp.asarray(not starts_in_loop, jnp.int32)
-        sums, first, units, _ = lax.while_loop(needs_rescue, read, state)
-    if not one_unit:
-        return sums, units
-    # Beside one that overflows, or is non-finite, small ones would be lost.
-    is_kept = is_safe(first, np.True_)
-    each = where(is_kept, first, sums), where(is_kept, 1, units)
-    return (each[0], to_judge(sums)), (each[1], units)
+        state = lax.while_loop(needs_a_read, read, state)
+    return state[:3]
+
+
+class _SafeRange(NamedTuple):
+    """The sums of a plain read that are right, and the units for those that are not."""
+
+    low: float
+    """A sum below may have lost elements to underflow."""
+    up: jax.Array
+    """Unit where a sum overflows: the largest float, divided by it, can be raised to
+    `ord` and added up 2**40 times. A power of two, which is exact; so is `down`."""
+    down: jax.Array
+    """Unit where a sum is low: the smallest float, divided by it, is far from it."""
+
+    @classmethod
+    def of(cls, dtype: Any) -> _SafeRange:
+        maxexp = jnp.finfo(dtype).maxexp
+        shift = 11 * maxexp // 16
+        up, down = (jnp.asarray(2.0**x, dtype) for x in (shift, -shift))
+        return cls(2.0 ** (-maxexp // 2), up, down)
+
+    def has(self, total: jax.Array, may_overflow: Any) -> jax.Array:
+        return ~may_overflow | ((total >= self.low) & (total < jnp.inf))
+
+    def unit_of(self, total: jax.Array, may_overflow: Any) -> jax.Array:
+        unit = where(total < self.low, self.down, self.up)
+        return where(self.has(total, may_overflow), 1, unit)
 
 
 def _relative_to_peak(values: list, scopes: Scopes, ord: float, dtype: Any):
