@@ -156,8 +156,9 @@ def test_the_site_has_a_page_for_each_guide_and_an_entry_for_each_name(tmp_path)
 
 def test_links_to_files_lead_somewhere():
     root = Path(__file__).parents[1]
-    files = [root / "README.md", root / "examples/README.md", root / "CHANGELOG.md"]
-    for path in [*files, root / "tests/benchmarks/README.md"]:
+    folders = ["", "examples", "examples/studies", "tests/benchmarks"]
+    files = [root / folder / "README.md" for folder in folders]
+    for path in [*files, root / "CHANGELOG.md"]:
         links = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text())
         for link in links:
             if "://" not in link:
@@ -171,7 +172,8 @@ def test_metrics_that_examples_and_guides_name_are_documented():
     # Detectors have the metrics of a record as well.
     documented |= {x.replace("gradients/", "explosions/") for x in documented}
     root = Path(__file__).parents[1]
-    texts = [path.read_text() for path in root.glob("examples/*.py")]
+    scripts = [*root.glob("examples/*.py"), *root.glob("examples/studies/*.py")]
+    texts = [path.read_text() for path in scripts]
     named = {
         name
         for text in (*texts, (root / "README.md").read_text(), guides())

@@ -53,8 +53,8 @@ norms.
 
 ```
 
-`examples/compare_limits.py` compares seven clips at a learning rate at which training
-without one diverges.
+`examples/studies/compare_limits.py` compares seven clips at a learning rate at which
+training without one diverges.
 
 ## Limits to detect explosions with
 

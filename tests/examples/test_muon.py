@@ -1,4 +1,4 @@
-"""examples/muon.py: every clip trains, from the same start."""
+"""examples/studies/muon.py: every clip trains, from the same start."""
 
 import muon
 import numpy as np

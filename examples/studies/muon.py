@@ -1,27 +1,31 @@
 """Which clip lets Muon train at a larger learning rate?
 
-python examples/muon.py                                      # no download
+python examples/studies/muon.py                              # no download
 
 A small transformer learns to continue Python's manual, from the help texts that Python
 ships. Its matrices are trained by Muon, all else by Adam. Every clip gets the same
 runs: the same parameters and texts for five seeds, at five learning rates.
 """
 
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import cli
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from compare_limits import load_texts
 from flax import nnx
 from tqdm import tqdm
 
 import optaxclip
 from optaxclip import limits
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import cli
+from compare_limits import load_texts
 
 COLUMNS = "{:12} | {}"
 

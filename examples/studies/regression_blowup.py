@@ -1,6 +1,6 @@
 """Why is a small regression NaN at once, and what saves it: clipping or weight decay?
 
-python examples/regression_blowup.py                         # no download
+python examples/studies/regression_blowup.py                 # no download
 
 An MLP of 25 units learns scikit-learn's `make_regression` by SGD with momentum. Every
 arm gets the same parameters and batches, for ten seeds. Much-copied versions subtract
@@ -10,22 +10,25 @@ the mean target: its gradients are smaller, NaN comes later, and nothing can be 
 """
 
 import functools
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import cli
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from curves import COLORS
 from flax import nnx
 from matplotlib.figure import Figure
 from sklearn.datasets import make_regression
 from tqdm import tqdm
 
 import optaxclip
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import cli
+from curves import COLORS
 
 NUM_FEATURES, HIDDEN, BATCH_SIZE, FIRST_STEPS = 20, 25, 128, 30
 BLUE, ORANGE, GREEN, RED, PINK, SKY, BLACK = COLORS

@@ -1,6 +1,6 @@
 """How much faster is gradient descent with a clip than with the best constant step?
 
-python examples/faster_with_clipping.py                      # no download
+python examples/studies/faster_with_clipping.py              # no download
 
 Zhang et al., "Why gradient clipping accelerates training" (2020, arXiv:1905.11881): the
 curvature of f(x, y) = cosh(x) + cosh(y) has no bound, but is at most L0 + L1 times the
@@ -9,12 +9,11 @@ small for the steep x, and is then slow along the flat y. A clip makes only stee
 small. M is the largest norm of the gradient where f is at most what it is at the start.
 """
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import cli
-import curves
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +22,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import optaxclip
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import cli
+import curves
 
 START_Y = 1.0
 THEOREM = (0.1, 1.0)  # step size and limit: 1 / (10 L0) and min(10 L0, L0 / L1)

@@ -1,19 +1,18 @@
 """Which clip helps at a learning rate at which training without one diverges?
 
-python examples/compare_limits.py                            # no download
+python examples/studies/compare_limits.py                    # no download
 
 An LSTM learns to continue Python's manual, from the help texts that Python ships. Every
 clip gets the same runs: the same parameters, texts and learning rate, for five seeds.
 """
 
 import math
+import sys
 import time
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import cli
-import curves
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +22,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import optaxclip
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import cli
+import curves
 
 CLIPS = {
     "none": optaxclip.clip_by_norm(math.inf),  # measures, and never clips

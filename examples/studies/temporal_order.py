@@ -1,6 +1,6 @@
 """Does a recurrent network learn what it must remember, with and without clipping?
 
-python examples/temporal_order.py                            # no download
+python examples/studies/temporal_order.py                    # no download
 
 The temporal-order task of Pascanu et al. (arXiv:1211.5063): among distractors an A or B
 stands near the start of a sequence, and another before its middle; at the end a tanh
@@ -8,13 +8,12 @@ RNN says which two. All seeds train at once by SGD, from the paper's "smart tanh
 """
 
 import math
+import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cli
-import curves
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +22,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import optaxclip
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import cli
+import curves
 
 NUM_SYMBOLS, NUM_CLASSES = 6, 4  # A, B and four distractors; AA, AB, BA, BB
 HIDDEN, BATCH_SIZE = 50, 20

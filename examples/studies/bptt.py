@@ -1,19 +1,18 @@
 """What does back-propagation through time multiply, and which run will explode?
 
-python examples/bptt.py                                      # no download
+python examples/studies/bptt.py                              # no download
 
 Networks recall the first number of a sequence. The largest Lyapunov exponent, that of
 tangents going forwards, predicts the growth of the gradients dC/da_t going backwards.
 If it is positive on the first batch, before any update, an explosion is foretold.
 """
 
+import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cli
-import curves
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +21,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import optaxclip
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import cli
+import curves
 
 RADII = 0.5, 0.75, 1.0, 1.25, 1.5  # spectral, of the recurrent matrix
 RATE, EVERY, SHAPE = 0.01, 25, (4, 25, 16, 64)  # rounds, steps, batch, length

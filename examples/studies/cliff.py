@@ -1,6 +1,6 @@
 """What does clipping do at a cliff of the loss?
 
-python examples/cliff.py                                     # no download
+python examples/studies/cliff.py                             # no download
 
 The recurrent unit with two parameters of Pascanu, Mikolov and Bengio (2013, arXiv:
 1211.5063, section 2.3 and figure 6): x_t = w sigmoid(x_{t-1}) + b from x_0 = 0.5, with
@@ -8,13 +8,12 @@ the loss (sigmoid(x_50) - 0.7)^2. Gradient descent walks on it with and without 
 """
 
 import math
+import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cli
-import curves
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +22,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import optaxclip
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import cli
+import curves
 
 LOW, HIGH = (4.0, -3.5), (6.0, -1.5)  # the part of the surface, (w, b), with the starts
 STYLES = {
