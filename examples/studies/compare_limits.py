@@ -9,9 +9,9 @@ clip gets the same runs: the same parameters, texts and learning rate, for five 
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ import optaxclip
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import cli
 import curves
+from python_manual import final_losses, load_texts, mean_loss, stack_models
 
 CLIPS = {
     "none": optaxclip.clip_by_norm(math.inf),  # measures, and never clips
@@ -41,8 +42,41 @@ CLIPS = {
 # away, and `stable_adam` is for Adam.
 BEHIND = {"Levanter"}  # sees the updates, and so stands behind the optimizer
 COLORS = dict(zip(CLIPS, ("#000000", *curves.COLORS[:-1], "#999999"), strict=True))
-MEASURES = "clip/norm", "clip/limit", "clip/clipped_fraction"
+MEASURES = ("clip/norm", "clip/limit", "clip/clipped_fraction")
+CHUNK = 20  # steps between two updates of the progress bar
+HIGHEST = 100  # higher losses and norms, as of a diverged run, are drawn here
 ROW = "{:8} | {:22} | {:16} | {:24} | {:8} | {}"
+
+
+class Run(NamedTuple):
+    """What was measured in the runs of one clip, `[steps, seeds]` each.
+
+    Attributes:
+        losses: The training losses.
+        norms: Before the clip; per array the largest that one has.
+        limits: Of the norms; per array the largest, and +inf for SPAM, which clips
+            elements.
+        clipped: The share of the steps so far that were clipped; +inf for SPAM.
+    """
+
+    losses: np.ndarray
+    norms: np.ndarray
+    limits: np.ndarray
+    clipped: np.ndarray
+
+
+class Result(NamedTuple):
+    """What the study found.
+
+    Attributes:
+        runs: What was measured, by the name of the clip.
+        summaries: What that amounts to, by the same name: of each seed the final
+            `loss`, the number of `spikes` and the share of steps `clipped`; how many
+            seeds `diverged`, and how many the clip `helped`.
+    """
+
+    runs: dict[str, Run]
+    summaries: dict[str, dict[str, Any]]
 
 
 class LSTM(nnx.Module):
@@ -63,48 +97,30 @@ class LSTM(nnx.Module):
         return self.head(x)
 
 
-def load_texts(shape: tuple[int, ...], length: int) -> tuple[np.ndarray, int, float]:
-    """Texts from Python's manual, `[*shape, length + 1]`, and how many characters.
-
-    Also the loss of knowing each character's frequency alone: a run that ends above it
-    has diverged.
-    """
-    chars = list("\n".join(dict.fromkeys(topics.values())))
-    _, text, counts = np.unique(chars, return_inverse=True, return_counts=True)
-    places = np.random.default_rng(0).integers(len(text) - length, size=(*shape, 1))
-    texts = text[places + np.arange(length + 1)].astype(np.int32)
-    return texts, len(counts), float(np.mean(np.log(len(text) / counts[text])))
-
-
-def train(tx: Any, graphdef: Any, params: Any, texts: np.ndarray, bar: tqdm) -> Any:
+def train(tx: Any, graphdef: Any, params: Any, texts: np.ndarray, bar: tqdm) -> Run:
     """Trains all seeds at once.
 
-    From parameters `[seeds, ...]` and texts `[steps, seeds, batch, length + 1]` to the
-    losses, norms before the clip, limits, and shares of the steps so far that were
-    clipped, `[steps, seeds]` each; per array the largest that one has. Limit and share
-    are +inf for SPAM, which clips elements.
+    From parameters `[seeds, ...]` and texts `[steps, seeds, batch, length + 1]`.
     """
-    cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
-
-    def loss_fn(params, text):
-        logits = nnx.merge(graphdef, params)(text[:, :-1])
-        return cross_entropy(logits, text[:, 1:]).mean()
+    loss_fn = partial(mean_loss, graphdef)
 
     def step(carry, text):
         params, opt_state = carry
         loss, grads = jax.value_and_grad(loss_fn)(params, text)
         updates, opt_state = tx.update(grads, opt_state, params)
         metrics = optaxclip.metrics(opt_state)
-        measures = [metrics.get(name, jnp.inf) for name in MEASURES]
-        return (optax.apply_updates(params, updates), opt_state), (loss, *measures)
+        measures: Any = [metrics.get(name, jnp.inf) for name in MEASURES]
+        params = optax.apply_updates(params, updates)
+        return (params, opt_state), Run(loss, *measures)
 
     advance = jax.jit(lambda carry, texts: jax.lax.scan(jax.vmap(step), carry, texts))
-    carry, measures = (params, jax.vmap(tx.init)(params)), []
-    for start in range(0, len(texts), 20):
-        carry, part = advance(carry, texts[start : start + 20])
-        measures.append(jax.device_get(part))
-        bar.update(len(part[0]))
-    return [np.concatenate(parts) for parts in zip(*measures, strict=True)]
+    carry = (params, jax.vmap(tx.init)(params))
+    parts = []
+    for start in range(0, len(texts), CHUNK):
+        carry, part = advance(carry, texts[start : start + CHUNK])
+        parts.append(jax.device_get(part))
+        bar.update(len(part.losses))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def spikes(losses: np.ndarray, *, factor: float = 1.2, window: int = 50) -> np.ndarray:
@@ -119,32 +135,121 @@ def spikes(losses: np.ndarray, *, factor: float = 1.2, window: int = 50) -> np.n
     return np.sum(losses > factor * medians, axis=0)
 
 
-def draw(path: Path, runs: dict[str, Any], result: dict[str, Any]) -> None:
+def summarize(run: Run, without: Run, chance: float) -> dict[str, Any]:
+    """Returns what the runs of a clip amount to, beside those without a clip."""
+    last = final_losses(run.losses)
+    return {
+        "loss": last,
+        "spikes": spikes(run.losses),
+        "clipped": run.clipped[-1],
+        "diverged": int(np.sum(last >= chance)),
+        "helped": int(np.sum(last < final_losses(without.losses))),
+    }
+
+
+def run(
+    *,
+    steps: int,
+    seeds: int,
+    learning_rate: float,
+    warmup: int,
+    hidden: int,
+    batch_size: int,
+    length: int,
+) -> Result:
+    """Trains under each clip, from the same parameters on the same texts."""
+    texts, num_chars, chance = load_texts((steps, seeds, batch_size), length)
+    models = [LSTM(num_chars, hidden, rngs=nnx.Rngs(seed)) for seed in range(seeds)]
+    graphdef, params = stack_models(models)
+    # The first step already moves: its rate is one part in warmup + 1.
+    rate = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, warmup)
+    runs = {}
+    with tqdm(total=len(CLIPS) * steps, unit="step") as bar:
+        for name, clip in CLIPS.items():
+            bar.set_description(name)
+            sgd = optax.sgd(rate)
+            tx = optax.chain(sgd, clip) if name in BEHIND else optax.chain(clip, sgd)
+            runs[name] = train(tx, graphdef, params, texts, bar)
+    summaries = {
+        name: summarize(of_clip, runs["none"], chance) for name, of_clip in runs.items()
+    }
+    return Result(runs, summaries)
+
+
+def report(result: Result) -> None:
+    """Prints a row for each clip, and which of them helped every seed."""
+
+    def spread(values, form):
+        median, least, largest = np.median(values), values.min(), values.max()
+        return f"{median:{form}} ({least:{form}} to {largest:{form}})"
+
+    seeds = len(result.summaries["none"]["loss"])
+    print(f"of {seeds} seeds the median (least to largest), and how many a clip helped")
+    print(ROW.format("clip", "loss", "spikes", "clipped", "diverged", "helped"))
+    for name, found in result.summaries.items():
+        counts_steps = np.isfinite(found["clipped"]).any()
+        cells = (
+            spread(found["loss"], "#.3g"),
+            spread(found["spikes"], ".0f"),
+            spread(found["clipped"], ".1%") if counts_steps else "-",
+            found["diverged"],
+            found["helped"],
+        )
+        print(ROW.format(name, *cells))
+
+    medians = {
+        name: f"{name} {np.median(found['loss']):#.3g}"
+        for name, found in result.summaries.items()
+    }
+    helped = [
+        medians[name]
+        for name, found in result.summaries.items()
+        if found["helped"] == seeds
+    ]
+    print(f"{medians['none']}; helped every seed: {', '.join(helped or ['nothing'])}")
+
+
+def draw(path: Path, result: Result) -> None:
     """Draws the losses, the norms with their limits, and the loss of each seed."""
-    figure = Figure(figsize=(2.2 * len(runs), 8), layout="constrained")
-    rows: Any = [[f"{n}: {what}" for n in runs] for what in ("loss", "norm, limit")]
-    rows.append(["final loss of each seed"] * len(runs))
+    num_clips = len(result.runs)
+    figure = Figure(figsize=(2.2 * num_clips, 8), layout="constrained")
+    rows: Any = [
+        [f"{name}: loss" for name in result.runs],
+        [f"{name}: norm, limit" for name in result.runs],
+        ["final loss of each seed"] * num_clips,
+    ]
     axes = figure.subplot_mosaic(rows, height_ratios=[3, 3, 2])
-    *others, end_axis = axes.values()
-    for i, (name, (losses, norms, limits, _)) in enumerate(runs.items()):
-        color, loss_axis, norm_axis = COLORS[name], others[i], others[i + len(runs)]
-        for axis, values in ((loss_axis, losses), (norm_axis, norms)):
-            values = np.sort(np.minimum(np.nan_to_num(values, nan=np.inf), 100))
-            steps = np.arange(1, len(values) + 1)
-            axis.fill_between(steps, *values[:, [0, -1]].T, color=color, alpha=0.2)
-            axis.plot(steps, np.median(values, axis=1), color=color)
-        norm_axis.plot(np.median(limits, axis=1), "k--", linewidth=1)
-        ends = np.minimum(result[name]["loss"], 100)
-        end_axis.plot(ends, [name] * len(ends), "o", color=color, alpha=0.6)
+    for name, of_clip in result.runs.items():
+        loss_axis = axes[f"{name}: loss"]
+        norm_axis = axes[f"{name}: norm, limit"]
+        draw_spread(loss_axis, of_clip.losses, COLORS[name])
+        draw_spread(norm_axis, of_clip.norms, COLORS[name])
+        norm_axis.plot(np.median(of_clip.limits, axis=1), "k--", linewidth=1)
         loss_axis.set(ylim=(0.9, 110), yscale="log")
         norm_axis.set(ylim=(0.03, 110), yscale="log", xlabel="step")
-    end_axis.set(xscale="log", xlim=(0.9, 110), ylim=(len(runs) - 0.5, -0.5))
+
+    end_axis = axes["final loss of each seed"]
+    for name, found in result.summaries.items():
+        ends = np.minimum(found["loss"], HIGHEST)
+        end_axis.plot(ends, [name] * len(ends), "o", color=COLORS[name], alpha=0.6)
+    end_axis.set(xscale="log", xlim=(0.9, 110), ylim=(num_clips - 0.5, -0.5))
     end_axis.xaxis.set_major_formatter("{x:g}")
+
     for title, axis in axes.items():
         axis.set_title(title, loc="left", fontsize="medium")
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
+
+
+def draw_spread(axis: Any, values: np.ndarray, color: str) -> None:
+    """Draws the median of `[steps, seeds]`, and the range of the seeds around it."""
+    values = np.minimum(np.nan_to_num(values, nan=np.inf), HIGHEST)
+    steps = np.arange(1, len(values) + 1)
+    axis.fill_between(
+        steps, values.min(axis=1), values.max(axis=1), color=color, alpha=0.2
+    )
+    axis.plot(steps, np.median(values, axis=1), color=color)
 
 
 def main(
@@ -170,44 +275,24 @@ def main(
         length: Characters in each text.
         logdir: Where to write; by default a new directory in runs/compare_limits.
     """
-    knobs = {"steps": steps, "seeds": seeds, "learning_rate": learning_rate}
-    knobs |= {"hidden": hidden, "batch_size": batch_size, "length": length}
-    cli.check_positive(knobs | ({"warmup": warmup} if warmup else {}))
+    knobs: dict[str, Any] = {
+        "steps": steps,
+        "seeds": seeds,
+        "learning_rate": learning_rate,
+        "hidden": hidden,
+        "batch_size": batch_size,
+        "length": length,
+    }
+    cli.check_positive(knobs)
+    if warmup:
+        cli.check_positive({"warmup": warmup})
     logdir = logdir or Path("runs", "compare_limits", time.strftime("%Y%m%d-%H%M%S"))
-    texts, num_chars, chance = load_texts((steps, seeds, batch_size), length)
-    models = [LSTM(num_chars, hidden, rngs=nnx.Rngs(seed)) for seed in range(seeds)]
-    graphdefs, states = zip(*map(nnx.split, models), strict=True)
-    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    rate = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, warmup)
-    print(f"of {seeds} seeds the median (least to largest), and how many a clip helped")
-    print(ROW.format("clip", "loss", "spikes", "clipped", "diverged", "helped"))
-    runs, result = {}, {}
-    with tqdm(total=len(CLIPS) * steps, unit="step") as bar:
-        for name, clip in CLIPS.items():
-            bar.set_description(name)
-            parts = clip, optax.sgd(rate)
-            tx = optax.chain(*(parts[::-1] if name in BEHIND else parts))
-            runs[name] = losses, *_, share = train(tx, graphdefs[0], params, texts, bar)
-            last = losses[-max(1, steps // 20) :].mean(axis=0, dtype=float)
-            last = np.where(np.isfinite(last), last, np.inf)
-            found = {"loss": last, "spikes": spikes(losses), "clipped": share[-1]}
-            cells = [
-                f"{np.median(x):{form}} ({x.min():{form}} to {x.max():{form}})"
-                for x, form in zip(found.values(), ("#.3g", ".0f", ".1%"), strict=True)
-            ]
-            if np.isinf(found["clipped"]).all():
-                cells[-1] = "-"
-            found["diverged"] = int(np.sum(last >= chance))
-            found["helped"] = int(np.sum(last < result.get("none", found)["loss"]))
-            tqdm.write(ROW.format(name, *cells, found["diverged"], found["helped"]))
-            result[name] = found
-    medians = {n: f"{n} {np.median(x['loss']):#.3g}" for n, x in result.items()}
-    helped = [medians[n] for n in runs if result[n]["helped"] == seeds] or ["nothing"]
-    print(f"{medians['none']}; helped every seed: {', '.join(helped)}")
+    result = run(warmup=warmup, **knobs)
+    report(result)
     picture = logdir / "compare_limits.png"
-    draw(picture, runs, result)
+    draw(picture, result)
     print(f"the picture is {picture.resolve()}")
-    return result | {"picture": picture}
+    return result.summaries | {"picture": picture}
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ def drawn(compare, monkeypatch) -> dict[str, Any]:
     """What `main` gives to `draw`: losses, norms, limits and shares of each clip."""
     runs, draw = {}, compare.draw
 
-    def remember(path, curves, result):
-        runs.update(curves)
-        draw(path, curves, result)
+    def remember(path, result):
+        runs.update(result.runs)
+        draw(path, result)
 
     monkeypatch.setattr(compare, "draw", remember)
     return runs
