@@ -10,8 +10,9 @@ runs: the same parameters and texts for five seeds, at five learning rates.
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,29 @@ from optaxclip import limits
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import cli
-from compare_limits import load_texts
+from python_manual import final_losses, load_texts, mean_loss, stack_models
 
-COLUMNS = "{:12} | {}"
+NUM_BLOCKS = 2
+NUM_HEADS = 4
+WARMUP_STEPS = 20  # a tenth of the default run
+ADAM_SHARE = 0.1  # Adam's learning rate, as a share of Muon's
+ROW = "{:12} | {}"
+
+
+class Result(NamedTuple):
+    """What the study found.
+
+    Attributes:
+        losses: By the name of the clip, the final losses `[rates, seeds]`.
+        rates: The learning rates of Muon.
+        chance: A run that ends at this loss or above has diverged.
+        seconds: How long all the training took.
+    """
+
+    losses: dict[str, np.ndarray]
+    rates: tuple[float, ...]
+    chance: float
+    seconds: float
 
 
 class Block(nnx.Module):
@@ -42,14 +63,14 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """From `[batch, length, width]` to the same."""
-        heads = (*x.shape[:2], 4, x.shape[2] // 4)
-        q, k, v = (
-            part.reshape(heads)
-            for part in jnp.split(self.qkv(self.norms[0](x)), 3, axis=-1)
-        )
-        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        batch_size, length, width = x.shape
+        heads = (batch_size, length, NUM_HEADS, width // NUM_HEADS)
+        parts = jnp.split(self.qkv(self.norms[0](x)), 3, axis=-1)
+        queries, keys, values = (part.reshape(heads) for part in parts)
+        mixed = jax.nn.dot_product_attention(queries, keys, values, is_causal=True)
         x += self.out(mixed.reshape(x.shape))
-        return x + self.fall(jax.nn.gelu(self.rise(self.norms[1](x))))
+        hidden = jax.nn.gelu(self.rise(self.norms[1](x)))
+        return x + self.fall(hidden)
 
 
 class Transformer(nnx.Module):
@@ -58,7 +79,7 @@ class Transformer(nnx.Module):
     def __init__(self, num_chars: int, width: int, length: int, *, rngs: nnx.Rngs):
         self.embed = nnx.Embed(num_chars, width, rngs=rngs)
         self.place = nnx.Embed(length, width, rngs=rngs)
-        self.blocks = nnx.List(Block(width, rngs=rngs) for _ in range(2))
+        self.blocks = nnx.List(Block(width, rngs=rngs) for _ in range(NUM_BLOCKS))
         self.head = nnx.Linear(width, num_chars, rngs=rngs)
 
     def __call__(self, text: jax.Array) -> jax.Array:
@@ -82,12 +103,13 @@ def labels_of(params: Any) -> Any:
 
 
 def adam(rate: Any) -> Any:
-    """For all but the matrices, with a tenth of the step."""
-    return optax.adam(lambda count: 0.1 * rate(count))
+    """For all but the matrices, with a smaller learning rate."""
+    return optax.adam(lambda count: ADAM_SHARE * rate(count))
 
 
 def muon(rate: Any, rest: Any) -> Any:
     """Muon for the matrices, and another optimizer for all else."""
+    # Of a kernel `[inputs, outputs]`, as Flax has them.
     dimensions = optax.contrib.MuonDimensionNumbers(0, 1)
 
     def all_matrices(params):
@@ -125,27 +147,81 @@ def train(
 
     From parameters `[seeds, ...]` and texts `[steps, seeds, batch, length + 1]`.
     """
-    cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+    loss_fn = partial(mean_loss, graphdef)
 
-    def loss_fn(params, text):
-        logits = nnx.merge(graphdef, params)(text[:, :-1])
-        return cross_entropy(logits, text[:, 1:]).mean()
-
-    def run(rate, params, texts):
-        tx = ARMS[arm](optax.warmup_constant_schedule(0.0, rate, 20))
+    def train_one(rate, params, texts):
+        tx = ARMS[arm](optax.warmup_constant_schedule(0.0, rate, WARMUP_STEPS))
 
         def step(carry, text):
             params, opt_state = carry
             loss, grads = jax.value_and_grad(loss_fn)(params, text)
             updates, opt_state = tx.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), loss
+            params = optax.apply_updates(params, updates)
+            return (params, opt_state), loss
 
-        return jax.lax.scan(step, (params, tx.init(params)), texts)[1]
+        _, losses = jax.lax.scan(step, (params, tx.init(params)), texts)
+        return losses
 
-    runs = jax.vmap(jax.vmap(run, (None, 0, 1)), (0, None, None))
-    losses = np.asarray(jax.jit(runs)(rates, params, texts))
+    of_seeds = jax.vmap(train_one, (None, 0, 1))
+    of_rates_and_seeds = jax.vmap(of_seeds, (0, None, None))
+    losses = np.asarray(jax.jit(of_rates_and_seeds)(rates, params, texts))
     bar.update()
     return np.moveaxis(losses, 2, 0)
+
+
+def run(
+    *,
+    steps: int,
+    seeds: int,
+    rates: tuple[float, ...],
+    width: int,
+    batch_size: int,
+    length: int,
+) -> Result:
+    """Trains under each clip, from the same parameters on the same texts."""
+    texts, num_chars, chance = load_texts((steps, seeds, batch_size), length)
+    models = [
+        Transformer(num_chars, width, length, rngs=nnx.Rngs(seed))
+        for seed in range(seeds)
+    ]
+    graphdef, state = stack_models(models)
+    params = nnx.to_pure_dict(state)
+    losses = {}
+    start = time.perf_counter()
+    with tqdm(total=len(ARMS), unit="clip") as bar:
+        for arm in ARMS:
+            bar.set_description(arm)
+            of_steps = train(arm, graphdef, params, texts, jnp.array(rates), bar)
+            losses[arm] = final_losses(of_steps)
+    seconds = time.perf_counter() - start
+    return Result(losses, rates, chance, seconds)
+
+
+def report(result: Result) -> None:
+    """Prints the losses of each clip, and what it buys."""
+    _, seeds = result.losses["none"].shape
+    print(f"median loss of {seeds} seeds at each learning rate; * some seed diverged")
+    print(ROW.format("clip", " ".join(f"{rate:7g}" for rate in result.rates)))
+    for arm, losses in result.losses.items():
+        cells = []
+        for of_rate in losses:
+            star = "*" if np.any(of_rate >= result.chance) else " "
+            cells.append(f"{np.median(of_rate):6.3f}{star}")
+        print(ROW.format(arm, " ".join(cells)))
+
+    for arm, losses in result.losses.items():
+        medians = np.median(losses, axis=1)
+        best = result.rates[int(np.argmin(medians))]
+        fine = [
+            rate
+            for rate, of_rate in zip(result.rates, losses, strict=True)
+            if np.all(of_rate < result.chance)
+        ]
+        print(
+            f"{arm}: best {medians.min():.3f} at {best:g}; every seed trains up to "
+            f"{max(fine, default=0):g}"
+        )
+    print(f"{result.seconds:.0f} s")
 
 
 def main(
@@ -167,44 +243,17 @@ def main(
         batch_size: Texts in each step.
         length: Characters in each text.
     """
-    knobs = {"steps": steps, "seeds": seeds, "batch_size": batch_size}
-    cli.check_positive(knobs | {"width": width, "length": length})
-    texts, num_chars, chance = load_texts((steps, seeds, batch_size), length)
-    models = [
-        Transformer(num_chars, width, length, rngs=nnx.Rngs(seed))
-        for seed in range(seeds)
-    ]
-    graphdefs, states = zip(*map(nnx.split, models), strict=True)
-    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    params = nnx.to_pure_dict(params)
-    print(f"median loss of {seeds} seeds at each learning rate; * some seed diverged")
-    print(COLUMNS.format("clip", " ".join(f"{rate:7g}" for rate in rates)))
-    result = {}
-    start = time.perf_counter()
-    with tqdm(total=len(ARMS), unit="clip") as bar:
-        for arm in ARMS:
-            bar.set_description(arm)
-            losses = train(arm, graphdefs[0], params, texts, jnp.array(rates), bar)
-            last = losses[-max(1, steps // 20) :].mean(axis=0, dtype=float)
-            last = np.where(np.isfinite(last), last, np.inf)
-            result[arm] = last
-            has_diverged = np.any(last >= chance, axis=1).tolist()
-            cells = [
-                f"{x:6.3f}{'*' if bad else ' '}"
-                for x, bad in zip(np.median(last, axis=1), has_diverged, strict=True)
-            ]
-            tqdm.write(COLUMNS.format(arm, " ".join(cells)))
-    for arm, last in result.items():
-        # What a clip buys: the best of all learning rates, and how large one may be.
-        medians = np.median(last, axis=1)
-        fine = [r for r, x in zip(rates, last, strict=True) if (x < chance).all()]
-        best = rates[int(np.argmin(medians))]
-        print(
-            f"{arm}: best {medians.min():.3f} at {best:g}; every seed trains up to "
-            f"{max(fine, default=0):g}"
-        )
-    print(f"{time.perf_counter() - start:.0f} s")
-    return result
+    knobs: dict[str, Any] = {
+        "steps": steps,
+        "seeds": seeds,
+        "batch_size": batch_size,
+        "width": width,
+        "length": length,
+    }
+    cli.check_positive(knobs)
+    result = run(rates=rates, **knobs)
+    report(result)
+    return dict(result.losses)
 
 
 if __name__ == "__main__":
