@@ -12,7 +12,7 @@ small. M is the largest norm of the gradient where f is at most what it is at th
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import cli
 import curves
 
-START_Y = 1.0
+START_Y = 1.0  # of every run; x starts at the distance
 THEOREM = (0.1, 1.0)  # step size and limit: 1 / (10 L0) and min(10 L0, L0 / L1)
-# What the searches try: constant steps times M; step sizes, and limits of the norm.
+# What the searches try; the best must lie inside. Constant steps are these over M.
 CONSTANT = np.geomspace(0.1, 100, 241)
-TUNED = (np.geomspace(0.01, 10, 25), np.geomspace(0.1, 100, 25))
+TUNED_RATES = np.geomspace(0.01, 10, 25)
+TUNED_LIMITS = np.geomspace(0.1, 100, 25)
+TUNED_MAX_STEPS = 2000  # a pair that needs more from some distance is not the best
 KINDS = {
     "constant": "best constant step, searched for each start",
     "theorem 3": "clip with the constants of theorem 3",
@@ -41,6 +43,21 @@ COLORS = dict(zip(KINDS, np.take(curves.COLORS, [3, 0, 2]), strict=True))
 ROW = "{:>8} | {:>8} | {:>9} | {:>9} | {:>5} | {}"
 
 
+class Result(NamedTuple):
+    """What the study found.
+
+    Attributes:
+        table: Arrays `[distances]`: the `distance`, its `M`, the best constant `rate`,
+            whether that did not arrive (`capped`), and the steps of each of `KINDS`.
+        pair: The step size and the limit that were searched for all starts.
+        norms: Of the gradient in the run of each of `KINDS` from the last distance.
+    """
+
+    table: dict[str, np.ndarray]
+    pair: tuple[float, float]
+    norms: list[jax.Array]
+
+
 def objective(point: jax.Array) -> jax.Array:
     """Returns f at a point `[2]`."""
     return jnp.sum(jnp.cosh(point))
@@ -48,7 +65,8 @@ def objective(point: jax.Array) -> jax.Array:
 
 def largest_gradient(distance: Any) -> float:
     """Returns M, the norm where y is 0 and x as large as f(distance, 1) allows."""
-    return np.sqrt((np.cosh(distance) + np.cosh(START_Y) - 1) ** 2 - 1)
+    cosh_x = np.cosh(distance) + np.cosh(START_Y) - 1
+    return np.sqrt(cosh_x**2 - 1)
 
 
 def step(point: jax.Array, rate: Any, limit: Any) -> Any:
@@ -81,27 +99,41 @@ def race(distance: Any, rates: Any, limits: Any, tolerance: Any, max_steps: Any)
     points = jnp.tile(jnp.array([distance, START_Y]), (len(rates), 1))
     steps, points = jax.lax.while_loop(go_on, advance, (0, points))
     norms = norms_at(points)
-    winner = jnp.nanargmin(norms)  # NaN has diverged
+    winner = jnp.nanargmin(norms)  # a candidate at NaN has diverged
     return steps, winner, norms[winner] <= tolerance
+
+
+def count_steps(
+    distance: Any, setting: tuple[float, float], tolerance: float, max_steps: int
+) -> int:
+    """Returns the steps of one run, whose setting is its step size and its limit."""
+    rate, limit = setting
+    steps, _, _ = race(
+        distance, np.array([rate]), np.array([limit]), tolerance, max_steps
+    )
+    return int(steps)
 
 
 def norms_along(distance: float, setting: Any, steps: int) -> jax.Array:
     """Returns the norms of the gradient in one run, `[steps + 1]`."""
     start = jnp.array([distance, START_Y])
-    return jax.lax.scan(lambda x, _: step(x, *setting), start, length=steps + 1)[1]
+    _, norms = jax.lax.scan(lambda x, _: step(x, *setting), start, length=steps + 1)
+    return norms
 
 
 def find_pair(distances: np.ndarray, tolerance: float) -> tuple[float, float]:
     """Returns the step size and limit with the fewest steps from all distances."""
 
     def count(distance, rate, limit):
-        steps, _, arrived = race(distance, rate[None], limit[None], tolerance, 2000)
+        steps, _, arrived = race(
+            distance, rate[None], limit[None], tolerance, TUNED_MAX_STEPS
+        )
         return jnp.where(arrived, steps, jnp.inf)
 
-    grids = np.meshgrid(distances, *TUNED, indexing="ij")
+    grids = np.meshgrid(distances, TUNED_RATES, TUNED_LIMITS, indexing="ij")
     counts = jax.jit(jnp.vectorize(count))(*grids).sum(axis=0)
-    i, j = np.unravel_index(counts.argmin(), counts.shape)
-    return inside(TUNED[0], i), inside(TUNED[1], j)
+    best_rate, best_limit = np.unravel_index(counts.argmin(), counts.shape)
+    return inside(TUNED_RATES, best_rate), inside(TUNED_LIMITS, best_limit)
 
 
 def inside(grid: np.ndarray, best: Any) -> float:
@@ -111,33 +143,113 @@ def inside(grid: np.ndarray, best: Any) -> float:
     return float(grid[best])
 
 
-def draw(path: Path, result: dict[str, Any], norms: list[jax.Array]) -> None:
+def measure(
+    distance: Any, pair: tuple[float, float], tolerance: float, max_steps: int
+) -> dict[str, Any]:
+    """Returns a row of the table: what there is to know of one distance."""
+    m = largest_gradient(distance)
+    rates = CONSTANT / m
+    no_limits = np.full(len(rates), np.inf)
+    steps, best, arrived = race(distance, rates, no_limits, tolerance, max_steps)
+    return {
+        "distance": distance,
+        "M": m,
+        # If none arrived, then the best is only the one that came closest.
+        "rate": inside(rates, best) if arrived else float(rates[best]),
+        "capped": not arrived,
+        "constant": int(steps),
+        "theorem 3": count_steps(distance, THEOREM, tolerance, max_steps),
+        "tuned": count_steps(distance, pair, tolerance, max_steps),
+    }
+
+
+def run(*, largest: int, tolerance: float, max_steps: int) -> Result:
+    """Counts the steps of each of `KINDS`, from each distance."""
+    distances = np.arange(2, largest + 1)
+    pair = find_pair(distances, tolerance)
+    bar = tqdm(distances, unit="distance", mininterval=1)
+    rows = [measure(distance, pair, tolerance, max_steps) for distance in bar]
+    table = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+    last = rows[-1]
+    settings = {
+        "constant": (last["rate"], np.inf),
+        "theorem 3": THEOREM,
+        "tuned": pair,
+    }
+    norms = [norms_along(largest, settings[kind], last[kind]) for kind in KINDS]
+    return Result(table, pair, norms)
+
+
+def report(result: Result) -> None:
+    """Prints the searched pair, a row for each distance, and the first and last ratio.
+
+    A ratio is the number of steps without a clip over that with one.
+    """
+    rate, limit = result.pair
+    print(f"tuned: step size {rate:.3g}, limit {limit:.3g}")
+    print(ROW.format("distance", "M", *KINDS, "ratios"))
+    ratios_of_theorem = []
+    for values in zip(*result.table.values(), strict=True):
+        row = dict(zip(result.table, values, strict=True))
+        # A constant step that did not arrive needs more steps than were counted.
+        sign = ">=" if row["capped"] else ""
+        of_theorem = f"{sign}{row['constant'] / row['theorem 3']:.3g}"
+        of_tuned = f"{sign}{row['constant'] / row['tuned']:.3g}"
+        cells = (
+            row["distance"],
+            f"{row['M']:.3g}",
+            f"{sign}{row['constant']}",
+            row["theorem 3"],
+            row["tuned"],
+            f"{of_theorem}, {of_tuned}",
+        )
+        print(ROW.format(*cells))
+        ratios_of_theorem.append(f"{of_theorem} at M = {row['M']:.3g}")
+    print(
+        "steps without / with theorem 3's clip: "
+        f"from {ratios_of_theorem[0]} to {ratios_of_theorem[-1]}"
+    )
+
+
+def draw(path: Path, result: Result) -> None:
     """Draws the steps and their ratios over M, and the norms of the longest runs."""
     figure = Figure(figsize=(13, 5), layout="constrained")
-    axes = figure.subplot_mosaic("SRN")
-    m, capped, constant = (result[name] for name in ("M", "capped", "constant"))
-    last, slope = np.flatnonzero(~capped)[-1], m / (np.log(m) + 1)
-    for (name, color), run in zip(COLORS.items(), norms, strict=True):
-        line = {"color": color, "marker": "o", "markersize": 4}
-        axes["S"].plot(m, result[name], label=KINDS[name], **line)
-        axes["R"].plot(m, constant / result[name], **line)
-        axes["N"].plot(np.arange(1, 1 + len(run)), run, color=color)
-    for panel, values in ("S", constant), ("R", constant / result["theorem 3"]):
+    axes = figure.subplot_mosaic([["steps", "ratios", "norms"]])
+    m = result.table["M"]
+    constant = result.table["constant"]
+    capped = result.table["capped"]
+    for kind, norms in zip(KINDS, result.norms, strict=True):
+        counts = result.table[kind]
+        line = {"color": COLORS[kind], "marker": "o", "markersize": 4}
+        axes["steps"].plot(m, counts, label=KINDS[kind], **line)
+        axes["ratios"].plot(m, constant / counts, **line)
+        axes["norms"].plot(np.arange(1, 1 + len(norms)), norms, color=COLORS[kind])
+
+    # What theorem 4 says of the slope, through the last distance that was counted.
+    slope = m / (np.log(m) + 1)
+    last = np.flatnonzero(~capped)[-1]
+    for panel, values in (
+        ("steps", constant),
+        ("ratios", constant / result.table["theorem 3"]),
+    ):
         line = slope * values[last] / slope[last]
         axes[panel].plot(m, line, "k--", linewidth=1, label="slope M / (log M + 1)")
     if capped.any():
-        axes["S"].plot(m[capped], constant[capped], "k^", label="at least so many")
+        axes["steps"].plot(m[capped], constant[capped], "k^", label="at least so many")
+
+    distance = result.table["distance"][-1]
     for panel, title, unit in (
-        ("S", "steps until the gradient is small", "M"),
-        ("R", "steps of the best constant step / steps", "M"),
-        ("N", f"norm of the gradient, from distance {result['distance'][-1]}", "step"),
+        ("steps", "steps until the gradient is small", "M"),
+        ("ratios", "steps of the best constant step / steps", "M"),
+        ("norms", f"norm of the gradient, from distance {distance}", "step"),
     ):
         axes[panel].set_title(title, loc="left", fontsize="medium")
         axes[panel].set(xscale="log", yscale="log", xlabel=unit)
         axes[panel].grid(alpha=0.3)
         axes[panel].spines[["top", "right"]].set_visible(False)
-    handles = axes["S"].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False)
+    handles, labels = axes["steps"].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
@@ -158,41 +270,21 @@ def main(
         max_steps: Where to give up, at least 500; the table then says ">=".
         logdir: Where to write; by default a new directory in runs/faster_with_clipping.
     """
-    knobs = {"largest": (largest, 3, 15), "tolerance": (tolerance, 1e-6, 0.1)}
-    for name, knob in (knobs | {"max_steps": (max_steps, 500, 10**9)}).items():
-        value, low, high = knob
+    for name, value, low, high in (
+        ("largest", largest, 3, 15),
+        ("tolerance", tolerance, 1e-6, 0.1),
+        ("max_steps", max_steps, 500, 10**9),
+    ):
         if not low <= value <= high:
             raise cli.InputError(f"{name} must be from {low} to {high}, got {value}")
     stamp = time.strftime("%Y%m%d-%H%M%S")
     logdir = logdir or Path("runs", "faster_with_clipping", stamp)
-    distances = np.arange(2, largest + 1)
-    pair = find_pair(distances, tolerance)
-    print(f"tuned: step size {pair[0]:.3g}, limit {pair[1]:.3g}")
-    print(ROW.format("distance", "M", *KINDS, "ratios"))
-    rows = []
-    for distance in tqdm(distances, unit="distance", mininterval=1):
-        m = largest_gradient(distance)
-        rates, no_limits = CONSTANT / m, np.full(len(CONSTANT), np.inf)
-        steps, best, arrived = race(distance, rates, no_limits, tolerance, max_steps)
-        rate = inside(rates, best) if arrived else float(rates[best])
-        counts = [int(steps)]
-        for one in (np.array([THEOREM]).T, np.array([pair]).T):
-            counts.append(int(race(distance, *one, tolerance, max_steps)[0]))
-        rows.append((distance, m, rate, not arrived, *counts))
-        sign = "" if arrived else ">="
-        ratios = ", ".join(f"{sign}{counts[0] / count:.3g}" for count in counts[1:])
-        cells = distance, f"{m:.3g}", f"{sign}{counts[0]}", *counts[1:], ratios
-        tqdm.write(ROW.format(*cells))
-    names = "distance", "M", "rate", "capped", *KINDS
-    result: Any = dict(zip(names, map(np.array, zip(*rows, strict=True)), strict=True))
-    ends = [f"{'>=' * row[3]}{row[4] / row[5]:.3g} at M = {row[1]:.3g}" for row in rows]
-    print(f"steps without / with theorem 3's clip: from {ends[0]} to {ends[-1]}")
-    settings = (result["rate"][-1], np.inf), THEOREM, pair
-    norms = map(norms_along, [largest] * 3, settings, rows[-1][4:])
+    result = run(largest=largest, tolerance=tolerance, max_steps=max_steps)
+    report(result)
     picture = logdir / "faster_with_clipping.png"
-    draw(picture, result, list(norms))
+    draw(picture, result)
     print(f"the picture is {picture.resolve()}")
-    return result | {"pair": pair, "picture": picture}
+    return result.table | {"pair": result.pair, "picture": picture}
 
 
 if __name__ == "__main__":

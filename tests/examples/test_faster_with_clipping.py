@@ -81,10 +81,11 @@ def test_the_numbers_are_those_of_the_theory_and_of_the_table(
     monkeypatch.setattr(
         faster,
         "draw",
-        lambda path, result, norms: drawn.update(result) or draw(path, result, norms),
+        lambda path, result: drawn.update(result.table) or draw(path, result),
     )
     few = np.geomspace(0.1, 10, 5)
-    monkeypatch.setattr(faster, "TUNED", (few, few))
+    monkeypatch.setattr(faster, "TUNED_RATES", few)
+    monkeypatch.setattr(faster, "TUNED_LIMITS", few)
     result = faster.main(largest=8, max_steps=500, logdir=tmp_path / "new")
     capped = result["capped"].tolist()
     assert capped == [False] * 6 + [True]  # the last needs about 690
