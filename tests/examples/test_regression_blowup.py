@@ -120,7 +120,7 @@ def test_what_it_returns_is_what_it_prints_and_draws(
     monkeypatch.setattr(
         blowup,
         "draw",
-        lambda path, arms, runs: drawn.update(runs) or draw(path, arms, runs),
+        lambda path, result: drawn.update(result.runs) or draw(path, result),
     )
     result = blowup.main(epochs=6, seeds=2, logdir=tmp_path / "new")
 
