@@ -12,7 +12,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,46 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import cli
 import curves
 
-NUM_SYMBOLS, NUM_CLASSES = 6, 4  # A, B and four distractors; AA, AB, BA, BB
-HIDDEN, BATCH_SIZE = 50, 20
-EVERY, NUM_TEST, SOLVED = 500, 1000, 0.01  # steps to a check; its sequences and error
+NUM_SYMBOLS = 6  # A, B and four distractors
+NUM_CLASSES = 4  # AA, AB, BA, BB
+HIDDEN = 50
+NUM_CONNECTIONS = 15  # of each unit to the units of the step before, at first
+RADIUS = 0.95  # spectral, of the recurrent matrix at first
+BATCH_SIZE = 20
+EVERY = 500  # steps from check to check
+NUM_TEST = 1000  # fresh sequences in a check
+SOLVED = 0.01  # an error below this is a solution
 COLORS = {"without": curves.COLORS[3], "with": curves.COLORS[0]}
-HEADS = "solved", "at the end", "NaN", "steps", "radius", "largest norm"
+COUNTS = ("solved", "at the end", "NaN")
+SPREADS = ("steps", "radius", "largest norm")
 ROW = "{:6} | {:8} | {:6} | {:10} | {:3} | {:19} | {:25} | {}"
+
+
+class Run(NamedTuple):
+    """What the checks found at one length, `[checks, arms, seeds]` each.
+
+    Attributes:
+        errors: On fresh sequences.
+        radii: Of the recurrent matrix, spectral.
+        norms: The largest of the gradient since the check before.
+    """
+
+    errors: np.ndarray
+    radii: np.ndarray
+    norms: np.ndarray
+
+
+class Result(NamedTuple):
+    """What the study found.
+
+    Attributes:
+        runs: The checks, by length.
+        summaries: What they amount to, by length and arm: the numbers of seeds in
+            `COUNTS`, and of each seed the numbers in `SPREADS`.
+    """
+
+    runs: dict[int, Run]
+    summaries: dict[int, dict[str, dict[str, Any]]]
 
 
 def sequences(key: jax.Array, length: int, num: int) -> tuple[jax.Array, jax.Array]:
@@ -53,10 +87,10 @@ def smart_tanh(seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     recurrent = rng.normal(size=(HIDDEN, HIDDEN))
     for row in recurrent:
-        row[rng.permutation(HIDDEN)[15:]] = 0
+        row[rng.permutation(HIDDEN)[NUM_CONNECTIONS:]] = 0
     params = {
         "input": 0.01 * rng.normal(size=(NUM_SYMBOLS, HIDDEN)),
-        "recurrent": 0.95 * recurrent / spectral_radius(recurrent),
+        "recurrent": RADIUS * recurrent / spectral_radius(recurrent),
         "bias": np.zeros(HIDDEN),
         "output": 0.01 * rng.normal(size=(HIDDEN, NUM_CLASSES)),
         "output_bias": np.zeros(NUM_CLASSES),
@@ -82,11 +116,10 @@ def logits_of(params: Any, symbols: jax.Array) -> jax.Array:
     return state @ params["output"] + params["output_bias"]
 
 
-def train(params: Any, limits: Any, rate: float, length: int, steps: int) -> Any:
-    """Trains all limits and seeds at once, from parameters `[limits, seeds, ...]`.
+def train(params: Any, limits: Any, rate: float, length: int, steps: int) -> Run:
+    """Trains all arms and seeds at once, from parameters `[arms, seeds, ...]`.
 
-    Returns the test errors, the spectral radii, and the largest norms of the gradient
-    since the check before, `[checks, limits, seeds]` each, from before the first step.
+    The first of the checks is before the first step. Each arm has one of the limits.
     """
     cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 
@@ -107,38 +140,111 @@ def train(params: Any, limits: Any, rate: float, length: int, steps: int) -> Any
     # Each seed has sequences of its own, the same under every limit.
     step_all = jax.vmap(jax.vmap(step, in_axes=(0, None, 0)), in_axes=(0, 0, None))
     error_all = jax.jit(jax.vmap(jax.vmap(error), in_axes=(0, None)))
-    advance = jax.jit(partial(jax.lax.scan, lambda p, keys: step_all(p, limits, keys)))
-    checks, norms = [], np.zeros((1, *params["bias"].shape[:2]))
+    advance = jax.jit(
+        partial(jax.lax.scan, lambda params, keys: step_all(params, limits, keys))
+    )
+    num_arms, num_seeds, _ = params["bias"].shape
+    norms = np.zeros((1, num_arms, num_seeds))
+    checks = []
     all_keys = jax.random.split(jax.random.key(0), 1 + steps // EVERY)
     for i, key in enumerate(tqdm(all_keys, desc=f"length {length}", unit="check")):
-        keys = jax.random.split(key, (1 + EVERY, norms.shape[-1]))
-        if i:
+        keys = jax.random.split(key, (1 + EVERY, num_seeds))
+        if i > 0:
             params, norms = advance(params, keys[1:])
+        errors = error_all(params, keys[0])
         radii = spectral_radius(np.asarray(params["recurrent"]))
-        checks.append((error_all(params, keys[0]), radii, norms.max(axis=0)))
-    return [np.stack(values) for values in zip(*checks, strict=True)]
+        checks.append(Run(errors, radii, norms.max(axis=0)))
+    return jax.tree.map(lambda *values: np.stack(values), *checks)
 
 
-def draw(path: Path, runs: dict[int, Any]) -> None:
+def summarize(run: Run, arm: int) -> dict[str, Any]:
+    """Returns what the checks of one arm amount to."""
+    errors, radii, norms = (values[:, arm] for values in run)
+    solved = errors < SOLVED
+    radius = radii[-1]
+    steps = EVERY * np.arange(len(errors))[:, None]
+    return {
+        "solved": solved.any(axis=0).sum(),
+        "at the end": solved[-1].sum(),
+        "NaN": np.isnan(radius).sum(),
+        "steps": np.where(solved, steps, np.inf).min(axis=0),
+        "radius": radius,
+        "largest norm": norms.max(axis=0),
+    }
+
+
+def run(
+    *,
+    lengths: tuple[int, ...],
+    steps: int,
+    seeds: int,
+    max_norm: float,
+    learning_rate: float,
+) -> Result:
+    """Trains with and without clipping at each length, from the same parameters."""
+    limits = jnp.array([math.inf, max_norm])  # in the order of COLORS
+    starts = [smart_tanh(seed) for seed in range(seeds)]
+    params = jax.tree.map(lambda *leaves: jnp.array([leaves, leaves]), *starts)
+    runs = {
+        length: train(params, limits, learning_rate, length, steps)
+        for length in lengths
+    }
+    summaries = {
+        length: {arm: summarize(checks, i) for i, arm in enumerate(COLORS)}
+        for length, checks in runs.items()
+    }
+    return Result(runs, summaries)
+
+
+def report(result: Result) -> None:
+    """Prints a row for each length and arm, and how many runs solve the task."""
+    seeds = next(iter(result.runs.values())).errors.shape[-1]
+    print(f"of {seeds} seeds: how many solve it, and the median (least to largest)")
+    print(ROW.format("length", "clipping", *COUNTS, *SPREADS))
+    num_solved = dict.fromkeys(COLORS, 0)
+    for length, of_arms in result.summaries.items():
+        for arm, found in of_arms.items():
+            counts = [found[name] for name in COUNTS]
+            spreads = [
+                f"{np.median(values):.5g} ({min(values):.5g} to {max(values):.5g})"
+                for values in (found[name] for name in SPREADS)
+            ]
+            print(ROW.format(length, arm, *counts, *spreads))
+            num_solved[arm] += found["solved"]
+    num_runs = len(result.runs) * seeds
+    print(
+        f"of {num_runs} runs {num_solved['with']} solve it with clipping, "
+        f"{num_solved['without']} without"
+    )
+
+
+def draw(path: Path, result: Result) -> None:
     """Draws the error and the spectral radius of every seed, for each length."""
-    figure = Figure(figsize=(1 + 3.3 * len(runs), 6), layout="constrained")
-    axes = figure.subplots(2, len(runs), sharex=True, sharey="row", squeeze=False)
-    for column, (length, run) in zip(axes.T, runs.items(), strict=True):
-        steps = EVERY * np.arange(len(run[0]))
-        for axis, values, line in zip(column, run, (0.75, 1), strict=False):
-            for i, (arm, color) in enumerate(COLORS.items()):
-                lines = axis.plot(steps, values[:, i], color=color, alpha=0.8)
-                lines[0].set_label(f"{arm} clipping")
-            axis.axhline(line, color="black", ls=":", label="guessing; a radius of 1")
-            axis.spines[["top", "right"]].set_visible(False)
-        column[0].set_title(f"length {length}", loc="left", fontsize="medium")
-        column[1].set_xlabel("step")
+    num_lengths = len(result.runs)
+    figure = Figure(figsize=(1 + 3.3 * num_lengths, 6), layout="constrained")
+    axes = figure.subplots(2, num_lengths, sharex=True, sharey="row", squeeze=False)
+    for column, (length, checks) in zip(axes.T, result.runs.items(), strict=True):
+        error_axis, radius_axis = column
+        draw_seeds(error_axis, checks.errors, mark=1 - 1 / NUM_CLASSES)
+        draw_seeds(radius_axis, checks.radii, mark=1)
+        error_axis.set_title(f"length {length}", loc="left", fontsize="medium")
+        radius_axis.set_xlabel("step")
     axes[0, 0].set_ylabel("error on fresh sequences")
     axes[1, 0].set_ylabel("spectral radius")
-    legend = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*legend, loc="outside lower center", ncols=3, frameon=False)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
+
+
+def draw_seeds(axis: Any, values: np.ndarray, *, mark: float) -> None:
+    """Draws a line for each arm and seed of `[checks, arms, seeds]`, and the mark."""
+    steps = EVERY * np.arange(len(values))
+    for i, (arm, color) in enumerate(COLORS.items()):
+        lines = axis.plot(steps, values[:, i], color=color, alpha=0.8)
+        lines[0].set_label(f"{arm} clipping")  # of the seeds one, for the legend
+    axis.axhline(mark, color="black", ls=":", label="guessing; a radius of 1")
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def main(
@@ -160,36 +266,24 @@ def main(
         learning_rate: Of plain SGD.
         logdir: Where to write; by default a new directory in runs/temporal_order.
     """
-    knobs = {"seeds": seeds, "max_norm": max_norm, "learning_rate": learning_rate}
+    knobs: dict[str, Any] = {
+        "seeds": seeds,
+        "max_norm": max_norm,
+        "learning_rate": learning_rate,
+    }
     cli.check_positive(knobs, finite=True)
     if steps < EVERY or steps % EVERY or min(lengths, default=0) < 10:
-        what = f"steps in whole {EVERY}s and lengths of 10 or more are needed"
-        raise cli.InputError(f"{what}, got {steps} and {lengths}")
+        raise cli.InputError(
+            f"steps in whole {EVERY}s and lengths of 10 or more are needed, "
+            f"got {steps} and {lengths}"
+        )
     logdir = logdir or Path("runs/temporal_order", time.strftime("%Y%m%d-%H%M%S"))
-    limits = jnp.array([math.inf, max_norm])  # in the order of COLORS
-    params = jax.tree.map(lambda *x: jnp.array([x, x]), *map(smart_tanh, range(seeds)))
-    print(f"of {seeds} seeds: how many solve it, and the median (least to largest)")
-    print(ROW.format("length", "clipping", *HEADS))
-    runs, result = {}, {length: {} for length in lengths}
-    for length in lengths:
-        runs[length] = train(params, limits, learning_rate, length, steps)
-        for i, arm in enumerate(COLORS):
-            errors, radii, norms = (x[:, i] for x in runs[length])
-            solved, end = errors < SOLVED, radii[-1]
-            after = np.where(solved, EVERY * np.arange(len(errors))[:, None], np.inf)
-            spreads = after.min(axis=0), end, norms.max(axis=0)
-            counts = solved.any(axis=0).sum(), solved[-1].sum(), np.isnan(end).sum()
-            result[length][arm] = dict(zip(HEADS, (*counts, *spreads), strict=True))
-            cells = (
-                f"{np.median(x):.5g} ({min(x):.5g} to {max(x):.5g})" for x in spreads
-            )
-            print(ROW.format(length, arm, *counts, *cells))
-    none, clip = (sum(r[arm]["solved"] for r in result.values()) for arm in COLORS)
-    print(f"of {len(runs) * seeds} runs {clip} solve it with clipping, {none} without")
+    result = run(lengths=lengths, steps=steps, **knobs)
+    report(result)
     picture = logdir / "temporal_order.png"
-    draw(picture, runs)
+    draw(picture, result)
     print(f"the picture is {picture.resolve()}")
-    return result | {"picture": picture}
+    return result.summaries | {"picture": picture}
 
 
 if __name__ == "__main__":

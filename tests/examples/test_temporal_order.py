@@ -132,7 +132,7 @@ def test_the_result_tells_the_runs(order, tmp_path, capsys, monkeypatch):
 
     def train(*arguments):
         given.append(arguments)
-        return [errors, radii, norms]
+        return order.Run(errors, radii, norms)
 
     monkeypatch.setattr(order, "train", train)
     knobs: dict[str, Any] = {"lengths": (20, 30), "seeds": 3, "steps": 1000}
