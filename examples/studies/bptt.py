@@ -25,12 +25,18 @@ import optaxclip
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import cli
 import curves
+from gradient_growth import loss_fn, measure
 
-RADII = 0.5, 0.75, 1.0, 1.25, 1.5  # spectral, of the recurrent matrix
-RATE, EVERY, SHAPE = 0.01, 25, (4, 25, 16, 64)  # rounds, steps, batch, length
-TIMES, GAPS, STEPS = np.arange(2, 65), 2 ** np.arange(1, 7) - 1, np.arange(4) * EVERY
+RADII = (0.5, 0.75, 1.0, 1.25, 1.5)  # spectral, of the recurrent matrix
+LEARNING_RATE = 0.01
+MAX_NORM = 1.0  # of the runs with a clip
+NUM_ROUNDS = 4  # of training; before each, the first batch is measured
+STEPS_PER_ROUND = 25
+BATCH_SIZE = 16
+LENGTH = 64  # of a sequence
+TIMES = np.arange(2, LENGTH + 1)  # that are drawn: step 1 starts at 0, and adds nothing
+GAPS = 2 ** np.arange(1, 7) - 1  # T - k for da_T/da_k, up to the whole length
 ROW = "{:4} | {:6} | {:22} | {:22} | {:8} | {:8} | {}"
-HEAD = "predicted growth", "measured growth", "foretold", "exploded", "clipped"
 
 
 def rnn(activation: Any, params: Any, state: jax.Array, x: jax.Array) -> jax.Array:
@@ -39,120 +45,158 @@ def rnn(activation: Any, params: Any, state: jax.Array, x: jax.Array) -> jax.Arr
 
 
 def lstm(params: Any, state: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns the next state: the outputs h, then the memory c."""
-    h, c = jnp.split(state, 2)
-    *gates, new = jnp.split(rnn(jnp.asarray, params, h, x), 4)
-    i, f, o = map(jax.nn.sigmoid, gates)
-    c = f * c + i * jnp.tanh(new)
-    return jnp.concatenate([o * jnp.tanh(c), c])
+    """Returns the next state: the outputs, then the memory."""
+    outputs, memory = jnp.split(state, 2)
+    before_gates = rnn(jnp.asarray, params, outputs, x)
+    into, forget, out, new = jnp.split(before_gates, 4)
+    memory = jax.nn.sigmoid(forget) * memory + jax.nn.sigmoid(into) * jnp.tanh(new)
+    outputs = jax.nn.sigmoid(out) * jnp.tanh(memory)
+    return jnp.concatenate([outputs, memory])
 
 
-CELLS = dict(tanh=partial(rnn, jnp.tanh), ReLU=partial(rnn, jax.nn.relu), LSTM=lstm)
+CELLS = {
+    "tanh": partial(rnn, jnp.tanh),
+    "ReLU": partial(rnn, jax.nn.relu),
+    "LSTM": lstm,
+}
 
 
 def initialise(name: str, hidden: int, seeds: int) -> Any:
     """Returns Gaussian weights `[radii, seeds, ...]`, the same for each radius."""
-    gates, size = (4, 2 * hidden) if name == "LSTM" else (1, hidden)
-    rng, many = np.random.default_rng(0), (len(RADII), 1, 1)
-    weights = rng.normal(size=(seeds, gates, hidden, hidden))
-    weights /= np.abs(np.linalg.eigvals(weights)).max(-1)[..., None, None]
-    weights = np.multiply.outer(RADII, weights.reshape(seeds, gates * hidden, hidden))
-    params = {"W": weights, "U": np.tile(rng.normal(size=weights.shape[1:3]), many)}
-    params["V"] = np.tile(rng.normal(size=(seeds, size)) / np.sqrt(size), many)
-    forget = np.repeat(np.eye(4)[1, :gates], hidden)  # the usual bias of an LSTM
-    params["b"] = np.tile(forget, (len(RADII), seeds, 1))
+    num_gates = 4 if name == "LSTM" else 1
+    state_size = 2 * hidden if name == "LSTM" else hidden
+    rng = np.random.default_rng(0)
+
+    # The matrix of each gate gets a spectral radius of 1, and then all of RADII.
+    gates = rng.normal(size=(seeds, num_gates, hidden, hidden))
+    gates /= np.abs(np.linalg.eigvals(gates)).max(-1)[..., None, None]
+    recurrent = gates.reshape(seeds, num_gates * hidden, hidden)
+    inputs = rng.normal(size=(seeds, num_gates * hidden))
+    output = rng.normal(size=(seeds, state_size)) / np.sqrt(state_size)
+    biases = np.zeros((num_gates, hidden))
+    if name == "LSTM":
+        biases[1] = 1  # the usual bias of the gate that forgets
+
+    num_radii = len(RADII)
+    params = {
+        "W": np.multiply.outer(RADII, recurrent),
+        "U": np.tile(inputs, (num_radii, 1, 1)),
+        "V": np.tile(output, (num_radii, 1, 1)),
+        "b": np.tile(biases.ravel(), (num_radii, seeds, 1)),
+    }
     return jax.tree.map(np.float32, params)
-
-
-def unroll(cell: Any, params: Any, xs: Any, copies: Any, nudges: Any) -> jax.Array:
-    """Returns the states a_1 to a_T; step t takes its copies and adds its nudge."""
-
-    def step(state, place):
-        x, copy, nudge = place
-        return (cell(params | copy, state, x) + nudge,) * 2
-
-    return jax.lax.scan(step, jnp.zeros(params["V"].size), (xs, copies, nudges))[1]
-
-
-def loss_fn(params: Any, cell: Any, xs: Any, copies: Any, nudges: Any) -> jax.Array:
-    """Returns C, the mean squared error of sequences `[batch, length]`."""
-    states = jax.vmap(partial(unroll, cell, params), (0, None, 0))(xs, copies, nudges)
-    return jnp.mean((states[:, -1] @ params["V"] - xs[:, 0]) ** 2)
-
-
-def measure(cell: Any, params: Any, xs: Any, gaps: Any, powers: int = 15) -> Any:
-    """Returns what a batch tells of one network, without any Jacobian.
-
-    `predicted`, exp of the Lyapunov exponent, is the growth per step of tangents in the
-    middle half; `measured` that of dC/da_t going backwards. The others are norms: of
-    dC/da_t, of what step t adds to dC/dW, and of da_T/da_{T-gap}.
-    """
-    length, norm = xs.shape[1], optaxclip.global_norm
-    nudges = jnp.zeros([*xs.shape, params["V"].size])
-    zero, start = nudges[0, 0], jax.random.normal(jax.random.key(0), params["V"].shape)
-    copies = {"W": jnp.broadcast_to(params["W"], (length, *params["W"].shape))}
-    added, grads = jax.grad(loss_fn, (3, 4))(params, cell, xs, copies, nudges)
-
-    def nudged(place, x, nudge):
-        return unroll(cell, params, x, {}, nudges[0].at[place].set(nudge))
-
-    def growth(vectors):
-        logs = jnp.log(jax.vmap(jax.vmap(norm))(vectors)).mean(axis=0)
-        times = jnp.arange(1.0 * length)[length // 4 : -(length // 4)]
-        return jnp.exp(jnp.polyfit(times, logs[times.astype(int)], 1)[0]), jnp.exp(logs)
-
-    def power(vector, gap):
-        run = partial(nudged, length - 1 - gap, xs[0])
-        image = jax.jvp(run, (zero,), (vector / norm(vector),))[1][-1]
-        return jax.vjp(run, zero)[1](nudges[0].at[-1].set(image / norm(image)))[0]
-
-    tangents = jax.vmap(lambda x: jax.jvp(partial(nudged, 0, x), (zero,), (start,))[1])
-    vectors, many = jnp.broadcast_to(start, (len(gaps), start.size)), jax.vmap(power)
-    vectors = jax.lax.fori_loop(0, powers, lambda _, v: many(v, gaps), vectors)
-    found = {"predicted": growth(tangents(xs))[0], "added": jax.vmap(norm)(added)}
-    found |= {"measured": 1 / growth(grads)[0], "states": growth(grads)[1]}
-    return found | {"spectral": jax.vmap(norm)(vectors)}
 
 
 def train(cell: Any, max_norm: float, batches: Any, params: Any) -> Any:
     """Returns losses, and what the first batch tells before each round of training."""
-    tx = optax.chain(optaxclip.clip_by_norm(max_norm), optax.sgd(RATE))
+    tx = optax.chain(optaxclip.clip_by_norm(max_norm), optax.sgd(LEARNING_RATE))
 
     def step(carry, xs):
         params, opt_state = carry
         loss, grads = jax.value_and_grad(loss_fn)(params, cell, xs, {}, 0 * xs)
         updates, opt_state = tx.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), loss
+        params = optax.apply_updates(params, updates)
+        return (params, opt_state), loss
 
-    def one_round(carry, part):
-        found = measure(cell, carry[0], batches[0, 0], GAPS)
-        carry, losses = jax.lax.scan(step, carry, part)
+    def one_round(carry, batches_of_round):
+        params, _ = carry
+        found = measure(cell, params, batches[0, 0], GAPS)
+        carry, losses = jax.lax.scan(step, carry, batches_of_round)
         return carry, found | {"losses": losses}
 
-    return jax.lax.scan(one_round, (params, tx.init(params)), batches)[1]
+    start = (params, tx.init(params))
+    _, found = jax.lax.scan(one_round, start, batches)
+    return found
+
+
+def run(*, seeds: int, hidden: int) -> dict[str, np.ndarray]:
+    """Trains each network with the clip and without.
+
+    Returns:
+        What `measure` returns, with an axis for the rounds, and the `losses`, all of
+        the runs with the clip; and of each network whether an explosion was `foretold`
+        and whether it exploded without the clip (`none`) and with it (`clip`). They
+        begin with `[networks, radii, seeds]`.
+    """
+    shape = (NUM_ROUNDS, STEPS_PER_ROUND, BATCH_SIZE, LENGTH)
+    batches = np.float32(np.random.default_rng(0).uniform(-1, 1, shape))
+    networks = []
+    for name in tqdm(CELLS, unit="network"):
+        params = initialise(name, hidden, seeds)
+        found = {}
+        for clip, max_norm in (("none", np.inf), ("clip", MAX_NORM)):
+            train_one = partial(train, CELLS[name], max_norm, batches)
+            train_all = jax.jit(jax.vmap(jax.vmap(train_one)))
+            found |= jax.device_get(train_all(params))
+            found[clip] = ~np.isfinite(found["losses"]).all(axis=(-1, -2))
+        # Before any update, so the same with the clip and without.
+        found["foretold"] = found["predicted"][..., 0] > 1
+        networks.append(found)
+    return {key: np.stack([found[key] for found in networks]) for key in networks[0]}
+
+
+def report(result: dict[str, np.ndarray]) -> None:
+    """Prints a row for each kind of network and radius, and how right it foretold."""
+
+    def spread(values):
+        return f"{np.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+    heads = ("predicted growth", "measured growth", "foretold", "exploded", "clipped")
+    print(ROW.format("net", "radius", *heads))
+    for i, name in enumerate(CELLS):
+        for j, radius in enumerate(RADII):
+            cells = (
+                spread(result["predicted"][i, j, :, 0]),
+                spread(result["measured"][i, j, :, 0]),
+                result["foretold"][i, j].sum(),
+                result["none"][i, j].sum(),
+                result["clip"][i, j].sum(),
+            )
+            print(ROW.format(name, radius, *cells))
+
+    differences = np.abs(result["measured"] / result["predicted"] - 1)
+    foretold = result["foretold"]
+    exploded = result["none"]
+    print(
+        f"growth as predicted within {differences[..., 0].max():.1%} at first, "
+        f"{differences.max():.1%} ever; "
+        f"foretold: {(foretold & exploded).sum()} of {exploded.sum()} explosions, "
+        f"{(foretold & ~exploded).sum()} others; "
+        f"clipped {result['clip'].sum()} of {exploded.size} explode"
+    )
 
 
 def draw(path: Path, result: dict[str, Any]) -> None:
     """Draws the first network of each radius at first and at last, and all growths."""
     figure = Figure(figsize=(11, 12), layout="constrained")
     axes = figure.subplots(4, len(CELLS), squeeze=False, sharex="row", sharey="row")
-    panels: list[Any] = [("states", "norm of dC/da_t", "t", TIMES)]
-    panels.append(("added", "norm of step t in dC/dW", "t", TIMES))
-    panels.append(("spectral", "spectral norm of da_T/da_k", "T - k", GAPS))
-    panels.append(("predicted", "growth per step (x: seen)", "training step", STEPS))
-    for (row, column), axis in np.ndenumerate(axes):
-        key, title, label, xs = panels[row]
-        axis.set(title=f"{list(CELLS)[column]}: {title}", xlabel=label, yscale="log")
-        for i, color in enumerate(curves.COLORS[: len(RADII)]):
-            values = result[key][column, i]
-            if key == "predicted":
-                axis.plot(xs, values.T, color=color)
-                axis.plot(xs, result["measured"][column, i].T, "x", color=color)
-            else:
-                first, last = values[0, [0, -1], -len(xs) :]
-                axis.plot(xs, first, color=color, label=f"radius {RADII[i]}")
-                axis.plot(xs, last, ":", color=color)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    panels = (
+        ("states", "norm of dC/da_t", "t", TIMES),
+        ("added", "norm of step t in dC/dW", "t", TIMES),
+        ("spectral", "spectral norm of da_T/da_k", "T - k", GAPS),
+    )
+    for column, name in enumerate(CELLS):
+        for row, (key, title, label, xs) in enumerate(panels):
+            axis = axes[row, column]
+            axis.set(title=f"{name}: {title}", xlabel=label, yscale="log")
+            for i, radius in enumerate(RADII):
+                color = curves.COLORS[i]
+                of_rounds = result[key][column, i, 0]
+                at_first = of_rounds[0, -len(xs) :]
+                at_last = of_rounds[-1, -len(xs) :]
+                axis.plot(xs, at_first, color=color, label=f"radius {radius}")
+                axis.plot(xs, at_last, ":", color=color)
+
+        axis = axes[-1, column]
+        axis.set(title=f"{name}: growth per step (x: seen)", yscale="log")
+        axis.set_xlabel("training step")
+        steps = STEPS_PER_ROUND * np.arange(NUM_ROUNDS)
+        for i in range(len(RADII)):
+            color = curves.COLORS[i]
+            axis.plot(steps, result["predicted"][column, i].T, color=color)
+            axis.plot(steps, result["measured"][column, i].T, "x", color=color)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
@@ -167,28 +211,10 @@ def main(*, seeds: int = 4, hidden: int = 64, logdir: Path | None = None) -> Any
     """
     cli.check_positive({"seeds": seeds, "hidden": hidden})
     logdir = logdir or Path("runs", "bptt", time.strftime("%Y%m%d-%H%M%S"))
-    draws, runs = np.random.default_rng(0).uniform(-1, 1, SHAPE), []
-    for name in tqdm(CELLS, unit="network"):
-        params, found = initialise(name, hidden, seeds), {}
-        for clip, max_norm in (("none", np.inf), ("clip", 1.0)):
-            run = partial(train, CELLS[name], max_norm, np.float32(draws))
-            found |= jax.device_get(jax.jit(jax.vmap(jax.vmap(run)))(params))
-            found[clip] = ~np.isfinite(found["losses"]).all(axis=(-1, -2))
-        runs.append(found | {"foretold": found["predicted"][..., 0] > 1})
-    result = {key: np.stack([run[key] for run in runs]) for key in runs[0]}
-    print(ROW.format("net", "radius", *HEAD))
-    for at in np.ndindex(len(CELLS), len(RADII)):
-        both = (result[key][at][:, 0] for key in ("predicted", "measured"))
-        cells = [f"{np.median(x):.3f} ({min(x):.3f} to {max(x):.3f})" for x in both]
-        counts = (result[key][at].sum() for key in ("foretold", "none", "clip"))
-        print(ROW.format(list(CELLS)[at[0]], RADII[at[1]], *cells, *counts))
-    off = np.abs(result["measured"] / result["predicted"] - 1)
-    told, none, clip = (result[key] for key in ("foretold", "none", "clip"))
-    first, ever = off[..., 0].max(), off.max()
-    print(f"growth as predicted within {first:.1%} at first, {ever:.1%} ever;", end=" ")
-    print(f"foretold: {(told & none).sum()} of {none.sum()} explosions,", end=" ")
-    print(f"{(told > none).sum()} others; clipped {clip.sum()} of {none.size} explode")
-    draw(picture := logdir / "bptt.png", result)
+    result = run(seeds=seeds, hidden=hidden)
+    report(result)
+    picture = logdir / "bptt.png"
+    draw(picture, result)
     print(f"the picture is {picture.resolve()}")
     return result | {"picture": picture}
 

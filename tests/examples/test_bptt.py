@@ -112,7 +112,8 @@ def test_a_linear_network_grows_by_its_spectral_radius(bptt):
 def test_what_is_printed_is_what_the_runs_did(bptt, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bptt, "CELLS", {"ReLU": bptt.CELLS["ReLU"]})
     monkeypatch.setattr(bptt, "RADII", (0.5, 2.5))
-    monkeypatch.setattr(bptt, "SHAPE", (4, 12, 2, 64))
+    monkeypatch.setattr(bptt, "STEPS_PER_ROUND", 12)
+    monkeypatch.setattr(bptt, "BATCH_SIZE", 2)
     result = bptt.main(seeds=2, hidden=6, logdir=tmp_path)
     for name in ("foretold", "none"):
         assert not result[name][0, 0].any()
