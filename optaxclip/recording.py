@@ -7,7 +7,7 @@ to nothing, since a clip needs the norms anyway. `detect_explosions`, `skip_expl
 and `stabilize` have a recorder of their own.
 
 ```python
->>> import jax.numpy as jnp, optax, optaxclip
+>>> import jax, jax.numpy as jnp, optax, optaxclip
 >>> tx = optax.chain(
 ...     optaxclip.record("before"), optaxclip.clip_by_norm(1.0), optax.sgd(0.1),
 ...     optaxclip.record("updates"),
@@ -75,11 +75,11 @@ with each step that it tells.
 
 ```python
 >>> tx = optaxclip.detect_explosions(columns=("batch", "learning_rate"))
->>> opt_state = tx.init(params)
+>>> opt_state, update = tx.init(params), jax.jit(tx.update)
 >>> for batch, size in [(38210, 1.0), (38211, 1.1), (38212, jnp.nan)]:
 ...     grads, tag = {"w": jnp.full(2, size), "b": jnp.zeros(1)}, {"batch": batch}
 ...     tag |= {"learning_rate": 0.1}
-...     _, opt_state = tx.update(grads, opt_state, value=jnp.array(1.0), tag=tag)
+...     _, opt_state = update(grads, opt_state, value=jnp.array(1.0), tag=tag)
 >>> print(optaxclip.history(opt_state).tags["batch"])
 [38210. 38211. 38212.]
 >>> print(optaxclip.explain(opt_state, params).split(". ")[1])

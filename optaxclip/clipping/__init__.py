@@ -1,7 +1,7 @@
 """How to clip: bring the norm of updates to a limit, or cut single elements.
 
 ```python
->>> import jax.numpy as jnp, optax, optaxclip
+>>> import jax, jax.numpy as jnp, optax, optaxclip
 >>> tx = optax.chain(optaxclip.clip_by_norm(1.0), optax.adam(1e-3))
 >>> clip = optaxclip.clip_by_value(1.0, min_value=-0.5)
 >>> updates, _ = clip.update(jnp.array([-2.0, 0.25, 3.0]), clip.init(None))
@@ -199,7 +199,7 @@ limit and keeps all that are below it. After the optimizer, it bounds the update
 ```python
 >>> tx = optax.chain(optax.adam(1.0), optaxclip.clip_by_spectral_norm(1.0))
 >>> params = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
->>> updates, state = tx.update(params, tx.init(params), params)
+>>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
 >>> print(jnp.linalg.norm(updates["kernel"], 2).round(2), updates["bias"].round(2))
 1.0 [-1. -1. -1. -1.]
 

@@ -14,9 +14,10 @@
 >>> tx = optaxclip.stabilize(optax.adam(1e-3))
 >>> params = {"w": jnp.ones(2)}
 >>> opt_state = tx.init(params)
+>>> update = jax.jit(tx.update)
 >>> for g in [1.0, jnp.nan]:
 ...     grads, loss = {"w": jnp.full(2, g)}, jnp.array(1.0)
-...     updates, opt_state = tx.update(grads, opt_state, params, value=loss)
+...     updates, opt_state = update(grads, opt_state, params, value=loss)
 ...     params = optax.apply_updates(params, updates)
 ...     optaxclip.raise_if_exploded(opt_state, params)  # not if it was survived
 >>> print(params["w"], optaxclip.metrics(opt_state)["explosions/num_skipped"])

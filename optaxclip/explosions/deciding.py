@@ -42,8 +42,9 @@ NUM_NONFINITE = 10
 """Non-finite gradients in a row before a rollback. They are never applied, so waiting
 costs little; a loss scale that starts 2**9 too high is not the parameters' fault."""
 NUM_ACCEPTED = 16
-"""Healthy steps for which what is not far above the explosions that were accepted is
-accepted too: `limits.above_lowest` needs 8 to follow."""
+"""For so many healthy steps after an explosion that was accepted, another one is
+accepted too if its signal is at most twice as high: `limits.above_lowest` takes 8 steps
+to follow."""
 RECURRENCE = 300
 """Steps after a rollback within which another one has the same cause: three times the
 age of the oldest snapshot by default, so that the cause had time to return."""
@@ -87,6 +88,7 @@ class Decision(NamedTuple):
     is_accepted: jax.Array
     """Taken although it exploded, clipped to the limit on the norm."""
     is_skipped: jax.Array
+    """It exploded and is not accepted, or it is a trial."""
     is_started: jax.Array
     """A trial starts: the parameters are put aside, and go back to the snapshot."""
     is_returned: jax.Array
@@ -187,13 +189,16 @@ class Trial(NamedTuple):
 
 
 def _go_on(settings, seen, now, lowest_signal, is_accepted, is_away) -> Trial:
-    """Starts a trial, ends it, or goes on."""
+    """Starts a trial, ends it, or goes on: the table of phases above.
+
+    `is_away`: the parameters of a trial are not those of the snapshot.
+    """
     is_trial = is_trial_in(now["phase"])
     if not settings.has_snapshots:
         return Trial(*(jnp.zeros_like(is_trial),) * 4)
-    is_due = now["suspect_in_a_row"] >= settings.rollback_after
-    is_due &= ~is_trial & ~is_accepted
-    is_due |= (now["nonfinite_updates_in_a_row"] >= NUM_NONFINITE) & ~is_trial
+    is_surprising = now["suspect_in_a_row"] >= settings.rollback_after
+    is_nonfinite = now["nonfinite_updates_in_a_row"] >= NUM_NONFINITE
+    is_due = ((is_surprising & ~is_accepted) | is_nonfinite) & ~is_trial
     # At age 0 no step was applied since the snapshot: it is what the run has.
     is_started = is_due & (now["age"] > 0)
     # Half of the excess must be gone. The rest may be usual for the snapshot: the limit
@@ -222,6 +227,7 @@ def _next_phase(settings, seen, now, trial, is_healthy) -> jax.Array:
     num_accepted = min(NUM_ACCEPTED, settings.snapshot_every)
     is_settled = (phase == ACCEPTING) & (now["age"] >= num_accepted) & is_healthy
     is_training = (trial.is_confirmed & ~_is_suspect(seen)) | is_settled
+    # The second trial is followed by accepting, until it is known how it ended.
     following = jnp.where(is_trial_in(phase), phase + 1, phase)
     following = jnp.where(trial.is_started, FIRST_TRIAL, following)
     following = jnp.where(is_accepting, ACCEPTING, following)

@@ -36,7 +36,7 @@ from optaxclip.xla import after, materialize
 
 CHECK_EVERY = 3
 """Steps between two looks at the moments of the inner state. Each look reads them once
-more, and until the next one an element that is non-finite stands still."""
+more; until the next one, the parameter of a non-finite moment is not updated."""
 
 
 def check_trial(
@@ -58,7 +58,9 @@ class Moved(NamedTuple):
     """What is known before the inner optimizer is updated."""
 
     is_spoiled: jax.Array
+    """The inner state holds non-finite moments, which are 0 in `kept`."""
     is_skipped: jax.Array
+    """For that reason, or as `decide` asked."""
     kept: Any
     """The inner state of a step that is skipped."""
     snapshots: Snapshots | tuple[()]

@@ -20,12 +20,14 @@ def update_or_keep(
 ) -> tuple[Any, Any]:
     """`update(state)`, with the state `kept` where `keep` is True.
 
-    To select between the old and the new state at the end is right but slow: XLA copies
-    every moment of Adam, because the updates still read the new one when the selected
-    one takes the place of the old. Here each new value is selected where it is
-    computed, and all that follows reads the selected one. That is the same value, or
-    belongs to updates that the caller drops; in these old and new states may be mixed,
-    also where a callback or the condition of a loop sees them.
+    Runs the jaxpr of `update` equation by equation, and selects each new value of the
+    state where it is computed; all that follows reads the selected one. That is the
+    same value, or belongs to updates that the caller drops; in these old and new states
+    may be mixed, also where a callback or the condition of a loop sees them.
+
+    To select at the end would be right but slow: XLA copies every moment of Adam,
+    because the updates still read the new one when the selected one takes the place of
+    the old.
 
     Args:
       update: state -> (updates, new state); the new state has the type of the old.

@@ -1,8 +1,9 @@
 """Skips exploded steps, cools down, and rolls back.
 
-In `update`, `detecting` judges the step, `deciding` chooses what becomes of it,
-`selecting` keeps the state of the inner optimizer where it is skipped, and `responding`
-makes the updates: zeros, smaller ones, or the way to a snapshot.
+A step is skipped where `moved.is_skipped` is True: `decide` asked for it (`deciding`,
+on the verdict of `detecting`), or `move_between` found moments to mend (`responding`).
+Then `update_or_keep` keeps the state of the inner optimizer (`selecting`), `respond`
+returns zeros or the way to a snapshot, and `unlearn` takes back what the rules learned.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ def skip_explosions(
     and `cool_down` add, and what goes where in a trainer.
 
     Updates that `inner` makes non-finite out of finite gradients become 0. They are not
-    counted, since another read of every update can cost more than the step;
-    `chain(optimizer, detect_explosions(label="updates"))` inside does.
+    counted: another read of every update can cost more than the step. To count them,
+    pass `chain(optimizer, detect_explosions(label="updates"))` as `inner`.
 
     The update of a rollback is `snapshot - params`, and it has to be applied as it is:
     put `skip_explosions` around everything that changes updates. It needs the memory of
@@ -104,7 +105,8 @@ def skip_explosions(
       max_consecutive: From which explosion in a row on they are taken; at least 1, 10
         by default.
       cool_down: The factor by which a rollback reduces the updates, within (0, 1]; None
-        for off. Without `rollback`, the `rollback_after`-th explosion in a row does.
+        for off. Without `rollback`, the `rollback_after`-th explosion in a row reduces
+        them.
       recovery: Growth of the factor in a healthy step, up to 1; >= 1, 1.005 by default.
       rollback: Whether to roll back; `update` then needs `params`. "host" keeps the
         snapshots in the memory of the host.

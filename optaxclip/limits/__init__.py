@@ -164,11 +164,7 @@ A limit that knows a lower bound as well gives a `Band` of two, and sets `is_ban
 A limit that compares with the parameters sets `needs_params=True`, and then gets their
 norms as `param_norms`.
 
-To add one to this package, write it beside its like in `optaxclip/limits/`: state and
-function, with `check_number` and `check_length` for the arguments, `refuse_units`,
-`cast_like` and `keep_finite` of `limit.py` in its two functions. Export both here, with
-a row in a table above and in the sources, and add it to `LIMITS` in
-`tests/registry.py`. The tests name whatever is missing.
+To add one to this package, follow "Add a limit" in `.github/CONTRIBUTING.md`.
 """
 
 from optaxclip.limits.averages import EmaState as EmaState

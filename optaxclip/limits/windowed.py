@@ -156,7 +156,7 @@ def log_quantile(
     `median * max((high / median)**power, min_ratio)`, where high is the 95th percentile
     of the last `window` norms before the clip, without its own; but no more than
     `max_jump` times the largest of the last `window / 4`. Until half of the window is
-    there, the limit is `early_jump` times that, from the second norm on.
+    full, the limit is `early_jump` times the largest of these; +inf for the first norm.
 
     On a logarithmic scale that is a multiple of the spread above the median: it needs
     no Gaussian tail, and units do not matter. A loss may have either sign: where any of

@@ -1,8 +1,8 @@
 """Sums of powers that neither overflow nor underflow, and the norms made of them.
 
-The plain sum is computed first: one read of the gradients. Only where that sum is not
-safe, a loop of at most one turn reads them again, divided by their largest element:
-the rescue.
+For ord 1 and 2 the plain sum is computed first: one read of the gradients. Only where
+it is not safe, a loop reads them once more, divided by a power of two (`_SafeRange`):
+the rescue. Any other ord always divides by the largest element (`_relative_to_peak`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def reduce_leaves(gradients: list[jax.Array], *, scopes: Scopes):
 
     all_leaves = _Sharing(jnp.sum, np.any, lambda unit: [unit] * len(gradients))
     sums, first, unit = _sums_of_powers(gradients, scopes, 2, dtype, all_leaves)
-    # In the unit of one that overflows, or beside a non-finite one, small ones would be
-    # lost.
+    # A leaf whose plain sum was safe keeps it: in the unit that another leaf needs, its
+    # squares could underflow.
     is_kept = _SafeRange.of(dtype).has(first, np.True_)
     norms = norm_of(where(is_kept, first, sums), where(is_kept, 1, unit))
     return norms, norm_of(jnp.sum(sums), unit)
@@ -104,26 +104,27 @@ def _sums_of_powers(
     """
     safe = _SafeRange.of(dtype)
     maxexp = jnp.finfo(dtype).maxexp
+    # Powers of the narrow dtypes can neither overflow nor underflow: no check.
     narrow = iter([4 * jnp.finfo(x.dtype).maxexp <= maxexp for x in gradients])
-    flags = scopes.any_of(
+    wide_scopes = scopes.any_of(
         [leaf.is_gradient and not next(narrow) for leaf in scopes.leaves]
     )
-    may_overflow = sharing.join_flags(flags)
+    is_wide = sharing.join_flags(wide_scopes)
 
     def sums_of(values):
         return _total([_power(x, ord) for x in values], scopes, "sum", dtype)
 
     def needs_a_read(state):
         sums, _, _, num_reads = state
-        are_safe = jax.tree.map(safe.has, sharing.join(sums), may_overflow)
+        are_safe = jax.tree.map(safe.has, sharing.join(sums), is_wide)
         any_unsafe = [~jnp.all(x) for x in jax.tree.leaves(are_safe)]
         is_unsafe = functools.reduce(jnp.logical_or, any_unsafe)
         return (num_reads == 0) | ((num_reads == 1) & scopes.anywhere(is_unsafe))
 
     def read(state):
         sums, first, _, num_reads = state
-        units = jax.tree.map(safe.unit_of, sharing.join(sums), may_overflow)
-        # Divided, since XLA does not compute a division again for every leaf.
+        units = jax.tree.map(safe.unit_of, sharing.join(sums), is_wide)
+        # Inverted by a division: XLA would compute what is cheaper again for each leaf.
         inverses = jax.tree.map(lambda unit: 1 / unit, units)
         # The barrier ties the gradients to the loop's state: XLA would otherwise hoist
         # their conversion to float32 out of the loop and into every healthy step.
@@ -143,15 +144,17 @@ def _sums_of_powers(
     size = sum(x.size for x in gradients)
     starts_in_loop = scopes.kind != "unit" and len(gradients) > max(100, size / 2**15)
     if starts_in_loop:
-        sums = jax.tree.map(lambda flags: jnp.ones(flags.shape, dtype), flags)
+        # Not read yet, and overwritten in the first turn.
+        sums = jax.tree.map(lambda x: jnp.ones(x.shape, dtype), wide_scopes)
     else:
         # The barrier keeps an optimizer from sharing the squares, which XLA would then
-        # store; with the 0 it is another than the barrier of the clip.
+        # store. The 0 makes it differ from the barrier of the clip, or XLA would merge
+        # the two.
         values = [lax.optimization_barrier((x, np.float32(0)))[0] for x in gradients]
         sums = sums_of([widen(x, dtype) for x in values])
     units = jax.tree.map(jnp.ones_like, sharing.join(sums))
     state: Any = sums, sums, units, jnp.asarray(not starts_in_loop, jnp.int32)
-    if starts_in_loop or any(x.any() for x in jax.tree.leaves(may_overflow)):
+    if starts_in_loop or any(x.any() for x in jax.tree.leaves(is_wide)):
         # A loop and not a `cond`, of which `vmap` runs both sides.
         state = lax.while_loop(needs_a_read, read, state)
     return state[:3]
@@ -175,12 +178,12 @@ class _SafeRange(NamedTuple):
         up, down = (jnp.asarray(2.0**x, dtype) for x in (shift, -shift))
         return cls(2.0 ** (-maxexp // 2), up, down)
 
-    def has(self, total: jax.Array, may_overflow: Any) -> jax.Array:
-        return ~may_overflow | ((total >= self.low) & (total < jnp.inf))
+    def has(self, total: jax.Array, is_wide: Any) -> jax.Array:
+        return ~is_wide | ((total >= self.low) & (total < jnp.inf))
 
-    def unit_of(self, total: jax.Array, may_overflow: Any) -> jax.Array:
+    def unit_of(self, total: jax.Array, is_wide: Any) -> jax.Array:
         unit = where(total < self.low, self.down, self.up)
-        return where(self.has(total, may_overflow), 1, unit)
+        return where(self.has(total, is_wide), 1, unit)
 
 
 def _relative_to_peak(values: list, scopes: Scopes, ord: float, dtype: Any):

@@ -40,10 +40,10 @@ with what was given as `tag=` to a `stabilize` or `skip_explosions` with `column
 
 ```python
 >>> tx = optaxclip.stabilize(optax.sgd(0.1), columns=["batch"])
->>> state = tx.init(jnp.ones(2))
+>>> state, update = tx.init(jnp.ones(2)), jax.jit(tx.update)
 >>> for batch, g in [(38211, 1.0), (38212, jnp.nan), (38213, 1.0)]:
 ...     grads, tag = jnp.full(2, g), {"batch": batch}
-...     updates, state = tx.update(grads, state, jnp.ones(2), tag=tag)
+...     updates, state = update(grads, state, jnp.ones(2), tag=tag)
 >>> json.dumps(optaxclip.skipped_steps(state))
 '[{"step": 1, "batch": 38212, "rules": ["nonfinite"]}]'
 
@@ -59,11 +59,12 @@ parameters would still take in the bad batch. One line each keeps them:
 
 ```python
 >>> tx = optaxclip.stabilize(optax.sgd(0.1), rollback=False)
+>>> update = jax.jit(tx.update)
 >>> def train(batches):
 ...     params, average = jnp.ones(2), jnp.ones(2)
 ...     state = tx.init(params)
 ...     for grads in batches:
-...         updates, state = tx.update(grads, state, params)
+...         updates, state = update(grads, state, params)
 ...         params = optax.apply_updates(params, updates)
 ...         new = 0.9 * average + 0.1 * params + 0 * grads  # NaN of a bad batch
 ...         average = optaxclip.keep(state, new, average)

@@ -58,24 +58,23 @@ def metrics(
     | `explosions/is_exploded` | 1 if the last step exploded, else 0 |
     | `explosions/num_exploded` | the number of steps so far that did |
     | `explosions/num_exploded/<rule>` | the same for nonfinite, norm, share and loss |
-    | `explosions/exploded_fraction` | the share of all steps so far |
+    | `explosions/exploded_fraction` | exploded steps / all steps so far |
     | `explosions/num_in_a_row` | how many steps in a row were bad, up to the last |
     | `explosions/began` | the step on which the last explosion began; -1 for none |
     | `explosions/leading_leaf` | the leaf that led then: its index, -1 for none |
     | `explosions/growth` | factor by which the norm grew per step, in the last 8 |
     | `explosions/norm_limit`, `loss_limit` | the limits in the last step |
-    | `explosions/skipped_fraction` | skip only: the share of all steps so far |
+    | `explosions/skipped_fraction` | skip only: skipped steps / all steps so far |
     | `explosions/is_skipped` | skip only: 1 if the last step was skipped, else 0 |
     | `explosions/is_rolled_back` | skip only: 1 if it confirmed a rollback, else 0 |
     | `explosions/num_skipped` | skip only: the number of skipped steps |
     | `explosions/gave_up` | skip only: 1 if it gave up, see `skip_explosions` |
     | `explosions/scale` | skip only: the factor of the updates, below 1 to cool down |
-    | `explosions/num_rollbacks` | skip only: the number of rollbacks |
+    | `explosions/num_rollbacks` | skip only: rollbacks that nothing undid |
     | `explosions/num_mended` | skip only: how often non-finite moments were reset |
     | `explosions/num_blocked_rollbacks` | skip only: rollbacks that something undid |
 
     A step whose loss alone is non-finite has exploded, but it is not bad: it is taken.
-    The share is that of skipped steps. What something undid is not in `num_rollbacks`.
 
     Each `record` gives, under its label, and `detect_explosions` and `skip_explosions`
     besides the above:
@@ -90,7 +89,7 @@ def metrics(
     | `gradients/loss` | the loss; +inf if it was not given |
     | `gradients/largest_norm` | the largest finite norm of all updates so far |
     | `gradients/num_nonfinite` | the number of steps so far that were non-finite |
-    | `gradients/nonfinite_fraction` | the share of all steps so far that were |
+    | `gradients/nonfinite_fraction` | these steps / all steps so far |
     | `gradients/top/<rank>/index` | of more scopes: which one has the rank, from 1 |
     | `gradients/top/<rank>/norm` | its norm; non-finite ones come first |
 
@@ -124,7 +123,7 @@ def metrics(
         need those of each, stacked alike.
       top: With more scopes than so many, names are those of ranks instead, so that they
         are few and stay the same: `leaf_names(params)[index]` is the leaf. None for a
-        name for each scope. Of `record(top=k)` there are always ranks, at most k.
+        name for each scope. `record(top=k)` always gives ranks, at most k.
       window: The last steps that are summed up; None for all that are kept.
       zeros: A tree of arrays, such as the gradients of this step: also gives the share
         of exact zeros in it, `zeros/fraction`, and in its leaves, as above.
