@@ -171,65 +171,128 @@ process holds the whole state.
   know. Restore it into the tree of `tx.init(params)` as its template.
 
 `tests/examples/test_data_parallel.py` kills one of two processes and starts both again.
-They end with the bits of the run that was not killed. `examples/data_parallel.py`
-trains on many devices and hosts, with checkpoints. Where a rollback does not help, it
-goes back to an earlier one, and on with other batches.
+They end with the bits of the run that was not killed. `examples/data_parallel.py` does
+all of this, and goes back to an earlier checkpoint where a rollback does not help.
 
 ## Versions of JAX
 
-optaxclip needs JAX 0.7.2 or later. On a CPU an older XLA does some things less well:
-
-| before JAX | what differs |
-|---|---|
-| 0.10.2 | A clip by norm needs memory for a float32 copy of the gradients. |
-| 0.10.2 | `skip_explosions` and `stabilize` need memory for two such copies. |
-| 0.10.2 | The norm of 10 million equal numbers may be wrong by 5e-6 of itself. |
-
-XLA then stores the squares of the gradients before it adds them up.
+optaxclip needs JAX 0.7.2 or later. Before 0.10.2, on a CPU, XLA stores the squares of
+the gradients before it adds them up. A clip by norm then needs memory for a float32
+copy of the gradients, and `stabilize` for two; and the norm of 10 million equal numbers
+may be wrong by 5e-6 of itself.
 """
 
-from optaxclip import limits as limits
-from optaxclip import trainers as trainers
-from optaxclip.clipping import ClipByNormState as ClipByNormState
-from optaxclip.clipping import ClipByValueState as ClipByValueState
-from optaxclip.clipping import SpamState as SpamState
-from optaxclip.clipping import adagc as adagc
-from optaxclip.clipping import agc as agc
-from optaxclip.clipping import aggc as aggc
-from optaxclip.clipping import autoclip as autoclip
-from optaxclip.clipping import block_rms as block_rms
-from optaxclip.clipping import clip_by_historical_norm as clip_by_historical_norm
-from optaxclip.clipping import clip_by_norm as clip_by_norm
-from optaxclip.clipping import clip_by_spectral_norm as clip_by_spectral_norm
-from optaxclip.clipping import clip_by_value as clip_by_value
-from optaxclip.clipping import gradient_stabilizer as gradient_stabilizer
-from optaxclip.clipping import scale_params as scale_params
-from optaxclip.clipping import spam as spam
-from optaxclip.clipping import stable_adam as stable_adam
-from optaxclip.clipping import zclip as zclip
-from optaxclip.explosions import DetectExplosionsState as DetectExplosionsState
-from optaxclip.explosions import SkipExplosionsState as SkipExplosionsState
-from optaxclip.explosions import detect_explosions as detect_explosions
-from optaxclip.explosions import skip_explosions as skip_explosions
-from optaxclip.explosions import stabilize as stabilize
-from optaxclip.norms import global_norm as global_norm
-from optaxclip.norms import group_names as group_names
-from optaxclip.norms import group_norms as group_norms
-from optaxclip.norms import leaf_names as leaf_names
-from optaxclip.norms import leaf_norms as leaf_norms
-from optaxclip.norms import unit_norms as unit_norms
-from optaxclip.recording import RecordState as RecordState
-from optaxclip.recording import record as record
-from optaxclip.reporting import ExplosionError as ExplosionError
-from optaxclip.reporting import History as History
-from optaxclip.reporting import explain as explain
-from optaxclip.reporting import history as history
-from optaxclip.reporting import keep as keep
-from optaxclip.reporting import leading_leaf as leading_leaf
-from optaxclip.reporting import metrics as metrics
-from optaxclip.reporting import plot as plot
-from optaxclip.reporting import raise_if_exploded as raise_if_exploded
-from optaxclip.reporting import skipped_steps as skipped_steps
-from optaxclip.reporting import taken as taken
+from optaxclip import (
+    clipping,
+    explosions,
+    limits,
+    norms,
+    recording,
+    reporting,
+    trainers,
+)
+from optaxclip.clipping import (
+    ClipByNormState,
+    ClipByValueState,
+    SpamState,
+    adagc,
+    agc,
+    aggc,
+    autoclip,
+    block_rms,
+    clip_by_historical_norm,
+    clip_by_norm,
+    clip_by_spectral_norm,
+    clip_by_value,
+    gradient_stabilizer,
+    scale_params,
+    spam,
+    stable_adam,
+    zclip,
+)
+from optaxclip.explosions import (
+    DetectExplosionsState,
+    SkipExplosionsState,
+    detect_explosions,
+    skip_explosions,
+    stabilize,
+)
+from optaxclip.norms import (
+    global_norm,
+    group_names,
+    group_norms,
+    leaf_names,
+    leaf_norms,
+    unit_norms,
+)
+from optaxclip.recording import (
+    RecordState,
+    record,
+)
+from optaxclip.reporting import (
+    ExplosionError,
+    History,
+    explain,
+    history,
+    keep,
+    leading_leaf,
+    metrics,
+    plot,
+    raise_if_exploded,
+    skipped_steps,
+    taken,
+)
+
+# By idea, which is the order of the site.
+__all__ = [  # noqa: RUF022
+    "limits",
+    "clipping",
+    "explosions",
+    "norms",
+    "recording",
+    "reporting",
+    "trainers",
+    "stabilize",
+    "skip_explosions",
+    "detect_explosions",
+    "clip_by_norm",
+    "clip_by_value",
+    "zclip",
+    "autoclip",
+    "adagc",
+    "agc",
+    "aggc",
+    "block_rms",
+    "gradient_stabilizer",
+    "clip_by_historical_norm",
+    "spam",
+    "stable_adam",
+    "clip_by_spectral_norm",
+    "scale_params",
+    "global_norm",
+    "leaf_norms",
+    "unit_norms",
+    "group_norms",
+    "leaf_names",
+    "group_names",
+    "record",
+    "metrics",
+    "history",
+    "explain",
+    "plot",
+    "leading_leaf",
+    "skipped_steps",
+    "raise_if_exploded",
+    "taken",
+    "keep",
+    "History",
+    "ExplosionError",
+    "ClipByNormState",
+    "ClipByValueState",
+    "SpamState",
+    "DetectExplosionsState",
+    "SkipExplosionsState",
+    "RecordState",
+]
 
 __version__ = "0.1.0"

@@ -95,6 +95,12 @@ def test_what_is_public():
     ]
 
 
+def test_the_lists_of_public_names_are_whole():
+    guides_of_top = [name.removeprefix(".") for name in GUIDES if name]
+    assert set(optaxclip.__all__) == {*TOP, *guides_of_top}
+    assert set(optaxclip.limits.__all__) == set(OF_LIMITS)
+
+
 @pytest.mark.parametrize("name", [*TOP, *OF_LIMITS])
 def test_a_public_name_is_documented_and_in_a_guide(name):
     value = (TOP | OF_LIMITS)[name]

@@ -167,36 +167,85 @@ norms as `param_norms`.
 To add one to this package, follow "Add a limit" in `.github/CONTRIBUTING.md`.
 """
 
-from optaxclip.limits.averages import EmaState as EmaState
-from optaxclip.limits.averages import QuantileState as QuantileState
-from optaxclip.limits.averages import ZScoreState as ZScoreState
-from optaxclip.limits.averages import ema as ema
-from optaxclip.limits.averages import quantile as quantile
-from optaxclip.limits.averages import zscore as zscore
-from optaxclip.limits.fixed import RmsState as RmsState
-from optaxclip.limits.fixed import maximum as maximum
-from optaxclip.limits.fixed import minimum as minimum
-from optaxclip.limits.fixed import params as params
-from optaxclip.limits.fixed import rms as rms
-from optaxclip.limits.fixed import with_global as with_global
-from optaxclip.limits.limit import Band as Band
-from optaxclip.limits.limit import Limit as Limit
-from optaxclip.limits.limit import LimitLike as LimitLike
-from optaxclip.limits.limit import ScheduleState as ScheduleState
-from optaxclip.limits.limit import as_limit as as_limit
-from optaxclip.limits.limit import constant as constant
-from optaxclip.limits.limit import schedule as schedule
-from optaxclip.limits.persistent import LowestState as LowestState
-from optaxclip.limits.persistent import StartState as StartState
-from optaxclip.limits.persistent import SustainedRiseState as SustainedRiseState
-from optaxclip.limits.persistent import above_lowest as above_lowest
-from optaxclip.limits.persistent import fraction_of_start as fraction_of_start
-from optaxclip.limits.persistent import sustained_rise as sustained_rise
-from optaxclip.limits.targets import EmaBandState as EmaBandState
-from optaxclip.limits.targets import MeanOverRmsState as MeanOverRmsState
-from optaxclip.limits.targets import mean_over_rms as mean_over_rms
-from optaxclip.limits.windowed import PercentileState as PercentileState
-from optaxclip.limits.windowed import WindowSigmaState as WindowSigmaState
-from optaxclip.limits.windowed import log_quantile as log_quantile
-from optaxclip.limits.windowed import percentile as percentile
-from optaxclip.limits.windowed import window_sigma as window_sigma
+from optaxclip.limits.averages import (
+    EmaState,
+    QuantileState,
+    ZScoreState,
+    ema,
+    quantile,
+    zscore,
+)
+from optaxclip.limits.fixed import (
+    RmsState,
+    maximum,
+    minimum,
+    params,
+    rms,
+    with_global,
+)
+from optaxclip.limits.limit import (
+    Band,
+    Limit,
+    LimitLike,
+    ScheduleState,
+    as_limit,
+    constant,
+    schedule,
+)
+from optaxclip.limits.persistent import (
+    LowestState,
+    StartState,
+    SustainedRiseState,
+    above_lowest,
+    fraction_of_start,
+    sustained_rise,
+)
+from optaxclip.limits.targets import (
+    EmaBandState,
+    MeanOverRmsState,
+    mean_over_rms,
+)
+from optaxclip.limits.windowed import (
+    PercentileState,
+    WindowSigmaState,
+    log_quantile,
+    percentile,
+    window_sigma,
+)
+
+# In the order of the tables above, which is that of the site.
+__all__ = [  # noqa: RUF022
+    "constant",
+    "schedule",
+    "params",
+    "rms",
+    "zscore",
+    "percentile",
+    "ema",
+    "window_sigma",
+    "quantile",
+    "mean_over_rms",
+    "minimum",
+    "maximum",
+    "with_global",
+    "log_quantile",
+    "sustained_rise",
+    "above_lowest",
+    "fraction_of_start",
+    "Limit",
+    "LimitLike",
+    "Band",
+    "as_limit",
+    "EmaBandState",
+    "EmaState",
+    "LowestState",
+    "MeanOverRmsState",
+    "PercentileState",
+    "QuantileState",
+    "RmsState",
+    "ScheduleState",
+    "StartState",
+    "SustainedRiseState",
+    "WindowSigmaState",
+    "ZScoreState",
+]
