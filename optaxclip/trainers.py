@@ -262,6 +262,18 @@ name, x in optaxclip.metrics(opt_state, params).items()}`, and then:
 | MLflow | `mlflow.log_metrics(found, step=step)` |
 | TensorBoard | `for name, x in found.items(): writer.add_scalar(name, x, step)` |
 
+With many leaves, TensorBoard's page of texts shows the leading one at a glance, and its
+page of images the whole record:
+
+```python
+if found["explosions/is_exploded"]:
+    name = optaxclip.leading_leaf(opt_state, params) or "none had grown"
+    writer.add_text("explosions/leading_leaf", name, step)
+writer.add_text("explain", optaxclip.explain(opt_state, params), step)
+kept = optaxclip.history(opt_state, params)
+writer.add_figure("run", optaxclip.plot(kept), step)
+```
+
 `tests/reporting/test_dashboards.py` writes to TensorBoard, and checks the names for all
 of them.
 
