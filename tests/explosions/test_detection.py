@@ -102,18 +102,30 @@ def naive_scalar(signal, power, ratio, early_jump=5.0, min_level=0.0):
     known = np.flatnonzero((signal > 0) & (signal < np.inf))
     logs = np.log(signal[known])
     least = math.log(min_level) if min_level else -math.inf
-    for num in range(1, len(logs)):
-        largest = logs[max(0, num - 32) : num].max()
-        limit = max(largest, least) + math.log(early_jump)
-        if num >= 64:
-            limit = largest + math.log(5)
-            past = np.sort(logs[max(0, num - 128) : num])
-            places = np.array([0.5, 0.95]) * (len(past) - 1)
-            middle, high = np.interp(places, np.arange(len(past)), past)
-            spread = max(power * (high - middle), math.log(ratio))
-            limit = max(min(limit, middle + spread), least + math.log(ratio))
-        margins[known[num]] = logs[num] - limit
+    num = np.arange(1, len(logs))
+    # The last 128 before each, inf where there are none.
+    past = np.concatenate([np.full(128, np.inf), logs])
+    past = np.lib.stride_tricks.sliding_window_view(past, 128)[num]
+    recent = past[:, -32:]
+    largest = np.max(recent, axis=1, where=recent < np.inf, initial=-np.inf)
+    limits = np.maximum(largest, least) + math.log(early_jump)
+    is_late = num >= 64
+    past = np.sort(past[is_late], axis=1)
+    last = np.minimum(num[is_late], 128) - 1
+    middle, high = (quantile(past, last, q) for q in (0.5, 0.95))
+    spread = np.maximum(power * (high - middle), math.log(ratio))
+    limit = np.minimum(largest[is_late] + math.log(5), middle + spread)
+    limits[is_late] = np.maximum(limit, least + math.log(ratio))
+    margins[known[1:]] = logs[1:] - limits
     return margins
+
+
+def quantile(rows, last, q):
+    """Of the first values of each row, which are sorted, up to the place `last`."""
+    below = np.floor(q * last).astype(int)
+    above = np.minimum(below + 1, last)
+    x, y = (np.take_along_axis(rows, i[:, None], 1)[:, 0] for i in (below, above))
+    return x + (q * last - below) * (y - x)
 
 
 def naive_rise(signal):
@@ -138,73 +150,103 @@ def naive_floor(signal):
     known = np.flatnonzero((signal > 0) & (signal < np.inf))
     logs = np.log(np.where(np.isfinite(signal) & (signal > 0), signal, 1))
     margins = np.full(len(signal), np.inf)
-    for step in range(known[0] + 1, len(signal)):
-        first = known[known < step][:8]
-        margins[step] = logs[step] - logs[first].mean() - math.log(1e-3)
+    for num, step in enumerate(known[:8], 1):
+        first = logs[known[:num]].mean()
+        margins[step + 1 :] = logs[step + 1 :] - first - math.log(1e-3)
     return margins
 
 
-def naive_share(norms, leaf, is_finite):
+def naive_share(shares, growths):
     """The least of how far above their limits the last three values were.
 
     And of how far the leaf's own norm has grown beyond twentyfold, since every eighth
-    of the last 64 steps.
+    of the last 64 steps. Leaves stand side by side, `[steps, leaves]`, the logarithms
+    of their shares NaN where they say nothing.
     """
-    margins = np.full(len(leaf), -np.inf)
-    mean = change = previous = 0.0
-    num, last_three = 0, [-math.inf] * 3
-    pairs = zip(norms.tolist(), leaf.tolist(), strict=True)
-    for step, (norm, value) in enumerate(pairs):
-        if not (0 < norm < math.inf and value > 0):
-            continue
-        share = math.log(value) - math.log(norm)
-        if num:
-            excess = share - mean - max(2.5 * change, math.log(5))
-            last_three = [*last_three[1:], excess]
-            margins[step] = min(
-                *last_three, growth(leaf, step, is_finite) - math.log(20)
-            )
-            change += max(1 / num, 1 / 64) * (abs(share - previous) - change)
-        mean += max(1 / (num + 1), 1 / 64) * (share - mean)
-        previous, num = share, num + 1
+    margins = np.full(shares.shape, -np.inf)
+    mean, change, previous, num = np.zeros((4, shares.shape[1]))
+    last_three = np.full((3, shares.shape[1]), -np.inf)
+    for step in range(len(shares)):
+        i = np.flatnonzero(~np.isnan(shares[step]))
+        share, is_first = shares[step, i], num[i] == 0
+        excess = share - mean[i] - np.maximum(2.5 * change[i], math.log(5))
+        # Of the first value of a leaf there is no change.
+        j = i[~is_first]
+        last_three[:, j] = [*last_three[1:, j], excess[~is_first]]
+        margins[step, j] = np.minimum(
+            last_three[:, j].min(axis=0), growths[step, j] - math.log(20)
+        )
+        moved = abs(share - previous[i])[~is_first]
+        change[j] += np.maximum(1 / num[j], 1 / 64) * (moved - change[j])
+        mean[i] += np.maximum(1 / (num[i] + 1), 1 / 64) * (share - mean[i])
+        previous[i] = share
+        num[i] += 1
     return margins
 
 
-def growth(leaf, step, is_finite):
+def naive_shares(traces):
+    """The largest of the leaves of each trace; all traces run side by side."""
+    longest = max(len(trace.loss) for trace in traces)
+    shares, growths = [], []
+    for trace in traces:
+        norms, is_finite = norms_of(trace)
+        is_known = (trace.leaves > 0) & ((norms > 0) & (norms < np.inf))[:, None]
+        with np.errstate(divide="ignore"):
+            share = np.log(trace.leaves) - np.log(norms)[:, None]
+        rest = (0, longest - len(norms)), (0, 0)
+        share = np.where(is_known, share, np.nan)
+        shares.append(np.pad(share, rest, constant_values=np.nan))
+        growths.append(np.pad(growth(trace.leaves, is_finite), rest))
+    margins = naive_share(np.hstack(shares), np.hstack(growths))
+    ends = np.cumsum([x.shape[1] for x in shares])
+    return [
+        found.max(axis=1)[: len(trace.loss)]
+        for trace, found in zip(traces, np.split(margins, ends[:-1], 1), strict=True)
+    ]
+
+
+def growth(leaves, is_finite):
     """The mean logarithm of a leaf's growth; -inf where too little of it is known."""
-    if step < 57:
-        return -math.inf
-    steps = step - np.arange(1, 64, 8)
-    before = leaf[steps[is_finite[steps] & (leaf[steps] > 0)]]
-    if len(before) < 5:
-        return -math.inf
-    return float(np.mean(np.log(leaf[step] / before)))
+    found = np.full(leaves.shape, -np.inf)
+    steps = np.arange(57, len(leaves))[:, None] - np.arange(1, 64, 8)
+    before = leaves[steps]  # [steps, times, leaves]
+    is_known = is_finite[steps][..., None] & (before > 0)
+    num = is_known.sum(axis=1)
+    with np.errstate(divide="ignore"):
+        logs = np.log(leaves)
+    total = np.where(is_known, logs[57:, None] - logs[steps], 0).sum(axis=1)
+    found[57:] = np.where(num >= 5, total / np.maximum(num, 1), -np.inf)
+    return found
 
 
-def naive(trace):
-    """Margins above the limits of norm, share and loss, each `[num_steps]`."""
+def norms_of(trace):
+    """The norm of all leaves, inf where one is non-finite, and where none is."""
     is_finite = np.isfinite(trace.leaves).all(axis=1)
-    norms = np.where(is_finite, np.sqrt((trace.leaves**2).sum(axis=1)), np.inf)
-    shares = [naive_share(norms, leaf, is_finite) for leaf in trace.leaves.T]
-    return {
-        "norm": np.minimum(naive_scalar(norms, 3, 3), naive_floor(norms)),
-        "share": np.max(shares, axis=0),
-        "loss": np.minimum(
-            np.maximum(
-                naive_scalar(trace.loss, 2.4, 1.7, 2.5, 0.01), naive_rise(trace.loss)
+    norms = np.sqrt((trace.leaves**2).sum(axis=1))
+    return np.where(is_finite, norms, np.inf), is_finite
+
+
+def naive(traces):
+    """Of each trace the margins above the limits of norm, share and loss: `[steps]`."""
+    for trace, share in zip(traces, naive_shares(traces), strict=True):
+        norms, _ = norms_of(trace)
+        loss = naive_scalar(trace.loss, 2.4, 1.7, 2.5, 0.01)
+        yield {
+            "norm": np.minimum(naive_scalar(norms, 3, 3), naive_floor(norms)),
+            "share": share,
+            "loss": np.minimum(
+                np.maximum(loss, naive_rise(trace.loss)), naive_floor(trace.loss)
             ),
-            naive_floor(trace.loss),
-        ),
-    }
+        }
 
 
 def test_rules_agree_with_their_definition(detection, traces, verdicts):
     num_fired: dict[str, int] = dict.fromkeys(RULES, 0)
     num_unclear = 0
-    for trace, verdict in zip(traces, verdicts, strict=True):
+    with np.errstate(invalid="ignore"):
+        margins_of = list(naive(traces))
+    for trace, verdict, expected in zip(traces, verdicts, margins_of, strict=True):
         name = trace.labels["name"]
-        with np.errstate(invalid="ignore"):
-            expected = naive(trace)
         expected["nonfinite"] = np.where(detection.is_nonfinite(trace), 1, -1)
         for rule, margins in expected.items():
             fired = verdict.fired[:, RULES.index(rule)]
