@@ -1,6 +1,7 @@
 """Eight virtual devices for the whole suite; strict promotion where a test asks."""
 
 import atexit
+import contextlib
 import os
 import shutil
 import tempfile
@@ -62,10 +63,36 @@ def x64():
     jax.config.update("jax_enable_x64", before)
 
 
+@contextlib.contextmanager
+def optimisations(are_left_out):
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", are_left_out)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def quick_to_compile():
     """Without XLA's optimisations: for the examples, whose runs are short."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with optimisations(are_left_out=True):
+        yield
+
+
+def is_default(config) -> bool:
+    """Whether the slow tests are left out; once a week all is compiled as for users."""
+    return config.getoption("-m") == "not slow"
+
+
+@pytest.fixture(scope="module")
+def quick_by_default(request):
+    with optimisations(are_left_out=is_default(request.config)):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Those of the documentation are short, too."""
+    if not isinstance(item, pytest.DoctestItem) or not is_default(item.config):
+        return (yield)
+    with optimisations(are_left_out=True):
+        return (yield)

@@ -136,8 +136,12 @@ SLOW |= {"clip_by_norm soft", "clip_by_norm set", "clip_by_norm band"}
 SLOW |= {"clip_by_historical_norm", "gradient_stabilizer", "aggc"}
 SLOW |= {"clip_by_norm per leaf", "clip_by_norm per unit", "zclip", "agc"}
 SLOW |= {"clip_by_spectral_norm smooth", "clip_by_spectral_norm", "spam"}
-SLOW_TO_COMPOSE = SLOW | {"adagc"}
+# Of what learns in a law of a few programs, a recorder stands for all; "stabilize" is
+# scanned, stacked and wrapped by tests of its own.
+SLOW_TO_DONATE = SLOW | {"adagc", "stable_adam", "clip_by_value schedule"}
+SLOW_TO_COMPOSE = SLOW_TO_SCAN = SLOW_TO_DONATE | {"stabilize"}
 SLOW_WITHOUT_JIT = SLOW | {"stabilize", "clip_by_spectral_norm"}
+SLOW_WITHOUT_JIT |= {"adagc", "stable_adam"}
 # Relative, by which two compiled programs may differ: of matrices 1e6 times their
 # limit, each of ten steps multiplies roundings of 6e-8 by up to 12 / 0.09.
 ROUNDINGS = dict.fromkeys(REGISTRY, 1e-6) | {

@@ -21,6 +21,8 @@ from flax.training.train_state import TrainState
 
 import optaxclip
 
+pytestmark = pytest.mark.usefixtures("quick_by_default")
+
 MAX_NORM = 0.75
 STATIC = ("ord", "per", "label", "specs", "stacked")
 

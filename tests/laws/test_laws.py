@@ -21,9 +21,13 @@ from registry import (
     SKIPS,
     SLOW,
     SLOW_TO_COMPOSE,
+    SLOW_TO_DONATE,
+    SLOW_TO_SCAN,
     SLOW_WITHOUT_JIT,
     STATELESS,
 )
+
+pytestmark = pytest.mark.usefixtures("quick_by_default")
 
 
 def names(slow: set[str]) -> list[Any]:
@@ -174,6 +178,7 @@ def test_optax_maps_over_the_parameters_in_the_state(wrapper):
         assert shardings.count(PartitionSpec("x")) == num_copies, name
 
 
+@pytest.mark.parametrize("name", names(SLOW_TO_SCAN))
 def test_scan_and_cond(name, transformation):
     params = updates_at(0)
 
@@ -195,6 +200,7 @@ def test_scan_and_cond(name, transformation):
     chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", names(SLOW_TO_DONATE))
 def test_state_can_be_donated(name, transformation):
     update = jax.jit(transformation.update, donate_argnums=(1,))
     _, state = run(transformation, update=update)
@@ -202,6 +208,7 @@ def test_state_can_be_donated(name, transformation):
     assert_close_states(state, expected)
 
 
+@pytest.mark.parametrize("name", names(SLOW_TO_SCAN))
 def test_vmap_equals_a_loop_over_the_runs(name, transformation):
     runs = [updates_at(step) for step in range(7)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)
@@ -219,7 +226,9 @@ def test_vmap_equals_a_loop_over_the_runs(name, transformation):
         )
 
 
-@pytest.mark.parametrize("other", [3, jax.nn.relu])
+@pytest.mark.parametrize(
+    "other", [pytest.param(3, marks=pytest.mark.slow), jax.nn.relu]
+)
 def test_leaves_may_be_numbers_and_what_is_no_array(other):
     tree = {"w": np.ones((2, 3)), "b": 4.0, "c": np.float64(-3.0), "other": other}
     for name in REGISTRY:

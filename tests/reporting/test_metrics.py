@@ -16,6 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import optaxclip
 
+pytestmark = pytest.mark.usefixtures("quick_by_default")
+
 COLUMNS = ("norm", "norm_after", "limit", "clipped_fraction", "num_nonfinite")
 STEPS = 4
 NAMES = ["dense/bias", "dense/kernel", "layers/w", "scale"]
