@@ -22,7 +22,7 @@ from record_references import (
     norms_of,
 )
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = pytest.mark.usefixtures("strict", "quick_by_default")
 
 RTOL = 1e-5
 PARAMS, GRADIENTS, RECORDED = record_references.load()

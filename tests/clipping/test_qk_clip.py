@@ -29,7 +29,13 @@ def run(updates, params, factors):
     return found
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        jnp.float32,
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (jnp.bfloat16, jnp.float16)),
+    ],
+)
 def test_parameters_end_at_the_factor_times_where_they_would_have(dtype):
     params, updates = trees(dtype)
     factor = jnp.array([[0.5], [1.0]])

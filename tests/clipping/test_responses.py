@@ -13,6 +13,8 @@ import pytest
 import optaxclip
 from optaxclip import limits
 
+pytestmark = pytest.mark.usefixtures("quick_by_default")
+
 RESPONSES = ("cap", "soft", "set")
 
 
@@ -64,7 +66,14 @@ def test_target_of_every_finite_norm(respond, limit):
     np.testing.assert_allclose(after, largest, rtol=2e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        jnp.float16,
+        jnp.float32,
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (jnp.bfloat16, jnp.float64)),
+    ],
+)
 @pytest.mark.parametrize("respond", RESPONSES)
 def test_target_in_every_dtype(respond, dtype):
     with jax.enable_x64(dtype == jnp.float64):
@@ -153,7 +162,8 @@ def test_derivative(respond):
 
     for limit in (0.7, 9.0):
         with jax.enable_x64(True):
-            found = jax.jacobian(clip, argnums=(0, 1))(jnp.asarray(x), limit)
+            jacobian = jax.jit(jax.jacobian(clip, argnums=(0, 1)))
+            found = jacobian(jnp.asarray(x), limit)
         step = 1e-6
         for i in range(3):
             moved = x + step * np.eye(3)[i], x - step * np.eye(3)[i]
@@ -174,15 +184,15 @@ def test_derivative(respond):
 def test_derivative_at_zero_is_the_identity(respond):
     clip = optaxclip.clip_by_norm(1.0, respond=respond)
     x = jnp.zeros(2)
-    jacobian = jax.jacobian(lambda x: clip.update(x, clip.init(x))[0])(x)
-    np.testing.assert_array_equal(jacobian, np.eye(2))
+    jacobian = jax.jit(jax.jacobian(lambda x: clip.update(x, clip.init(x))[0]))
+    np.testing.assert_array_equal(jacobian(x), np.eye(2))
 
 
 def test_band():
     clip = optaxclip.clip_by_norm(2.0, min_norm=0.5, per="leaf")
     updates = {"a": 0.1, "b": 0.5, "c": 1.0, "d": 2.0, "e": 3.0, "f": 0.0, "g": 1e-37}
     updates = {name: jnp.array([x]) for name, x in updates.items()}
-    after, state = clipped(clip, updates)
+    after, state = jax.jit(clip.update)(updates, clip.init(updates))
     found = np.concatenate(list(after.values()))
     np.testing.assert_allclose(found, [0.5, 0.5, 1, 2, 2, 0, 0.5], rtol=1e-6)
     for name in "bcd":  # to the bit
@@ -345,6 +355,7 @@ def test_layers_and_experts_come_apart():
         assert len(names) == 5 * (1 + 15)
 
 
+@pytest.mark.slow
 def test_norms_of_many_experts_are_those_of_the_unstacked_tree():
     """`[48, 384, 8, 8]`: 18,432 matrices."""
     shape = 48, 384, 8, 8
@@ -430,7 +441,7 @@ class TestUnitAxis:
 
 def _agc(params, grads) -> Any:
     agc = optaxclip.agc(0.1)
-    return agc.update(grads, agc.init(params), params)
+    return jax.jit(agc.update)(grads, agc.init(params), params)
 
 
 class TestMuon:

@@ -4,6 +4,7 @@ Each test was red before rules knew when they know too little, and before a roll
 to show that it helps.
 """
 
+import functools
 import importlib
 from typing import Any
 
@@ -32,6 +33,17 @@ def watch(tx, norms, losses=None, num_leaves: int = 1) -> Any:
     norms = np.float32(np.broadcast_to(np.transpose(norms), (num_leaves, len(norms))).T)
     params = [jnp.zeros([])] * num_leaves
     args = {} if losses is None else {"value": np.float32(losses)}
+    carry = params, tx.init(params)
+    for start in range(0, len(norms), 10):
+        ten = slice(start, start + 10)
+        carry = steps_of(tx)(carry, norms[ten], {k: x[ten] for k, x in args.items()})
+    params, state = carry
+    return params, optaxclip.metrics(state), optaxclip.history(state)
+
+
+@functools.cache
+def steps_of(tx) -> Any:
+    """Some steps, compiled once for runs of any length."""
 
     def step(carry, x):
         params, state = carry
@@ -39,9 +51,7 @@ def watch(tx, norms, losses=None, num_leaves: int = 1) -> Any:
         updates, state = tx.update(list(norms), state, params, **args)
         return (optax.apply_updates(params, updates), state), ()
 
-    scan = jax.jit(lambda c: lax.scan(step, c, (norms, args))[0])
-    params, state = scan((params, tx.init(params)))
-    return params, optaxclip.metrics(state), optaxclip.history(state)
+    return jax.jit(lambda carry, *given: lax.scan(step, carry, given)[0])
 
 
 def noise(num: int, size: float = 0.1, seed: int = 0) -> np.ndarray:
@@ -119,7 +129,7 @@ def test_a_loss_that_diverges_up_from_below_zero():
     assert flags[losses < 0].any()
 
 
-@pytest.mark.parametrize("growth", [1.03, 1.2])
+@pytest.mark.parametrize("growth", [1.03, pytest.param(1.2, marks=pytest.mark.slow)])
 def test_a_loss_that_grows_as_values_are_learned(growth):
     """As in temporal differences: it starts near zero and ends a hundred times up."""
     losses = 0.01 * noise(600) * np.minimum(growth ** np.arange(600), 100)
@@ -148,7 +158,7 @@ def test_a_loss_alone_that_is_not_finite():
 # Changes that are not the fault of the parameters.
 
 
-@pytest.mark.parametrize("num", [3, 12])
+@pytest.mark.parametrize("num", [pytest.param(3, marks=pytest.mark.slow), 12])
 def test_a_dynamic_loss_scale_that_overflows(num):
     """At the first steps: nothing has been updated, so nothing can be undone."""
     norms = np.concatenate([np.full(num, np.inf), noise(60)])
@@ -221,7 +231,9 @@ def explode(rate: float, steps: int = 300, tx: Any = None, start: float = 1.0):
     return losses, optaxclip.metrics(state)
 
 
-@pytest.mark.parametrize("rate", [1.0, 30.0, 1000.0])
+@pytest.mark.parametrize(
+    "rate", [*(pytest.param(x, marks=pytest.mark.slow) for x in (1.0, 30.0)), 1000.0]
+)
 def test_steps_that_are_too_large_from_the_start(rate):
     losses, metrics = explode(rate)
     assert losses[-1] < 0.01 * losses[0]

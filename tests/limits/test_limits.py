@@ -15,7 +15,7 @@ from jax import lax
 import optaxclip
 from optaxclip import limits
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = pytest.mark.usefixtures("strict", "quick_by_default")
 
 
 # The definitions as loops over the norms of one scope, each with the norm of all
@@ -185,6 +185,16 @@ CASES = {
 }
 EACH_KIND = ["minimum", *(name for name in CASES if "short" in name)]
 LIKE_ANOTHER = {"maximum", "fraction_of_start"}  # "minimum" and "short start"
+# Of what is compiled for each limit, these stand for all: averages, a window that is
+# sorted, a walk, and one that is made of others.
+QUICK = {"ema", "minimum", "short percentile", "short quantile"}
+quick_limits = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow)
+        for x in ("ema", *EACH_KIND)
+    ],
+)
 every_limit = pytest.mark.parametrize(
     "name",
     [
@@ -278,7 +288,10 @@ def test_a_constant_sequence_and_then_a_small_rise(name):
     assert_equals_the_reference(name, norms, run(name, norms)[0], rtol=1e-5)
 
 
-@each_kind_of_limit
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in CASES],
+)
 @pytest.mark.usefixtures("x64")
 def test_float64_and_a_single_scope(name):
     norms = np.float64(hostile(500)[:, 0]) * (1 if "quantile" in name else 1e100)
@@ -313,7 +326,7 @@ def test_norms_that_say_nothing_leave_no_trace(name):
         chex.assert_trees_all_equal(*states)
 
 
-@pytest.mark.parametrize("name", EACH_KIND)
+@quick_limits
 def test_zero_gradients_do_not_lock_the_clip(name):
     clip: Any = optaxclip.clip_by_norm(CASES[name][0])
     update = jax.jit(clip.update)
@@ -408,18 +421,24 @@ def test_100_000_steps(name):
     ("name", "up", "down"),
     [
         ("zscore", 75, 300),
-        ("short zscore", 21, 45),
-        ("minimum", 75, 300),
-        ("percentile", 1024, 1024),
         ("short percentile", 9, 9),
-        ("window_sigma", 128, 128),
         ("short window_sigma", 15, 15),
-        ("log_quantile", 128, 128),
         ("short log_quantile", 11, 11),
         ("ema", 2300, 170),
-        ("short ema", 12, 17),
         ("quantile", 24, 24),
-        ("short quantile", 6, 42),
+        *(
+            # The same code with other numbers.
+            pytest.param(*x, marks=pytest.mark.slow)
+            for x in (
+                ("short zscore", 21, 45),
+                ("minimum", 75, 300),
+                ("percentile", 1024, 1024),
+                ("window_sigma", 128, 128),
+                ("log_quantile", 128, 128),
+                ("short ema", 12, 17),
+                ("short quantile", 6, 42),
+            )
+        ),
     ],
 )
 def test_a_change_of_regime_is_followed(name, up, down):
@@ -479,7 +498,7 @@ def test_a_spike_raises_a_limit_by_its_factor(name, factor):
     np.testing.assert_allclose(found[301, 1:], factor * found[300, 1:], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ema", *EACH_KIND])
+@quick_limits
 def test_gradients_through_30_steps_are_finite(name):
     clip: Any = optaxclip.clip_by_norm(CASES[name][0])
 
@@ -499,7 +518,7 @@ def test_gradients_through_30_steps_are_finite(name):
         assert np.any(found != 0)
 
 
-@pytest.mark.parametrize("name", EACH_KIND)
+@quick_limits
 def test_an_ensemble_equals_its_runs(name):
     limit, norms = CASES[name][0], noisy(60, 4, 3)
     update = jax.jit(jax.vmap(limit.update, in_axes=(0, 0, None)))
@@ -577,9 +596,9 @@ def test_a_length_may_be_of_any_integer_type(name, x64):
     found: Any = None
     for length in (3, np.uint8(3), np.int64(3)):
         limit = getattr(limits, name)(**needed, **{argument: length})
-        state = limit.init(jnp.ones((), jnp.float32))
+        state, update = limit.init(jnp.ones((), jnp.float32)), jax.jit(limit.update)
         for norm in noisy(9):
-            found, state = limit.update(norm, state, None)
+            found, state = update(norm, state, None)
         chex.assert_trees_all_equal_dtypes(state, limit.init(jnp.ones((), jnp.float32)))
         expected = found if expected is None else expected
         assert found == expected

@@ -128,6 +128,10 @@ def test_bad_arguments(arguments, error, message):
 # --- The last steps
 
 
+recorder = functools.cache(optaxclip.record)
+"""The same for the same arguments, so that `run` is compiled once for it."""
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def run(tx, sizes, losses) -> Any:
     params = {"w": jnp.ones(1)}
@@ -159,7 +163,7 @@ def trace(num_steps, seed=0, nonfinite=()) -> tuple[np.ndarray, np.ndarray]:
 def test_percentiles_and_shares_are_those_of_the_last_steps(num_steps, window):
     nonfinite = [3, 30, 380, 390] if num_steps == 400 else []
     norms, losses = trace(num_steps, nonfinite=nonfinite)
-    state = run(optaxclip.record(), norms, losses)
+    state = run(recorder(), norms, losses)
     found = optaxclip.metrics(state, window=window)
     last = norms[-min(window or 256, 256) :]
     finite = last[np.isfinite(last)]
@@ -186,9 +190,8 @@ def test_before_the_first_step_and_without_a_finite_norm_they_are_zero():
         _, state = tx.update({"w": jnp.array([jnp.nan])}, state)
 
 
-@pytest.mark.parametrize(
-    "num_steps", [70, *(pytest.param(x, marks=pytest.mark.slow) for x in (71, 72, 390))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("num_steps", [70, 71, 72, 390])
 def test_exploded_and_skipped_steps_of_the_window_and_of_the_run(num_steps):
     """Also where the last step itself was skipped."""
     norms, losses = np.ones(num_steps, np.float32), np.ones(num_steps, np.float32)
@@ -261,7 +264,7 @@ def test_spike_score_is_that_of_olmo_core(num_steps, kind):
     theirs = StabilityMonitor(rolling_window=window - 128)
     for loss, norm in zip(losses.tolist(), norms.tolist(), strict=True):
         theirs.step(loss, norm)
-    found = optaxclip.metrics(run(optaxclip.record(window=window), norms, losses))
+    found = optaxclip.metrics(run(recorder(window=window), norms, losses))
     full = num_steps >= theirs.rolling_window
     expected = theirs.running if full else theirs.total
     np.testing.assert_allclose(
@@ -278,10 +281,10 @@ def test_spike_score_over_other_lengths():
         theirs = StabilityMonitor(min(length or window, window - 128))
         for loss, norm in zip(losses.tolist(), norms.tolist(), strict=True):
             theirs.step(loss, norm)
-        state = run(optaxclip.record(window=window), norms, losses)
+        state = run(recorder(window=window), norms, losses)
         found = optaxclip.metrics(state, window=length)["gradients/window/spike_score"]
         np.testing.assert_allclose(found, theirs.running, rtol=1e-6)
-    short = run(optaxclip.record(window=128), norms, losses)
+    short = run(recorder(window=128), norms, losses)
     assert "gradients/window/spike_score" not in optaxclip.metrics(short)
 
 
@@ -308,7 +311,7 @@ def test_a_step_without_a_loss_is_no_spike():
 def test_nothing_of_a_healthy_run_is_nan():
     norms, losses = trace(300)
     with jax.debug_nans(True):
-        optaxclip.metrics(run(optaxclip.record(), norms, losses))
+        optaxclip.metrics(run(recorder(), norms, losses))
 
 
 # --- Exact zeros
