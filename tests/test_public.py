@@ -15,6 +15,8 @@ import pytest
 import optaxclip
 from registry import LIMITS, REGISTRY
 
+pytestmark = pytest.mark.usefixtures("quick_by_default")
+
 GUIDES = ["", ".norms", ".limits", ".clipping", ".explosions", ".recording"]
 GUIDES += [".reporting", ".trainers"]
 # What is neither a transformation nor a limit, but measures or reads.
@@ -132,9 +134,9 @@ def test_the_registry_holds_every_transformation_and_every_limit():
 @pytest.mark.parametrize("name", LIMITS)
 def test_a_limit_keeps_the_type_of_its_state_and_is_never_negative(name):
     limit, norms = LIMITS[name](), jnp.array([1.0, 2.0])
-    state = limit.init(jnp.array([3.0, 4.0]))
+    state, update = limit.init(jnp.array([3.0, 4.0])), jax.jit(limit.update)
     for scale in (1.0, 1.5, jnp.inf, 0.0, 30.0):
-        found, new = limit.update(norms * scale, state, norms)
+        found, new = update(norms * scale, state, norms)
         types = [
             jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
             for tree in (state, new)
@@ -144,6 +146,7 @@ def test_a_limit_keeps_the_type_of_its_state_and_is_never_negative(name):
         state = new
 
 
+@pytest.mark.slow
 def test_the_site_has_a_page_for_each_guide_and_an_entry_for_each_name(tmp_path):
     with warnings.catch_warnings():
         # pdoc looks for the annotations of a named tuple in the wrong module.
