@@ -55,20 +55,23 @@ def strict():
         yield
 
 
+@contextlib.contextmanager
+def configured(name, value):
+    """As a context `jax_enable_x64` has another name in older versions of JAX."""
+    before = jax.config.read(name)
+    jax.config.update(name, value)
+    yield
+    jax.config.update(name, before)
+
+
 @pytest.fixture
 def x64():
-    before = jax.config.read("jax_enable_x64")  # as a context its name differs
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+    with configured("jax_enable_x64", True):
+        yield
 
 
-@contextlib.contextmanager
 def optimisations(are_left_out):
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", are_left_out)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    return configured("jax_disable_most_optimizations", are_left_out)
 
 
 @pytest.fixture(scope="module")

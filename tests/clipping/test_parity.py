@@ -10,6 +10,7 @@ import pytest
 
 import optaxclip
 import record_references
+from conftest import configured
 from optaxclip import limits
 from record_references import (
     AGC_RATIO,
@@ -113,7 +114,7 @@ def test_recorded_reference_clips_the_spikes_and_not_everything(name):
 )
 def test_recorded_updates(name, ours, unclipped):
     # Optax's Adam needs promotion, and in float32 its bias correction loses 1e-5.
-    with jax.numpy_dtype_promotion("standard"), jax.enable_x64(True):
+    with jax.numpy_dtype_promotion("standard"), configured("jax_enable_x64", True):
         norms, bare = (
             norms_of(run(tx, np.float64)[0], "leaf") for tx in (ours, unclipped)
         )

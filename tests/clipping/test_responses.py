@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import optaxclip
+from conftest import configured
 from optaxclip import limits
 
 pytestmark = pytest.mark.usefixtures("quick_by_default")
@@ -76,7 +77,7 @@ def test_target_of_every_finite_norm(respond, limit):
 )
 @pytest.mark.parametrize("respond", RESPONSES)
 def test_target_in_every_dtype(respond, dtype):
-    with jax.enable_x64(dtype == jnp.float64):
+    with configured("jax_enable_x64", dtype == jnp.float64):
         rng = np.random.default_rng(0)
         updates = {"w": jnp.asarray(rng.normal(size=(4, 3)), dtype)}
         for limit in (0.5, 20.0):
@@ -161,7 +162,7 @@ def test_derivative(respond):
         return clip.update(x, clip.init(x))[0]
 
     for limit in (0.7, 9.0):
-        with jax.enable_x64(True):
+        with configured("jax_enable_x64", True):
             jacobian = jax.jit(jax.jacobian(clip, argnums=(0, 1)))
             found = jacobian(jnp.asarray(x), limit)
         step = 1e-6
