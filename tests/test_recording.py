@@ -316,7 +316,7 @@ def test_names_are_told_as_they_are_and_large_norms_without_overflow():
     assert "Leaf 'Dense_0/Kernel' had grown most. The norm had grown by 1.65x" in story
 
 
-@pytest.mark.parametrize("loss", [2.0, math.nan])
+@pytest.mark.parametrize("loss", [2.0, pytest.param(math.nan, marks=pytest.mark.slow)])
 def test_a_tree_without_leaves_is_told(loss):
     tx = optaxclip.detect_explosions(loss=1.0)
     _, state = jax.jit(tx.update)({}, tx.init({}), value=loss)
@@ -421,6 +421,7 @@ def test_of_the_largest_norms_the_order_the_scopes_and_the_rest_are_kept(kept):
     assert sum(x.nbytes for x in jax.tree.leaves(state)) == size + 8
 
 
+@pytest.mark.slow
 def test_metrics_of_the_largest_norms_are_those_of_a_record_of_all(kept):
     _, whole, state = kept
     for top in (10, 3, None):
@@ -462,6 +463,7 @@ def test_the_scopes_of_the_largest_norms_are_named_in_words(kept):
     assert text == "gradients: 0 of 8 steps were non-finite."
 
 
+@pytest.mark.slow
 def test_a_record_of_more_ranks_than_scopes_keeps_all():
     records = [optaxclip.record(top=k) for k in (None, 3, 2)]
     states = [run(tx, noise(4)) for tx in records]

@@ -62,8 +62,9 @@ def trained(tx, num_steps, *, bad=()):
     return run(tx, tx.init(PARAMS), sizes, batches, rates), batches, rates
 
 
-@pytest.mark.parametrize("name", QUICK_RECORDERS)
-@pytest.mark.parametrize("num_steps", [3, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECORDERS)
+@pytest.mark.parametrize("num_steps", [3, 300])
 def test_history_gives_back_what_was_given(name, num_steps):
     state, batches, rates = trained(RECORDERS[name], num_steps)
     kept = optaxclip.history(state, PARAMS)

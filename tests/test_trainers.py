@@ -230,6 +230,7 @@ def test_specs_of_the_parameters_are_those_of_the_snapshots(masks):
 # What a rollback takes back.
 
 
+@pytest.mark.slow
 def test_a_rollback_leaves_what_the_user_and_the_clock_decided():
     schedule = optax.linear_schedule(1.0, 0.5, 100)
     inner = optax.chain(
@@ -309,7 +310,9 @@ def test_a_rollback_from_parameters_that_have_grown_far(dtype, factor):
     chex.assert_trees_all_close(params, start, rtol=float(jnp.finfo(dtype).eps))
 
 
-@pytest.mark.parametrize("rollback", [True, False])
+@pytest.mark.parametrize(
+    "rollback", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_parameters_that_are_nan_from_outside_are_told_at_once(rollback):
     tx = optaxclip.skip_explosions(optax.sgd(0.1), rollback=rollback, loss=10.0)
     params, state = train(tx, FINE * 2)

@@ -108,7 +108,9 @@ PARTS = {"the recorder": ".record.rows", "a learned limit": ".limit_state"}
 PARTS |= {"the limits of detection": ".rule_states"}
 
 
-@pytest.mark.parametrize("left_out", [None, *PARTS])
+@pytest.mark.parametrize(
+    "left_out", [None, *(pytest.param(x, marks=pytest.mark.slow) for x in PARTS)]
+)
 def test_one_process_goes_on(example, one_process, start, data, tmp_path, left_out):
     expected, checkpoints = one_process
     directory = tmp_path / "checkpoints"

@@ -349,7 +349,7 @@ def test_the_picture_shows_the_curves(learned):
 @pytest.mark.parametrize(
     "flags",
     [
-        {"clip": "value", "max": 0.01},
+        pytest.param({"clip": "value", "max": 0.01}, marks=pytest.mark.slow),
         pytest.param({"clip": "nothing"}, marks=pytest.mark.slow),
         pytest.param(
             {"preset": "tensorflow", "clip": "norm", "max": 0.1}, marks=pytest.mark.slow

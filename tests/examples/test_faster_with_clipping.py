@@ -31,6 +31,7 @@ def naive_steps(distance, rate, limit, tolerance, max_steps):
     return None
 
 
+@pytest.mark.slow
 def test_the_function_is_smooth_in_the_sense_of_the_paper(faster):
     points = np.random.default_rng(0).normal(size=(100, 2)) * 4
     gradients = jax.vmap(jax.grad(faster.objective))(points)

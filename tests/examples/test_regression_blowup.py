@@ -73,7 +73,9 @@ def by_value(grads, norm):
     ("clip", "naive", "broadcasts"),
     [
         (optaxclip.clip_by_norm(1.0), by_norm, False),
-        (optaxclip.clip_by_value(1.0), by_value, True),
+        pytest.param(
+            optaxclip.clip_by_value(1.0), by_value, True, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_it_trains_as_by_hand(blowup, clip, naive, broadcasts):

@@ -267,6 +267,7 @@ def replaced(detection, trace, change):
     )
 
 
+@pytest.mark.slow
 def test_verdicts_know_nothing_of_the_future(detection, traces, verdicts):
     stops = np.random.default_rng(0).integers(1, [len(x.loss) for x in traces])
 
@@ -323,6 +324,7 @@ def test_score_of_no_judgement(detection, traces, always):
     assert all((lead > 0) == always for lead in found.lead.values())
 
 
+@pytest.mark.slow
 def test_benchmark_prints_what_it_claims(detection, found, capsys):
     detection.main(peers=("non-finite check",))
     printed = capsys.readouterr().out

@@ -103,6 +103,7 @@ def test_what_is_far_below_the_start_is_no_explosion(size, rules):
     assert fired(state) == rules
 
 
+@pytest.mark.slow
 def test_a_layer_that_explodes_under_a_larger_one():
     _, state, _ = run(DETECT, healthy(100))
     grads = {"a": grads_of(1.0)["a"], "b": grads_of(1e-3)["b"]}
@@ -168,6 +169,7 @@ def test_the_leaf_that_led_is_that_of_a_naive_search():
         assert set(expected) == {-1, 0, 1, 2, 3}
 
 
+@pytest.mark.slow
 def test_no_leaf_leads_on_the_first_step():
     tx = optaxclip.detect_explosions(norm=1.0)
     _, state, _ = run(tx, [grads_of(0.0) | {"b": grads_of(9.0)["b"]}])
@@ -211,18 +213,20 @@ def test_counts_and_the_step_at_which_it_began():
 
 
 def test_the_growth_of_the_norm():
+    fitted = jax.jit(fitted_growth)
     sizes = [1.0] * 20 + [1.3**i for i in range(8)]
     for bad in (math.nan, math.inf):
         _, state, _ = run(DETECT, [*sizes, bad])
-        growth = fitted_growth(state["explosions"].record)
+        growth = fitted(state["explosions"].record)
         np.testing.assert_allclose(growth, 1.3, rtol=1e-5)
     _, state, _ = run(DETECT, [3.0])
-    assert fitted_growth(state["explosions"].record) == 1
+    assert fitted(state["explosions"].record) == 1
     _, state, _ = run(DETECT, [1.0, 2.0, 4.0])
-    growth = fitted_growth(state["explosions"].record)
+    growth = fitted(state["explosions"].record)
     np.testing.assert_allclose(growth, 2, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_any_limit_is_a_rule():
     tx = optaxclip.detect_explosions(
         norm=10.0, share=0.9, loss=limits.window_sigma(6.0, window=8)
@@ -245,7 +249,7 @@ def test_after_the_optimizer_the_norm_is_that_of_the_update():
     np.testing.assert_allclose(norm, 1e-3 * math.sqrt(2), rtol=1e-6)
 
 
-@pytest.mark.parametrize("tx", [pytest.param(DETECT, marks=pytest.mark.slow), SKIP])
+@pytest.mark.parametrize("tx", [DETECT, pytest.param(SKIP, marks=pytest.mark.slow)])
 def test_trees_without_leaves_and_losses_of_other_types(tx):
     assert jax.jit(tx.update)({}, tx.init({}), {})[0] == {}
     state = jax.eval_shape(tx.init, PARAMS)
@@ -409,7 +413,9 @@ def test_what_is_accepted_is_clipped_until_it_is_usual():
     np.testing.assert_allclose(sizes[-1], 1e3 * math.sqrt(2), rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)]
+)
 def test_an_accepted_norm_of_any_size_is_at_most_its_limit(dtype):
     params = {"a": jnp.ones(4, dtype), "mask": jnp.ones(3, int)}
     tx = optaxclip.skip_explosions(
@@ -426,7 +432,9 @@ def test_an_accepted_norm_of_any_size_is_at_most_its_limit(dtype):
         np.testing.assert_array_equal(updates["mask"], params["mask"])
 
 
-@pytest.mark.parametrize("limit", [-1.0, math.nan])
+@pytest.mark.parametrize(
+    "limit", [pytest.param(-1.0, marks=pytest.mark.slow), math.nan]
+)
 def test_what_is_accepted_with_a_bad_limit_is_zero(limit):
     tx = optaxclip.skip_explosions(
         optax.identity(), norm=lambda _: limit, share=None, loss=1.0, max_consecutive=1
@@ -553,6 +561,7 @@ def test_stabilize_cools_down_when_it_happens_again():
     np.testing.assert_allclose(state["explosions"].scale, scale / 8, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_a_rule_on_the_loss_the_norm_speaks_against_the_parameters():
     tx = optaxclip.stabilize(optax.sgd(1e-6), loss=None)
     _, state, _ = run(tx, [*healthy(8), *BAD, *FINE])  # with losses of 1
@@ -567,7 +576,9 @@ def test_a_rollback_long_after_another_is_a_first_one():
     assert state["explosions"].scale == 1 / 64
 
 
-@pytest.mark.parametrize("trials", [[1e3], [1.0, 1e3]])
+@pytest.mark.parametrize(
+    "trials", [pytest.param([1e3], marks=pytest.mark.slow), [1.0, 1e3]]
+)
 def test_what_outlasts_the_snapshot_is_accepted(trials):
     """The parameters come back, to a rounding, and the steps are taken, clipped."""
     tx = optaxclip.stabilize(optax.sgd(0.01))
@@ -613,6 +624,7 @@ def test_rollback_returns_to_a_quiet_step():
     chex.assert_trees_all_equal(state["explosions"].snapshots.older, older)
 
 
+@pytest.mark.slow
 def test_rollback_is_exact_in_two_steps():
     """At first to a rounding of the larger, then to one of the snapshot."""
     tx = optaxclip.skip_explosions(
@@ -639,6 +651,7 @@ def test_ten_non_finite_steps_are_a_reason_to_roll_back():
     assert optaxclip.metrics(state)["explosions/num_rollbacks"] == 1
 
 
+@pytest.mark.slow
 def test_how_many_until_a_rollback_and_until_it_gives_up():
     tx = optaxclip.skip_explosions(
         optax.sgd(1e-6), rollback=True, rollback_after=5, give_up_after=7
@@ -654,6 +667,7 @@ def test_how_many_until_a_rollback_and_until_it_gives_up():
         optaxclip.raise_if_exploded(state)
 
 
+@pytest.mark.slow
 def test_how_far_apart_explosions_are_one_and_how_many_steps_are_kept():
     tx = optaxclip.detect_explosions(max_gap=30, window=64)
     _, state, _ = run(tx, [*healthy(20), 50, *healthy(20), 900])
@@ -667,7 +681,7 @@ def test_without_params_a_rollback_raises():
         tx.update(PARAMS, tx.init(PARAMS))
 
 
-@pytest.mark.parametrize("num_bad", [3, 14])
+@pytest.mark.parametrize("num_bad", [pytest.param(3, marks=pytest.mark.slow), 14])
 def test_stabilize_survives_what_kills_the_optimizer(num_bad):
     """From the tenth on they are accepted, and clipped to what was usual."""
     scales = jnp.ones(400).at[200 : 200 + num_bad].set(1e4)
@@ -696,6 +710,7 @@ def test_stabilize_survives_what_kills_the_optimizer(num_bad):
     optaxclip.raise_if_exploded(state, params)
 
 
+@pytest.mark.slow
 def test_stabilize_takes_a_fixed_limit_too():
     tx = optaxclip.stabilize(optax.sgd(1.0), max_norm=0.5, rollback=False)
     _, state, found = run(tx, [1.0])
@@ -729,6 +744,7 @@ def test_the_message_of_a_loss_that_is_not_finite():
         optaxclip.raise_if_exploded(state, PARAMS)
 
 
+@pytest.mark.slow
 def test_nothing_is_raised_on_what_was_survived():
     tx = optax.chain(optaxclip.detect_explosions(label="gradients"), SKIP)
     _, state, _ = run(tx, [*healthy(20), 50.0, math.nan, *[1e3] * 20])

@@ -30,7 +30,8 @@ def watch(tx, norms, losses=None, num_leaves: int = 1) -> Any:
       losses: `[steps]`; by default not given.
       num_leaves: Of the gradients, each a number.
     """
-    norms = np.float32(np.broadcast_to(np.transpose(norms), (num_leaves, len(norms))).T)
+    rows = np.broadcast_to(np.transpose(norms), (num_leaves, len(norms)))
+    norms = np.asarray(rows.T, np.float32)
     params = [jnp.zeros([])] * num_leaves
     args = {} if losses is None else {"value": np.float32(losses)}
     carry = params, tx.init(params)

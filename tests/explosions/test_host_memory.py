@@ -70,6 +70,7 @@ def kinds_of(tree: Any) -> set[str]:
 
 
 @needs_host_memory
+@pytest.mark.slow
 def test_the_run_is_that_of_snapshots_on_the_device():
     carry = train("host")
     assert optaxclip.metrics(carry[1])["explosions/num_rollbacks"] == 1

@@ -126,7 +126,11 @@ def test_norm_reads_the_gradients_once():
 @stores_no_squares
 @pytest.mark.parametrize(
     ("name", "like"),
-    [("soft", "norm"), ("set", "norm"), ("band", "norm"), ("global", "leaf")],
+    [
+        ("soft", "norm"),
+        *(pytest.param(x, "norm", marks=pytest.mark.slow) for x in ("set", "band")),
+        pytest.param("global", "leaf", marks=pytest.mark.slow),
+    ],
 )
 def test_every_response_costs_what_a_cap_does(name, like):
     found, cap = cost(name), cost(like)

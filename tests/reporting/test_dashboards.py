@@ -80,7 +80,11 @@ def train(name, run, steps):
     return runs
 
 
-@pytest.fixture(scope="module", params=TRANSFORMATIONS)
+# A detector has a recorder inside.
+QUICK = [pytest.param("recorded", marks=pytest.mark.slow), "stabilized"]
+
+
+@pytest.fixture(scope="module", params=QUICK)
 def written(request, tmp_path_factory):
     """The directory of a run's events, and its metrics after each step."""
     name = request.param
@@ -188,7 +192,7 @@ def test_what_was_flushed_outlives_a_killed_process(tmp_path):
 # --- Checkpoints
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@pytest.mark.parametrize("name", QUICK)
 def test_a_restored_recorder_has_the_history_and_goes_on(name, tmp_path):
     label = "gradients" if name == "recorded" else "explosions"
     saved = train(name, start(name), range(10))[-1]

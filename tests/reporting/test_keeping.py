@@ -68,6 +68,7 @@ def scanned() -> Any:
     return jax.jit(lambda carry, data: lax.scan(step, carry, data))
 
 
+@pytest.mark.slow
 def test_a_bad_batch_at_any_step_leaves_nothing():
     """Parameters, batch statistics and their average are those of the run without."""
     x, y = batches()

@@ -134,7 +134,12 @@ def test_panels(num_scopes, loss, expected):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "magic"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")]
+    ("suffix", "magic"),
+    [
+        (".png", b"\x89PNG"),
+        pytest.param(".pdf", b"%PDF", marks=pytest.mark.slow),
+        pytest.param(".svg", b"<?xml", marks=pytest.mark.slow),
+    ],
 )
 def test_saves(tmp_path, suffix, magic):
     path = tmp_path / f"picture{suffix}"
@@ -267,7 +272,14 @@ def test_number_between_two_gaps_is_a_dot():
 
 
 @pytest.mark.parametrize(
-    ("num_scopes", "leader"), [(8, 0), (40, 7), (41, 7), (300, 20), (300, 298)]
+    ("num_scopes", "leader"),
+    [
+        (8, 0),
+        (41, 7),
+        # The others are slow: the same with more names, or in other places.
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((40, 7), (300, 20))),
+        pytest.param(300, 298, marks=pytest.mark.slow),
+    ],
 )
 def test_names_of_the_map_do_not_overlap(num_scopes, leader):
     figure = plot(exploding(num_scopes, leader))
@@ -365,7 +377,7 @@ def pixels(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())
 
 
-@pytest.mark.parametrize("num_scopes", [2, 9])
+@pytest.mark.parametrize("num_scopes", [2, pytest.param(9, marks=pytest.mark.slow)])
 def test_a_figure_is_drawn_anew_in_place(num_scopes):
     """It shows what a new one would, whatever it showed before."""
     last = exploding(num_scopes, 1)
@@ -430,6 +442,7 @@ def test_empty_history():
         plot(optaxclip.history(state))
 
 
+@pytest.mark.slow
 def test_draws_what_a_detector_kept():
     detect = optaxclip.detect_explosions(norm=5.0)
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}

@@ -104,6 +104,7 @@ def test_a_step_whose_moments_were_mended_is_among_them():
     assert optaxclip.skipped_steps(state) == [{"step": 5, "batch": 105, "rules": []}]
 
 
+@pytest.mark.slow
 def test_without_columns_they_have_no_tags():
     tx = optaxclip.skip_explosions(optax.sgd(0.1))
     state, _ = run(tx, tx.init(PARAMS), sizes_of(6, {4: np.inf}), batches_of(6))
@@ -213,6 +214,7 @@ def batch_of(step: int) -> int:
     return 2**30 + 7919 * step
 
 
+@pytest.mark.slow
 def test_killed_and_restored_they_are_exactly_the_skipped_ones(tmp_path):
     """The record of 256 steps has long lost the first ones."""
     path = str(tmp_path / "checkpoint")
