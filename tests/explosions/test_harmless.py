@@ -33,7 +33,7 @@ def watch(tx, norms, losses=None, num_leaves: int = 1) -> Any:
     rows = np.broadcast_to(np.transpose(norms), (num_leaves, len(norms)))
     norms = np.asarray(rows.T, np.float32)
     params = [jnp.zeros([])] * num_leaves
-    args = {} if losses is None else {"value": np.float32(losses)}
+    args = {} if losses is None else {"value": np.asarray(losses, np.float32)}
     carry = params, tx.init(params)
     for start in range(0, len(norms), 10):
         ten = slice(start, start + 10)
