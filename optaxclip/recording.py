@@ -13,10 +13,10 @@ and `stabilize` have a recorder of their own.
 ...     optaxclip.record("updates"),
 ... )
 >>> params = {"w": jnp.ones(2), "b": jnp.ones(1)}
->>> opt_state = tx.init(params)
+>>> opt_state, update = tx.init(params), jax.jit(tx.update)
 >>> for size in [0.5, 1.0, 8.0]:
 ...     grads = {"w": jnp.array([size, 0.0]), "b": jnp.zeros(1)}
-...     updates, opt_state = tx.update(grads, opt_state, params, value=jnp.array(1.0))
+...     updates, opt_state = update(grads, opt_state, params, value=jnp.array(1.0))
 >>> kept = optaxclip.history(opt_state, params, label="before")
 >>> print(kept.step, kept.norm, kept.names, kept.norms[:, 1])
 [0 1 2] [0.5 1.  8. ] ['b', 'w'] [0.5 1.  8. ]

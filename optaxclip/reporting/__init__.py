@@ -104,10 +104,10 @@ and OLMo-core's SpikeScore:
 
 ```python
 >>> recorder = optaxclip.record()
->>> state = recorder.init(params)
+>>> state, update = recorder.init(params), jax.jit(recorder.update)
 >>> for norm in [7.0, 1.0, 9.0, 2.0]:
 ...     grads = {"w": jnp.array([norm, 0.0]), "b": jnp.zeros(1)}
-...     _, state = recorder.update(grads, state, params)
+...     _, state = update(grads, state, params)
 >>> metrics = optaxclip.metrics(state, params, window=3)
 >>> print(metrics["gradients/window/norm_p50"], metrics["gradients/window/norm_p90"])
 2.0 9.0

@@ -49,12 +49,12 @@ def explain(opt_state: Any, params: Any = None) -> str:
         if `params` does not fit.
 
     Example:
-      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> import jax, jax.numpy as jnp, optax, optaxclip
       >>> tx = optax.chain(optaxclip.detect_explosions(), optax.sgd(0.1))
       >>> params = {"w": jnp.ones(1)}
-      >>> opt_state = tx.init(params)
+      >>> opt_state, update = tx.init(params), jax.jit(tx.update)
       >>> for size in [1.0, 1.1, 1.0, 1.2, 3.0, 30.0]:
-      ...     _, opt_state = tx.update({"w": jnp.array([size])}, opt_state)
+      ...     _, opt_state = update({"w": jnp.array([size])}, opt_state)
       >>> for sentence in optaxclip.explain(opt_state, params).split(". "):
       ...     print(sentence)
       explosions: 1 of 6 steps exploded: 1 by the norm

@@ -59,10 +59,10 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
         label, or if `params` does not fit.
 
     Example:
-      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> import jax, jax.numpy as jnp, optax, optaxclip
       >>> tx = optax.chain(optaxclip.detect_explosions(), optax.sgd(0.1))
-      >>> params = {"w": jnp.ones(2)}
-      >>> _, opt_state = tx.update({"w": jnp.array([1.0, jnp.nan])}, tx.init(params))
+      >>> params, grads = {"w": jnp.ones(2)}, {"w": jnp.array([1.0, jnp.nan])}
+      >>> _, opt_state = jax.jit(tx.update)(grads, tx.init(params))
       >>> optaxclip.raise_if_exploded(opt_state, params)
       Traceback (most recent call last):
       ...

@@ -29,10 +29,10 @@ def taken(opt_state: Any, *, label: str | None = None) -> jax.Array:
         label.
 
     Example:
-      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> import jax, jax.numpy as jnp, optax, optaxclip
       >>> tx = optaxclip.skip_explosions(optax.sgd(0.1))
-      >>> params = {"w": jnp.ones(1)}
-      >>> _, state = tx.update({"w": jnp.array([jnp.nan])}, tx.init(params), params)
+      >>> params, grads = {"w": jnp.ones(1)}, {"w": jnp.array([jnp.nan])}
+      >>> _, state = jax.jit(tx.update)(grads, tx.init(params), params)
       >>> print(optaxclip.taken(state))
       False
     """
@@ -61,10 +61,10 @@ def keep(opt_state: Any, new: Any, old: Any, *, label: str | None = None) -> Any
       ValueError: As `taken`, and if `new` has another structure than `old`.
 
     Example:
-      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> import jax, jax.numpy as jnp, optax, optaxclip
       >>> tx = optaxclip.skip_explosions(optax.sgd(0.1))
-      >>> params = {"w": jnp.ones(1)}
-      >>> _, state = tx.update({"w": jnp.array([jnp.nan])}, tx.init(params), params)
+      >>> params, grads = {"w": jnp.ones(1)}, {"w": jnp.array([jnp.nan])}
+      >>> _, state = jax.jit(tx.update)(grads, tx.init(params), params)
       >>> old, new = {"mean": jnp.array(0.5)}, {"mean": jnp.array(jnp.nan)}
       >>> print(optaxclip.keep(state, new, old)["mean"])
       0.5

@@ -50,13 +50,13 @@ def skipped_steps(opt_state: Any, *, label: str | None = None) -> list[Any]:
         label.
 
     Example:
-      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> import jax, jax.numpy as jnp, optax, optaxclip
       >>> tx = optaxclip.skip_explosions(optax.sgd(0.1), columns=["batch"])
       >>> params = {"w": jnp.ones(1)}
-      >>> state = tx.init(params)
+      >>> state, update = tx.init(params), jax.jit(tx.update)
       >>> for batch, g in [(38211, 1.0), (38212, jnp.nan), (38213, 1.0)]:
       ...     grads, tag = {"w": jnp.array([g])}, {"batch": batch}
-      ...     updates, state = tx.update(grads, state, params, tag=tag)
+      ...     updates, state = update(grads, state, params, tag=tag)
       >>> print(optaxclip.skipped_steps(state))
       [{'step': 1, 'batch': 38212, 'rules': ['nonfinite']}]
     """
@@ -114,14 +114,14 @@ def leading_leaf(
         label; if it holds several runs, or `params` does not fit.
 
     Example:
-      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> import jax, jax.numpy as jnp, optax, optaxclip
       >>> tx = optaxclip.stabilize(optax.adam(1e-3))
       >>> params = {"rnn": {"hh": jnp.ones(2)}, "head": jnp.ones(2)}
       >>> state = tx.init(params)
       >>> print(optaxclip.leading_leaf(state, params))
       None
       >>> grads = {"rnn": {"hh": jnp.array([1.0, jnp.nan])}, "head": jnp.ones(2)}
-      >>> updates, state = tx.update(grads, state, params)
+      >>> updates, state = jax.jit(tx.update)(grads, state, params)
       >>> print(optaxclip.leading_leaf(state, params))
       rnn/hh
     """
