@@ -271,7 +271,7 @@ def assert_same_type(name, state, shape):
     chex.assert_trees_all_equal_shapes_and_dtypes(state, like)
 
 
-@every_limit
+@each_kind_of_limit
 def test_equals_the_naive_reference(name):
     norms = hostile(600)
     found, state = run(name, norms)
@@ -281,7 +281,7 @@ def test_equals_the_naive_reference(name):
     assert_same_type(name, state, 3)
 
 
-@every_limit
+@each_kind_of_limit
 def test_a_constant_sequence_and_then_a_small_rise(name):
     norms = np.full((200, 3), [1.0, 9.0, 0.03], np.float32)
     norms[150:] *= 1.005
@@ -310,7 +310,7 @@ def test_scopes_of_any_shape(name, shape):
     chex.assert_trees_all_equal_shapes_and_dtypes((norms, state), (found, new_state))
 
 
-@every_limit
+@each_kind_of_limit
 def test_norms_that_say_nothing_leave_no_trace(name):
     norms = noisy(60, 3)
     clean, clean_state = run(name, norms)
