@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import optax
 
 import optaxclip
-from tasks import generative, networks, reinforcement, sequences
+from tasks import (
+    generative,
+    networks,
+    regimes,
+    reinforcement,
+    sequences,
+    statistical,
+    structured,
+)
 from tasks.running import (
     DATA,
     HALF,
@@ -71,6 +79,26 @@ def restarts(rate):
     return optax.adam(schedule)
 
 
+def decayed(optimizer: Callable) -> Callable:
+    """With an L2 penalty of 5e-4."""
+    return lambda rate: optax.chain(optax.add_decayed_weights(5e-4), optimizer(rate))
+
+
+def strong_decay(rate):
+    return optax.adamw(rate, weight_decay=1.0)
+
+
+def schedule_free(rate):
+    return optax.contrib.schedule_free_adamw(rate, warmup_steps=50)
+
+
+def warm_restarts(rate):
+    """Momentum; a cosine that restarts every 150 steps, without a warm-up."""
+    return momentum(
+        lambda count: rate * (0.51 + 0.49 * jnp.cos(math.pi * (count % 150) / 150))
+    )
+
+
 def clipped(max_norm: float, optimizer: Callable) -> Callable:
     """With a clip of its own before it."""
     return lambda rate: optax.chain(optaxclip.clip_by_norm(max_norm), optimizer(rate))
@@ -79,6 +107,7 @@ def clipped(max_norm: float, optimizer: Callable) -> Callable:
 adam, adamw, sgd, lion = optax.adam, optax.adamw, optax.sgd, optax.lion
 rmsprop, muon = optax.rmsprop, optax.contrib.muon
 net, seq, gen, rl = networks, sequences, generative, reinforcement
+stat, new, regime = statistical, structured, regimes
 NAN = math.nan
 
 Rows = dict[str, tuple[Any, ...]]
@@ -645,4 +674,231 @@ add(
     "test",
     seq.gpt,
     ("AdamW", HEALTHY, cosine(adamw), 3e-3, {"dtype": jnp.bfloat16}),
+)
+
+# Drawn after all constants were chosen: statistics.
+add(
+    "counts",
+    "test",
+    stat.counts,
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("SGD", HEALTHY, sgd, 1e-3),
+    ("too large steps", RATE, sgd, 0.3),
+)
+add(
+    "quantiles",
+    "test",
+    stat.quantiles,
+    ("RMSProp", HEALTHY, rmsprop, 3e-3),
+    ("momentum", HEALTHY, momentum, 0.03),
+    ("too large steps", RATE, momentum, 50.0),
+)
+add(
+    "ranking",
+    "test",
+    stat.ranking,
+    ("Adam", HEALTHY, adam, 1e-2),
+    ("too large steps", RATE, sgd, 60.0),
+)
+add(
+    "rare positives",
+    "test",
+    stat.rare_positives,
+    ("momentum", HEALTHY, momentum, 0.01),
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("too large steps", RATE, momentum, 3.0),
+)
+add(
+    "focal loss",
+    "test",
+    lambda: stat.rare_positives(weight=5.0, focus=2.0),
+    ("AdamW", HEALTHY, adamw, 3e-3),
+)
+add(
+    "survival",
+    "test",
+    stat.survival,
+    ("nesterov", HEALTHY, nesterov, 0.01),
+    ("inputs x1000", DATA, momentum, 0.01, {"corrupt": at(100, 100, factor=1e3)}),
+)
+add(
+    "recommender",
+    "test",
+    stat.recommender,
+    ("AdaGrad", HEALTHY, optax.adagrad, 1.0),
+    ("SGD", HEALTHY, sgd, 10.0),
+)
+add(
+    "transport",
+    "test",
+    stat.transport,
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("too large steps", RATE, adam, 1.0),
+)
+add(
+    "alignment",
+    "test",
+    stat.alignment,
+    ("Adam", HEALTHY, adam, 1e-2),
+    ("too large steps", RATE, momentum, 1.0),
+)
+add(
+    "schools",
+    "test",
+    stat.schools,
+    ("Adam", HEALTHY, adam, 0.03),
+    ("SGD", HEALTHY, sgd, 3e-3),
+    ("too large steps", RATE, sgd, 0.3),
+)
+add(
+    "filtering",
+    "test",
+    stat.filtering,
+    ("Adam", HEALTHY, adam, 0.03),
+    ("SGD", HEALTHY, sgd, 0.03),
+    ("too large steps", RATE, sgd, 3.0),
+)
+
+# Drawn after all constants were chosen: unusual networks and losses.
+add(
+    "batch norm",
+    "test",
+    new.batch_norm,
+    ("momentum, L2 and cosine", HEALTHY, decayed(cosine(momentum)), 0.05),
+    ("warm restarts", HEALTHY, warm_restarts, 0.05),
+    ("too large steps", RATE, adam, 1.0),
+)
+add(
+    "triangles",
+    "test",
+    new.triangles,
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("too large steps", RATE, momentum, 0.01),
+)
+add(
+    "vector quantization",
+    "test",
+    new.vector_quantization,
+    ("Adam", HEALTHY, adam, 2e-3),
+    ("too large steps", RATE, momentum, 10.0),
+)
+add(
+    "bootstrap",
+    "test",
+    new.bootstrap,
+    ("momentum", HEALTHY, momentum, 0.05),
+)
+add(
+    "adaptation",
+    "test",
+    new.adaptation,
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("too large steps", RATE, adam, 1.0),
+)
+add(
+    "energy model",
+    "test",
+    new.energy_model,
+    ("Adam", HEALTHY, adam, 1e-3),
+    ("too large steps", RATE, sgd, 0.3),
+)
+add(
+    "scores",
+    "test",
+    new.scores,
+    ("Adam with warm-up", HEALTHY, warmed_up(50, adam), 3e-3),
+    ("too large steps", RATE, momentum, 0.01),
+)
+add(
+    "equilibrium",
+    "test",
+    new.equilibrium,
+    ("schedule-free", HEALTHY, schedule_free, 3e-3),
+    ("too large steps", RATE, momentum, 1.0),
+)
+add(
+    "spikes",
+    "test",
+    new.spiking,
+    ("AdaMax", HEALTHY, optax.adamax, 5e-3),
+    ("too large steps", RATE, adam, 3.0),
+)
+add(
+    "rays",
+    "test",
+    new.radiance,
+    ("Adam", HEALTHY, adam, 5e-3),
+    ("too large steps", RATE, adam, 0.3),
+)
+add(
+    "swing-up",
+    "test",
+    new.swing_up,
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("momentum after a clip", HEALTHY, clipped(1.0, momentum), 0.01),
+)
+add(
+    "soft actor and critic",
+    "test",
+    new.soft_actor_critic,
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("too large steps", RATE, sgd, 0.1),
+)
+add("rare rewards", "test", new.rare_rewards, ("Adam", HEALTHY, adam, 0.03))
+add(
+    "stochastic depth",
+    "test",
+    new.stochastic_depth,
+    ("muon", HEALTHY, muon, 0.01),
+    ("momentum", HEALTHY, momentum, 0.01),
+    ("too large steps", RATE, momentum, 0.03),
+)
+
+# Drawn after all constants were chosen: changes while a run goes on.
+add(
+    "alternating",
+    "test",
+    regime.alternating,
+    ("momentum", HEALTHY, momentum, 0.02),
+    ("Adam", HEALTHY, adam, 2e-3),
+    ("rising step", RAMP, rising(momentum), 1.0),
+)
+add(
+    "shards",
+    "test",
+    regime.shards,
+    ("momentum", HEALTHY, momentum, 0.01),
+    ("AdamW", HEALTHY, adamw, 1e-3),
+)
+add("pruning", "test", regime.pruning, ("Adam", HEALTHY, adam, 3e-3))
+add("smoothing", "test", regime.smoothing, ("AdamW", HEALTHY, cosine(adamw), 3e-3))
+add("late dropout", "test", regime.late_dropout, ("lion", HEALTHY, lion, 3e-4))
+add("shrinking batches", "test", regime.shrinking_batches, ("SGD", HEALTHY, sgd, 0.03))
+add(
+    "hard examples",
+    "test",
+    regime.hard_examples,
+    ("momentum", HEALTHY, momentum, 3e-3),
+    ("too large steps", RATE, momentum, 1.0),
+)
+add(
+    "adversarial",
+    "test",
+    regime.adversarial,
+    ("SGD", HEALTHY, sgd, 0.03),
+    ("20 NaN batches", DATA, adam, 1e-3, {"corrupt": at(200, length=20, factor=NAN)}),
+)
+add(
+    "modular addition",
+    "test",
+    regime.modular_addition,
+    ("AdamW, strong decay", HEALTHY, strong_decay, 1e-2),
+    ("too large steps", RATE, adamw, 1.0),
+)
+add(
+    "penalty",
+    "test",
+    regime.penalty,
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("too large steps", RATE, momentum, 3e-3),
 )
