@@ -227,8 +227,13 @@ snapshot is of what the first step is given.
   it was not tuned on. It notices 93.1 % of the explosions there (86.9 to 99.1). Run
   `python tests/benchmarks/detection.py --split heldout` (x86-64, JAX 0.10.2,
   2026-11-28).
-* On the test half of the benchmark runs it harms 1 of 51 healthy ones, and does not
-  save 8 % of those that explode. `tests/benchmarks/README.md` names both.
+* Of 46 healthy benchmark runs that were drawn after all constants had been chosen it
+  harms 3, and it does not save 12 % of the 25 that explode. `tests/benchmarks/README.md`
+  names them.
+* It takes rare batches that matter for explosions: where few batches hold a positive of
+  large weight, or a reward, they may be skipped again and again, since a rule learns
+  nothing of a skipped step. Look at `skipped_steps`, and turn the rules off there with
+  `norm=None, loss=None`.
 """
 
 from optaxclip.explosions.detecting import detect_explosions as detect_explosions

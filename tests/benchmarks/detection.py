@@ -215,14 +215,14 @@ def num_rows_of_three(flags: np.ndarray) -> int:
     return int(third[0] + np.sum(third[1:] & ~third[:-1]))
 
 
-def healthy_runs(half: str) -> tuple[list[Trace], list[str]]:
-    """The healthy runs of a half of the zoo without protection, and their names."""
+def healthy_runs(part: str) -> tuple[list[Trace], list[str]]:
+    """The healthy runs of a part of the zoo without protection, and their names."""
     import zoo
     from tasks.running import HEALTHY, train, unprotected
 
     traces, names = [], []
     for name in zoo.names():
-        if zoo.kind_of(name) == HEALTHY and zoo.half_of(name) == half:
+        if zoo.kind_of(name) == HEALTHY and zoo.part_of(name) == part:
             found = train(zoo.run_of(name), unprotected)
             for loss, leaves in zip(found.loss, found.norms, strict=True):
                 traces.append(Trace(loss, np.zeros(len(loss)), leaves, {}))
@@ -241,12 +241,14 @@ def flagged(flags: Sequence[np.ndarray]) -> tuple[float, float, list[int]]:
 
 def describe_zoo() -> str:
     """Says what the rules flag of healthy runs that they were not made on."""
+    import zoo
+
     lines = []
-    for half in ("tune", "test"):
-        traces, names = healthy_runs(half)
+    for part in zoo.PARTS:
+        traces, names = healthy_runs(part)
         late, early, rows = flagged([verdict.flags for verdict in watch(traces)])
         lines.append(
-            f"Zoo, {half}: {late:.1f} flags in 10,000 steps of {len(traces)} healthy "
+            f"Zoo, {part}: {late:.1f} flags in 10,000 steps of {len(traces)} healthy "
             f"runs, early {early:.1f}; {len(rows)} meet three in a row: "
             f"{', '.join(dict.fromkeys(names[i] for i in rows)) or 'none'}."
         )

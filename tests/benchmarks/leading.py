@@ -1,6 +1,6 @@
 """Do the updates of Adam tell of an explosion before its gradients and loss do?
 
-    python tests/benchmarks/leading.py [--half test]
+    python tests/benchmarks/leading.py [--part test]
 
 On the runs of the zoo with Adam, without protection, two more signals are judged by the
 default limit on the norm: the norm of the updates, and the largest RMS_t of a leaf,
@@ -116,20 +116,20 @@ def flags_of(name: str) -> list[dict[str, np.ndarray]] | None:
     return found
 
 
-def main(half: Literal["tune", "test"] = "tune") -> None:
+def main(part: Literal["tune", "test", "fresh"] = "tune") -> None:
     """Prints what each rule adds to the default ones.
 
     Args:
-        half: Of the zoo.
+        part: Of the zoo.
     """
     healthy, exploding = [], []
     for name in zoo.names():
-        if zoo.half_of(name) == half and (found := flags_of(name)) is not None:
+        if zoo.part_of(name) == part and (found := flags_of(name)) is not None:
             is_healthy = zoo.kind_of(name) == HEALTHY
             (healthy if is_healthy else exploding).extend(found)
     print(
-        f"{len(healthy)} healthy and {len(exploding)} exploding seeds with Adam, half "
-        f"{half}; JAX {jax.__version__} on {jax.devices()[0].platform}, "
+        f"{len(healthy)} healthy and {len(exploding)} exploding seeds with Adam, part "
+        f"{part}; JAX {jax.__version__} on {jax.devices()[0].platform}, "
         f"{datetime.date.today()}."
     )
     base = "default rules"

@@ -170,10 +170,10 @@ def interval(num: float, total: int) -> str:
 def summarize(
     arm: str, ends: dict[str, Ends], counted: dict[str, np.ndarray]
 ) -> list[str]:
-    """The lines of the table for one arm: each half, and in each half each kind."""
+    """The lines of the table for one arm: each part, and in each part each kind."""
     lines = []
-    for half in ("tune", "test"):
-        names = [name for name in ends if zoo.half_of(name) == half]
+    for part in zoo.PARTS:
+        names = [name for name in ends if zoo.part_of(name) == part]
         for kind in KINDS:
             found = [n for n in names if zoo.kind_of(n) == kind and n in counted]
             if kind == HEALTHY:
@@ -181,7 +181,7 @@ def summarize(
                 worst = max((ends[n].ratios.max() for n in found), default=math.nan)
                 slow = max((ends[n].slow for n in found), default=math.nan)
                 lines.append(
-                    f"{arm:16} {half:4} {kind:16} harmed "
+                    f"{arm:16} {part:5} {kind:16} harmed "
                     f"{len(harmed)} of {len(found)}: "
                     f"{interval(len(harmed), len(found))} %; worst seed x{worst:.2f}; "
                     f"slow steps up to {100 * slow:.1f} %"
@@ -189,14 +189,14 @@ def summarize(
                 continue
             shares = [np.mean(ends[n].is_good[counted[n]]) for n in found]
             lines.append(
-                f"{arm:16} {half:4} {kind:16} saved {sum(shares):.1f} of {len(found)}: "
+                f"{arm:16} {part:5} {kind:16} saved {sum(shares):.1f} of {len(found)}: "
                 f"{interval(float(sum(shares)), len(found))} %"
             )
     return lines
 
 
 def all_kinds(arm: str, ends: dict[str, Ends], counted: dict[str, np.ndarray]) -> str:
-    """One sentence on both halves together."""
+    """One sentence on all parts together."""
     exploding = [n for n in counted if zoo.kind_of(n) != HEALTHY]
     shares = [np.mean(ends[n].is_good[counted[n]]) for n in exploding]
     healthy = [n for n in counted if zoo.kind_of(n) == HEALTHY]
@@ -220,7 +220,7 @@ def main(
 
     Args:
         arms: Those beside no protection.
-        runs: Kinds, halves, or parts of names; by default all runs.
+        runs: Kinds, parts, or what is in their names; by default all runs.
         seeds: How many of each run.
         optimized: Whether XLA is to optimize, which takes longer than these runs do.
         cache: Folder to keep in, or read from, how runs end without protection: that
@@ -234,7 +234,7 @@ def main(
     for name in zoo.names():
         run = zoo.run_of(name)
         if runs and not any(
-            x in (run.kind, zoo.half_of(name)) or x in name for x in runs
+            x in (run.kind, zoo.part_of(name)) or x in name for x in runs
         ):
             continue
         bare = without_protection(name, seeds, cache)

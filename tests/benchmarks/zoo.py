@@ -1,7 +1,8 @@
 """The zoo: small training runs of many kinds, healthy ones and ones that explode.
 
-`runs_saved.py` and `detection.py` use them. Every task belongs to one of two halves:
-rules and responses are tuned on the half "tune" and reported on both.
+`runs_saved.py` and `detection.py` use them. Every task belongs to one part: rules
+and responses are tuned on the part "tune" and reported on all. The tasks of "fresh"
+were drawn after all constants had been chosen.
 """
 
 import functools
@@ -111,13 +112,14 @@ stat, new, regime = statistical, structured, regimes
 NAN = math.nan
 
 Rows = dict[str, tuple[Any, ...]]
+PARTS = "tune", "test", "fresh"
 TASKS: dict[str, tuple[str, Callable[[], Task], Rows]] = {}
-"""Of each task the half it belongs to, what makes it, and its runs by their names."""
+"""Of each task the part it belongs to, what makes it, and its runs by their names."""
 
 
-def add(name: str, half: str, make: Callable[[], Task], *rows: tuple) -> None:
+def add(name: str, part: str, make: Callable[[], Task], *rows: tuple) -> None:
     """Adds a task and its runs: name, kind, optimizer, step size, and what else."""
-    TASKS[name] = half, make, {f"{name}, {row[0]}": row[1:] for row in rows}
+    TASKS[name] = part, make, {f"{name}, {row[0]}": row[1:] for row in rows}
 
 
 def names() -> list[str]:
@@ -130,8 +132,8 @@ def kind_of(run_name: str) -> str:
     return _task_of(run_name)[2][run_name][0]
 
 
-def half_of(run_name: str) -> str:
-    """The half, "tune" or "test", of a run's task."""
+def part_of(run_name: str) -> str:
+    """The part, "tune", "test" or "fresh", of a run's task."""
     return _task_of(run_name)[0]
 
 
@@ -676,10 +678,10 @@ add(
     ("AdamW", HEALTHY, cosine(adamw), 3e-3, {"dtype": jnp.bfloat16}),
 )
 
-# Drawn after all constants were chosen: statistics.
+# Fresh: statistics.
 add(
     "counts",
-    "test",
+    "fresh",
     stat.counts,
     ("Adam", HEALTHY, adam, 3e-3),
     ("SGD", HEALTHY, sgd, 1e-3),
@@ -687,7 +689,7 @@ add(
 )
 add(
     "quantiles",
-    "test",
+    "fresh",
     stat.quantiles,
     ("RMSProp", HEALTHY, rmsprop, 3e-3),
     ("momentum", HEALTHY, momentum, 0.03),
@@ -695,14 +697,14 @@ add(
 )
 add(
     "ranking",
-    "test",
+    "fresh",
     stat.ranking,
     ("Adam", HEALTHY, adam, 1e-2),
     ("too large steps", RATE, sgd, 60.0),
 )
 add(
     "rare positives",
-    "test",
+    "fresh",
     stat.rare_positives,
     ("momentum", HEALTHY, momentum, 0.01),
     ("Adam", HEALTHY, adam, 3e-3),
@@ -710,41 +712,41 @@ add(
 )
 add(
     "focal loss",
-    "test",
+    "fresh",
     lambda: stat.rare_positives(weight=5.0, focus=2.0),
     ("AdamW", HEALTHY, adamw, 3e-3),
 )
 add(
     "survival",
-    "test",
+    "fresh",
     stat.survival,
     ("nesterov", HEALTHY, nesterov, 0.01),
     ("inputs x1000", DATA, momentum, 0.01, {"corrupt": at(100, 100, factor=1e3)}),
 )
 add(
     "recommender",
-    "test",
+    "fresh",
     stat.recommender,
     ("AdaGrad", HEALTHY, optax.adagrad, 1.0),
     ("SGD", HEALTHY, sgd, 10.0),
 )
 add(
     "transport",
-    "test",
+    "fresh",
     stat.transport,
     ("Adam", HEALTHY, adam, 3e-3),
     ("too large steps", RATE, adam, 1.0),
 )
 add(
     "alignment",
-    "test",
+    "fresh",
     stat.alignment,
     ("Adam", HEALTHY, adam, 1e-2),
     ("too large steps", RATE, momentum, 1.0),
 )
 add(
     "schools",
-    "test",
+    "fresh",
     stat.schools,
     ("Adam", HEALTHY, adam, 0.03),
     ("SGD", HEALTHY, sgd, 3e-3),
@@ -752,17 +754,17 @@ add(
 )
 add(
     "filtering",
-    "test",
+    "fresh",
     stat.filtering,
     ("Adam", HEALTHY, adam, 0.03),
     ("SGD", HEALTHY, sgd, 0.03),
     ("too large steps", RATE, sgd, 3.0),
 )
 
-# Drawn after all constants were chosen: unusual networks and losses.
+# Fresh: unusual networks and losses.
 add(
     "batch norm",
-    "test",
+    "fresh",
     new.batch_norm,
     ("momentum, L2 and cosine", HEALTHY, decayed(cosine(momentum)), 0.05),
     ("warm restarts", HEALTHY, warm_restarts, 0.05),
@@ -770,94 +772,94 @@ add(
 )
 add(
     "triangles",
-    "test",
+    "fresh",
     new.triangles,
     ("Adam", HEALTHY, adam, 3e-3),
     ("too large steps", RATE, momentum, 0.01),
 )
 add(
     "vector quantization",
-    "test",
+    "fresh",
     new.vector_quantization,
     ("Adam", HEALTHY, adam, 2e-3),
     ("too large steps", RATE, momentum, 10.0),
 )
 add(
     "bootstrap",
-    "test",
+    "fresh",
     new.bootstrap,
     ("momentum", HEALTHY, momentum, 0.05),
 )
 add(
     "adaptation",
-    "test",
+    "fresh",
     new.adaptation,
     ("Adam", HEALTHY, adam, 3e-3),
     ("too large steps", RATE, adam, 1.0),
 )
 add(
     "energy model",
-    "test",
+    "fresh",
     new.energy_model,
     ("Adam", HEALTHY, adam, 1e-3),
     ("too large steps", RATE, sgd, 0.3),
 )
 add(
     "scores",
-    "test",
+    "fresh",
     new.scores,
     ("Adam with warm-up", HEALTHY, warmed_up(50, adam), 3e-3),
     ("too large steps", RATE, momentum, 0.01),
 )
 add(
     "equilibrium",
-    "test",
+    "fresh",
     new.equilibrium,
     ("schedule-free", HEALTHY, schedule_free, 3e-3),
     ("too large steps", RATE, momentum, 1.0),
 )
 add(
     "spikes",
-    "test",
+    "fresh",
     new.spiking,
     ("AdaMax", HEALTHY, optax.adamax, 5e-3),
     ("too large steps", RATE, adam, 3.0),
 )
 add(
     "rays",
-    "test",
+    "fresh",
     new.radiance,
     ("Adam", HEALTHY, adam, 5e-3),
     ("too large steps", RATE, adam, 0.3),
 )
 add(
     "swing-up",
-    "test",
+    "fresh",
     new.swing_up,
     ("Adam", HEALTHY, adam, 3e-3),
     ("momentum after a clip", HEALTHY, clipped(1.0, momentum), 0.01),
 )
 add(
     "soft actor and critic",
-    "test",
+    "fresh",
     new.soft_actor_critic,
     ("Adam", HEALTHY, adam, 3e-3),
     ("too large steps", RATE, sgd, 0.1),
 )
-add("rare rewards", "test", new.rare_rewards, ("Adam", HEALTHY, adam, 0.03))
+add("rare rewards", "fresh", new.rare_rewards, ("Adam", HEALTHY, adam, 0.03))
 add(
     "stochastic depth",
-    "test",
+    "fresh",
     new.stochastic_depth,
     ("muon", HEALTHY, muon, 0.01),
     ("momentum", HEALTHY, momentum, 0.01),
     ("too large steps", RATE, momentum, 0.03),
 )
 
-# Drawn after all constants were chosen: changes while a run goes on.
+# Fresh: changes while a run goes on.
 add(
     "alternating",
-    "test",
+    "fresh",
     regime.alternating,
     ("momentum", HEALTHY, momentum, 0.02),
     ("Adam", HEALTHY, adam, 2e-3),
@@ -865,39 +867,39 @@ add(
 )
 add(
     "shards",
-    "test",
+    "fresh",
     regime.shards,
     ("momentum", HEALTHY, momentum, 0.01),
     ("AdamW", HEALTHY, adamw, 1e-3),
 )
-add("pruning", "test", regime.pruning, ("Adam", HEALTHY, adam, 3e-3))
-add("smoothing", "test", regime.smoothing, ("AdamW", HEALTHY, cosine(adamw), 3e-3))
-add("late dropout", "test", regime.late_dropout, ("lion", HEALTHY, lion, 3e-4))
-add("shrinking batches", "test", regime.shrinking_batches, ("SGD", HEALTHY, sgd, 0.03))
+add("pruning", "fresh", regime.pruning, ("Adam", HEALTHY, adam, 3e-3))
+add("smoothing", "fresh", regime.smoothing, ("AdamW", HEALTHY, cosine(adamw), 3e-3))
+add("late dropout", "fresh", regime.late_dropout, ("lion", HEALTHY, lion, 3e-4))
+add("shrinking batches", "fresh", regime.shrinking_batches, ("SGD", HEALTHY, sgd, 0.03))
 add(
     "hard examples",
-    "test",
+    "fresh",
     regime.hard_examples,
     ("momentum", HEALTHY, momentum, 3e-3),
     ("too large steps", RATE, momentum, 1.0),
 )
 add(
     "adversarial",
-    "test",
+    "fresh",
     regime.adversarial,
     ("SGD", HEALTHY, sgd, 0.03),
     ("20 NaN batches", DATA, adam, 1e-3, {"corrupt": at(200, length=20, factor=NAN)}),
 )
 add(
     "modular addition",
-    "test",
+    "fresh",
     regime.modular_addition,
     ("AdamW, strong decay", HEALTHY, strong_decay, 1e-2),
     ("too large steps", RATE, adamw, 1.0),
 )
 add(
     "penalty",
-    "test",
+    "fresh",
     regime.penalty,
     ("Adam", HEALTHY, adam, 3e-3),
     ("too large steps", RATE, momentum, 3e-3),
