@@ -228,8 +228,8 @@ snapshot is of what the first step is given.
   `python tests/benchmarks/detection.py --split heldout` (x86-64, JAX 0.10.2,
   2026-11-28).
 * Of 46 healthy benchmark runs that were drawn after all constants had been chosen it
-  harms 3, and it does not save 12 % of the 25 that explode. `tests/benchmarks/README.md`
-  names them.
+  harms 3, and it does not save 12 % of the 25 that explode. They are named in
+  `tests/benchmarks/README.md`.
 * It takes rare batches that matter for explosions: where few batches hold a positive of
   large weight, or a reward, they may be skipped again and again, since a rule learns
   nothing of a skipped step. Look at `skipped_steps`, and turn the rules off there with
