@@ -429,7 +429,7 @@ def soft_actor_critic() -> Task:
 
 
 def rare_rewards(num: int = 10) -> Task:
-    """Policy gradients of a choice; the best one pays 100, once in 50 times."""
+    """Policy gradients of a choice; the best one pays 100, once in 25 times."""
     usual = jnp.linspace(0, 1, num - 1)
 
     def draw(key, step, params, extra):
