@@ -264,12 +264,19 @@ def test_sgd_steps_have_the_length_of_the_limit(run):
     assert int(optax.tree.get(opt_state, "num_clipped")) == len(losses)
 
 
+PLATEAU = optax.contrib.reduce_on_plateau(factor=0.5, patience=2)
+
+
+@pytest.mark.skipif(
+    any(x.weak_type for x in jax.tree.leaves(PLATEAU.init(jnp.zeros(1)))),
+    reason="the plateau of this Optax changes the type of its state in its first step",
+)
 @every_framework
 def test_value_passes_by_the_clips_to_the_one_that_needs_it(run):
     tx = optax.chain(
         optaxclip.clip_by_norm(MAX_NORM),
         optaxclip.clip_by_value(MAX_NORM / 4),
-        optax.contrib.reduce_on_plateau(factor=0.5, patience=2),
+        PLATEAU,
         optax.sgd(1.0),
     )
     losses, weights, opt_state = run(tx, with_value=True)
