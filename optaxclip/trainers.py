@@ -34,8 +34,26 @@ gradients alone, and stands in the same place.
 
 ```
 
-For LoRA, `wrt=nnx.LoRAParam` in the optimizer and `argnums=nnx.DiffState(0,
-nnx.LoRAParam)` in `value_and_grad`: the guard then sees these parameters alone.
+For LoRA, name the type of its parameters in both places. The guard then sees these
+alone:
+
+```python
+>>> model = nnx.LoRALinear(3, 1, lora_rank=2, rngs=nnx.Rngs(0))
+>>> tx = optaxclip.stabilize(optax.adam(1e-3))
+>>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+>>> @nnx.jit
+... def train_step(model, optimizer, x):
+...     loss_fn = lambda model: jnp.mean((model(x) - y) ** 2)
+...     wrt = nnx.DiffState(0, nnx.LoRAParam)
+...     loss, grads = nnx.value_and_grad(loss_fn, argnums=wrt)(model)
+...     optimizer.update(model, grads, value=loss)
+>>> for batch in (x, x * jnp.nan):
+...     train_step(model, optimizer, batch)
+>>> lora = nnx.state(model, nnx.LoRAParam)
+>>> print(skipped(optimizer.opt_state), optaxclip.leaf_names(lora))
+1 ['lora/lora_a', 'lora/lora_b']
+
+```
 
 ## Flax linen
 
@@ -262,20 +280,16 @@ name, x in optaxclip.metrics(opt_state, params).items()}`, and then:
 | MLflow | `mlflow.log_metrics(found, step=step)` |
 | TensorBoard | `for name, x in found.items(): writer.add_scalar(name, x, step)` |
 
-With many leaves, TensorBoard's page of texts shows the leading one at a glance, and its
-page of images the whole record:
+With many leaves, TensorBoard's page of texts names the leading one, and its page of
+images shows the whole record:
 
 ```python
-if found["explosions/is_exploded"]:
-    name = optaxclip.leading_leaf(opt_state, params) or "none had grown"
-    writer.add_text("explosions/leading_leaf", name, step)
 writer.add_text("explain", optaxclip.explain(opt_state, params), step)
 kept = optaxclip.history(opt_state, params)
 writer.add_figure("run", optaxclip.plot(kept), step)
 ```
 
-`tests/reporting/test_dashboards.py` writes to TensorBoard, and checks the names for all
-of them.
+`tests/reporting/test_dashboards.py` writes to TensorBoard, and checks all names.
 
 ## Accumulation, masks, schedules, hyperparameters
 
