@@ -60,8 +60,10 @@ def configured(name, value):
     """As a context `jax_enable_x64` has another name in older versions of JAX."""
     before = jax.config.read(name)
     jax.config.update(name, value)
-    yield
-    jax.config.update(name, before)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 @pytest.fixture

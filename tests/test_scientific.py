@@ -3,6 +3,8 @@
 `help(optaxclip.trainers)` has the short recipe for NumPyro, which runs as a doctest.
 """
 
+import functools
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -65,28 +67,20 @@ def test_a_fit_of_an_ode_in_float64(x64):
 
     tx = optaxclip.stabilize(optax.adam(0.05))
 
+    @functools.partial(jax.jit, static_argnames="max_steps")
+    def step(rate, opt_state, max_steps):
+        def loss_fn(rate):
+            return jnp.mean((solve(rate, max_steps) - data) ** 2)
+
+        loss, grads = jax.value_and_grad(loss_fn)(rate)
+        updates, opt_state = tx.update(grads, opt_state, rate, value=loss)
+        return optax.apply_updates(rate, updates), opt_state
+
     def fit(is_failed):
-        @jax.jit
-        def enough(rate, opt_state):
-            return step(rate, opt_state, 256)
-
-        @jax.jit
-        def too_few(rate, opt_state):
-            return step(rate, opt_state, 2)
-
-        def step(rate, opt_state, max_steps):
-            def loss_fn(rate):
-                return jnp.mean((solve(rate, max_steps) - data) ** 2)
-
-            loss, grads = jax.value_and_grad(loss_fn)(rate)
-            updates, opt_state = tx.update(grads, opt_state, rate, value=loss)
-            return optax.apply_updates(rate, updates), opt_state
-
         rate = jnp.array(0.5)
         opt_state = tx.init(rate)
         for fails in is_failed:
-            update = too_few if fails else enough
-            rate, opt_state = update(rate, opt_state)
+            rate, opt_state = step(rate, opt_state, max_steps=2 if fails else 256)
         return rate, optaxclip.metrics(opt_state)
 
     rate, metrics = fit([False] * 300)

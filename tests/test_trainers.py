@@ -230,7 +230,6 @@ def test_specs_of_the_parameters_are_those_of_the_snapshots(masks):
 # What a rollback takes back.
 
 
-@pytest.mark.slow
 def test_a_rollback_leaves_what_the_user_and_the_clock_decided():
     schedule = optax.linear_schedule(1.0, 0.5, 100)
     inner = optax.chain(

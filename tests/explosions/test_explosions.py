@@ -561,7 +561,6 @@ def test_stabilize_cools_down_when_it_happens_again():
     np.testing.assert_allclose(state["explosions"].scale, scale / 8, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_without_a_rule_on_the_loss_the_norm_speaks_against_the_parameters():
     tx = optaxclip.stabilize(optax.sgd(1e-6), loss=None)
     _, state, _ = run(tx, [*healthy(8), *BAD, *FINE])  # with losses of 1
@@ -624,7 +623,6 @@ def test_rollback_returns_to_a_quiet_step():
     chex.assert_trees_all_equal(state["explosions"].snapshots.older, older)
 
 
-@pytest.mark.slow
 def test_rollback_is_exact_in_two_steps():
     """At first to a rounding of the larger, then to one of the snapshot."""
     tx = optaxclip.skip_explosions(
