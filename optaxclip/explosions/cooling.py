@@ -1,0 +1,61 @@
+"""By how much a rollback makes the next updates smaller, and how they recover.
+
+Internal; `help(optaxclip.explosions)` says it step by step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip.xla import materialize
+
+RECURRENCE = 300
+"""Steps after a rollback within which another one has the same cause: three times the
+age of the oldest snapshot by default, so that the cause had time to return."""
+EARLY = 64
+"""Half of the window of the rules. A rollback before this step cuts the scale in full,
+since the run was never healthy with its steps."""
+LATER_CUT = 1 / 16
+"""The lowest scale that a later rollback sets: the steps were right for some time."""
+REPEATED_CUT = 1 / 8
+"""The factor of a rollback that soon follows another one: the scale that explodes again
+is near the one that is stable."""
+LEAST_SCALE = 2**-12
+"""The lowest scale of all: five cuts after one to 1/16. A run that still explodes there
+is not saved by smaller steps."""
+
+
+def cool(
+    settings: Any,
+    scale: jax.Array,
+    now: dict[str, Any],
+    is_confirmed: jax.Array,
+    is_healthy: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The rollbacks in succession if this step is one, and the scale after it."""
+    is_repeated = now["steps"] - now["last_rollback"] < RECURRENCE
+    is_repeated &= now["strikes"] > 0
+    strikes = jnp.where(is_repeated, now["strikes"] + 1, 1)
+    if settings.cool_down is None:
+        return strikes, scale
+    cut = jnp.asarray(settings.cool_down, jnp.float32)
+    is_cut = is_confirmed
+    if settings.has_snapshots:
+        # The snapshot was better, so the steps are too large, by an unknown factor.
+        # They were never right, or not at LATER_CUT either: then the cut is full.
+        is_full = (now["steps"] < EARLY) | (scale <= LATER_CUT)
+        once = jnp.where(is_full, cut, jnp.maximum(cut, LATER_CUT))
+        again = jnp.minimum(cut, scale * REPEATED_CUT)
+        lower = jnp.where(strikes == 1, once, again)
+        lower = jnp.minimum(lower, scale)
+    else:
+        is_cut = now["in_a_row"] == settings.rollback_after
+        lower = scale * cut
+    # It may be traced, and so not checked.
+    growth = jnp.clip(settings.recovery, 1, 1 / LEAST_SCALE)
+    grown = jnp.minimum(scale * jnp.where(is_healthy, growth, 1), 1)
+    scale = jnp.where(is_cut, jnp.maximum(lower, LEAST_SCALE), grown)
+    return strikes, materialize(scale).astype(jnp.float32)
