@@ -79,7 +79,8 @@ def detect_explosions(
 
     Args:
       norm: Limit on the norm: a number, a schedule or a `Limit`; None for no such rule.
-        By default `limits.log_quantile()`, but at least `limits.fraction_of_start()`.
+        By default `limits.log_quantile()`, but at least `limits.fraction_of_start()`;
+        `optaxclip/explosions/rules.py` says why these numbers.
       share: Limit on the share of each leaf, within [0, 1], likewise. By default
         `limits.sustained_rise()`.
       loss: Limit on the loss, likewise; it may have either sign. By default the smaller
@@ -243,7 +244,7 @@ def _next_counts(
     """The next `COUNTS`, before any response."""
     counts = state.record.counts
     flags = fired._asdict() | {"exploded": fired.any()}
-    # Each ends with the first step of which it is not true.
+    # Such a count goes back to 0 on the first step of which its flag is not true.
     in_a_row = {
         "in_a_row": _is_bad(signals, fired),
         "nonfinite_in_a_row": fired.nonfinite,

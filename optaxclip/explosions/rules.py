@@ -29,7 +29,7 @@ START = limits.fraction_of_start(1e-3)
 # 8.5 alarms; of 10: the same. With a window of 64: 7.9 alarms; of 256: 7.0, for twice
 # the memory.
 NORM_LIMIT = limits.maximum(
-    limits.log_quantile(3.0, min_ratio=3.0, max_jump=5.0, window=128), START
+    limits.log_quantile(power=3.0, min_ratio=3.0, max_jump=5.0, window=128), START
 )
 
 # Half and twice of each number give the same there: what decides is MIN_GROWTH, below.
@@ -44,7 +44,7 @@ SHARE_LIMIT = limits.sustained_rise(5.0, window=64, patience=3)
 # place of 8: 7.5 alarms; with 4 steps: 8.1; with 16 of either: the same.
 LOSS_LIMIT = limits.maximum(
     limits.minimum(
-        limits.log_quantile(2.4, min_ratio=1.7, early_jump=2.5, min_level=0.01),
+        limits.log_quantile(power=2.4, min_ratio=1.7, early_jump=2.5, min_level=0.01),
         limits.above_lowest(8.0, window=8),
     ),
     START,

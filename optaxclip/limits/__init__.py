@@ -162,7 +162,8 @@ tree, leaf or group, under `jit` and `vmap`.
 
 A limit that knows a lower bound as well gives a `Band` of two, and sets `is_band=True`.
 A limit that compares with the parameters sets `needs_params=True`, and then gets their
-norms as `param_norms`.
+norms as `param_norms`. A limit that is given to a rule on the loss sees the loss in
+place of the norm, and a loss may be negative.
 
 To add one to this package, follow "Add a limit" in `.github/CONTRIBUTING.md`.
 """

@@ -1,4 +1,7 @@
-"""How large an update is: norms per tree, leaf, unit or group."""
+"""How large an update is: norms per tree, leaf, unit or group.
+
+`reduction` does the arithmetic, and rescues sums that overflow.
+"""
 
 from __future__ import annotations
 

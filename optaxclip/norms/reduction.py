@@ -1,8 +1,9 @@
 """Sums of powers that neither overflow nor underflow, and the norms made of them.
 
 For ord 1 and 2 the plain sum is computed first: one read of the gradients. Only where
-it is not safe, a loop reads them once more, divided by a power of two (`_SafeRange`):
-the rescue. Any other ord always divides by the largest element (`_relative_to_peak`).
+it is not safe, a loop in `_sums_of_powers` reads them once more, divided by a power of
+two from `_SafeRange`: the rescue. Any other ord always divides by the largest element
+(`_relative_to_peak`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def reduce_leaves(gradients: list[jax.Array], *, scopes: Scopes):
     sums, first, unit = _sums_of_powers(gradients, scopes, 2, dtype, all_leaves)
     # A leaf whose plain sum was safe keeps it: in the unit that another leaf needs, its
     # squares could underflow.
-    is_kept = _SafeRange.of(dtype).has(first, np.True_)
+    is_kept = _SafeRange.of(dtype).is_safe(first, np.True_)
     norms = norm_of(where(is_kept, first, sums), where(is_kept, 1, unit))
     return norms, norm_of(jnp.sum(sums), unit)
 
@@ -84,7 +85,7 @@ def reduce_scopes(gradients: list[jax.Array], *, scopes: Scopes, ord: float):
 
 
 class _Sharing(NamedTuple):
-    """Which scopes share a unit: that of the second read, if it is made."""
+    """Which scopes are rescued together, divided by the same unit."""
 
     join: Callable[[Any], Any]
     """From the sums of the scopes to those that are judged, one for each unit."""
@@ -99,31 +100,32 @@ def _sums_of_powers(
 ):
     """(sums, first, units) for ord 1 and 2: one read, and one more if a sum is unsafe.
 
-    The sums are those of the last read, of elements in those units; `first` those of
-    the first read, where the unit is 1.
+    `sums` come from the last read, whose elements were divided by `units`; `first` come
+    from the first read, which divides by 1.
     """
     safe = _SafeRange.of(dtype)
     maxexp = jnp.finfo(dtype).maxexp
-    # Powers of the narrow dtypes can neither overflow nor underflow: no check.
-    narrow = iter([4 * jnp.finfo(x.dtype).maxexp <= maxexp for x in gradients])
-    wide_scopes = scopes.any_of(
-        [leaf.is_gradient and not next(narrow) for leaf in scopes.leaves]
+    # Powers of a dtype with a quarter of the accumulator's exponents always fit, as of
+    # float16 in float32; bfloat16 has as many exponents as float32.
+    fits = iter([4 * jnp.finfo(x.dtype).maxexp <= maxexp for x in gradients])
+    scopes_to_check = scopes.any_of(
+        [leaf.is_gradient and not next(fits) for leaf in scopes.leaves]
     )
-    is_wide = sharing.join_flags(wide_scopes)
+    needs_check = sharing.join_flags(scopes_to_check)
 
     def sums_of(values):
         return _total([_power(x, ord) for x in values], scopes, "sum", dtype)
 
     def needs_a_read(state):
         sums, _, _, num_reads = state
-        are_safe = jax.tree.map(safe.has, sharing.join(sums), is_wide)
+        are_safe = jax.tree.map(safe.is_safe, sharing.join(sums), needs_check)
         any_unsafe = [~jnp.all(x) for x in jax.tree.leaves(are_safe)]
         is_unsafe = functools.reduce(jnp.logical_or, any_unsafe)
         return (num_reads == 0) | ((num_reads == 1) & scopes.anywhere(is_unsafe))
 
     def read(state):
         sums, first, _, num_reads = state
-        units = jax.tree.map(safe.unit_of, sharing.join(sums), is_wide)
+        units = jax.tree.map(safe.unit_of, sharing.join(sums), needs_check)
         # Inverted by a division: XLA would compute what is cheaper again for each leaf.
         inverses = jax.tree.map(lambda unit: 1 / unit, units)
         # The barrier ties the gradients to the loop's state: XLA would otherwise hoist
@@ -144,8 +146,8 @@ def _sums_of_powers(
     size = sum(x.size for x in gradients)
     starts_in_loop = scopes.kind != "unit" and len(gradients) > max(100, size / 2**15)
     if starts_in_loop:
-        # Not read yet, and overwritten in the first turn.
-        sums = jax.tree.map(lambda x: jnp.ones(x.shape, dtype), wide_scopes)
+        # They stand for sums that are safe, so that the first read divides by 1.
+        sums = jax.tree.map(lambda x: jnp.ones(x.shape, dtype), scopes_to_check)
     else:
         # The barrier keeps an optimizer from sharing the squares, which XLA would then
         # store. The 0 makes it differ from the barrier of the clip, or XLA would merge
@@ -153,8 +155,8 @@ def _sums_of_powers(
         values = [lax.optimization_barrier((x, np.float32(0)))[0] for x in gradients]
         sums = sums_of([widen(x, dtype) for x in values])
     units = jax.tree.map(jnp.ones_like, sharing.join(sums))
-    state: Any = sums, sums, units, jnp.asarray(not starts_in_loop, jnp.int32)
-    if starts_in_loop or any(x.any() for x in jax.tree.leaves(is_wide)):
+    state: Any = sums, sums, units, jnp.asarray(0 if starts_in_loop else 1, jnp.int32)
+    if starts_in_loop or any(x.any() for x in jax.tree.leaves(needs_check)):
         # A loop and not a `cond`, of which `vmap` runs both sides.
         state = lax.while_loop(needs_a_read, read, state)
     return state[:3]
@@ -178,12 +180,12 @@ class _SafeRange(NamedTuple):
         up, down = (jnp.asarray(2.0**x, dtype) for x in (shift, -shift))
         return cls(2.0 ** (-maxexp // 2), up, down)
 
-    def has(self, total: jax.Array, is_wide: Any) -> jax.Array:
-        return ~is_wide | ((total >= self.low) & (total < jnp.inf))
+    def is_safe(self, total: jax.Array, needs_check: Any) -> jax.Array:
+        return ~needs_check | ((total >= self.low) & (total < jnp.inf))
 
-    def unit_of(self, total: jax.Array, is_wide: Any) -> jax.Array:
+    def unit_of(self, total: jax.Array, needs_check: Any) -> jax.Array:
         unit = where(total < self.low, self.down, self.up)
-        return where(self.has(total, is_wide), 1, unit)
+        return where(self.is_safe(total, needs_check), 1, unit)
 
 
 def _relative_to_peak(values: list, scopes: Scopes, ord: float, dtype: Any):
