@@ -75,7 +75,7 @@ class Decision(NamedTuple):
     is_accepted: jax.Array
     """Taken although it exploded, clipped to the limit on the norm."""
     is_skipped: jax.Array
-    """It exploded and is not accepted, or it is a trial."""
+    """It exploded and is not accepted, or moments are mended, or it is a trial."""
     is_started: jax.Array
     """A trial starts: the parameters are put aside, and go back to the snapshot."""
     is_returned: jax.Array
@@ -97,6 +97,7 @@ def decide(
     now: dict[str, Any],
     carried: Carried,
     is_away: jax.Array,
+    is_spoiled: jax.Array,
 ) -> Decision:
     """Decides on one step.
 
@@ -106,13 +107,15 @@ def decide(
       now: The `COUNTS`, with this step.
       carried: As it was before.
       is_away: Whether a trial is not at the parameters of the snapshot.
+      is_spoiled: Whether moments of the inner state were found to be non-finite.
     """
     phase = now["phase"]
     is_trial = is_trial_in(phase)
-    is_healthy = ~seen.is_bad & ~is_trial
+    is_healthy = ~(seen.is_bad | is_spoiled | is_trial)
     is_accepted = _is_accepted(settings, seen, now, carried.lowest_signal)
     trial = _go_on(settings, seen, now, carried.lowest_signal, is_accepted, is_away)
-    is_skipped = (seen.is_bad & ~is_accepted) | is_trial | trial.is_started
+    is_skipped = (seen.is_bad & ~is_accepted) | is_spoiled
+    is_skipped |= is_trial | trial.is_started
     age, is_copied, is_swapped = _next_age(settings, now, is_healthy, is_accepted)
     strikes, scale = cool(settings, carried.scale, now, trial.is_confirmed, is_healthy)
     return Decision(

@@ -18,8 +18,11 @@ from optaxclip.limits.limit import ScheduleState
 from optaxclip.norms.scopes import Scopes
 from optaxclip.numerics import accumulator, add, is_gradient, widen
 from optaxclip.ring import RecordState
-from optaxclip.xla import run_if, tie
+from optaxclip.xla import materialize, run_if, tie
 
+CHECK_EVERY = 3
+"""Steps between two looks at the moments of the inner state. Each look reads them once
+more; until the next one, the parameter of a non-finite moment is not updated."""
 OURS = (
     ClipByNormState,
     ClipByValueState,
@@ -32,6 +35,24 @@ OURS = (
 
 
 _LEAF = jax.tree.structure(0)
+
+
+def mend_moments(
+    num_steps: jax.Array, inner_state: Any, updates: Any, scopes: Scopes
+) -> tuple[jax.Array, Any]:
+    """Whether moments were found to be non-finite, and the state with 0 for those.
+
+    It looks on every third step, by their number before this one.
+    """
+    is_due = num_steps % CHECK_EVERY == CHECK_EVERY - 1
+    # By their places among the leaves: a state may hold anything beside its moments.
+    leaves, structure = jax.tree.flatten(inner_state)
+    places = find_moments(inner_state, updates)
+    moments = [jnp.asarray(leaves[i]) for i in places]
+    is_spoiled = are_spoiled(is_due, moments, list(places.values()), scopes)
+    for i, moment in zip(places, moments, strict=True):
+        leaves[i] = mended(is_spoiled, moment)
+    return materialize(is_spoiled), jax.tree.unflatten(structure, leaves)
 
 
 def are_spoiled(

@@ -1,19 +1,18 @@
 """The parts of a response, in the order in which `skip_explosions` calls them.
 
-Internal. `check_trial` says where a trial is, `move_between` takes snapshots and mends
-moments, `respond` makes the updates that are applied, `count_response` counts.
+Internal. `check_trial` says where a trial is, `move_snapshots` takes snapshots,
+`respond` makes the updates that are applied, `count_response` counts.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from optaxclip.explosions.deciding import Decision, is_trial_in
-from optaxclip.explosions.moments import are_spoiled, find_moments, mended
 from optaxclip.explosions.snapshots import (
     compare,
     go_back,
@@ -32,11 +31,7 @@ from optaxclip.explosions.state import (
 )
 from optaxclip.norms.scopes import Scopes
 from optaxclip.numerics import add, is_gradient, scale
-from optaxclip.xla import after, materialize
-
-CHECK_EVERY = 3
-"""Steps between two looks at the moments of the inner state. Each look reads them once
-more; until the next one, the parameter of a non-finite moment is not updated."""
+from optaxclip.xla import after
 
 
 def check_trial(
@@ -54,56 +49,38 @@ def check_trial(
     return compare(is_due, params, state.snapshots.older, updates, scopes)
 
 
-class Moved(NamedTuple):
-    """What is known before the inner optimizer is updated."""
+def move_snapshots(
+    decision: Decision, state: SkipExplosionsState, params: Any
+) -> tuple[jax.Array, Snapshots | tuple[()]]:
+    """(is_skipped, snapshots): those after a decision, and what it says of the step.
 
-    is_spoiled: jax.Array
-    """The inner state holds non-finite moments, which are 0 in `kept`."""
-    is_skipped: jax.Array
-    """For that reason, or as `decide` asked."""
-    kept: Any
-    """The inner state of a step that is skipped."""
-    snapshots: Snapshots | tuple[()]
-
-
-def move_between(
-    decision: Decision,
-    state: SkipExplosionsState,
-    params: Any,
-    updates: Any,
-    scopes: Scopes,
-) -> Moved:
-    """Moves between snapshots, and resets moments that are non-finite.
+    What reads the flag waits for the copies, so that they are made before the
+    parameters are overwritten.
 
     A rollback leaves the inner state as it is. The steps that exploded were skipped, so
     they are not in its moments; and what the user or the clock decides stays, such as
     hyperparameters and the counts of schedules.
     """
+    if not isinstance(state.snapshots, Snapshots):
+        return decision.is_skipped, state.snapshots
     num_steps = count(state.explosions, "steps")
-    is_due = num_steps % CHECK_EVERY == CHECK_EVERY - 1
-    # By place and not by tree: a state may hold anything beside its moments.
-    leaves, structure = jax.tree.flatten(state.inner_state)
-    places = find_moments(state.inner_state, updates)
-    moments = [jnp.asarray(leaves[i]) for i in places]
-    is_spoiled = are_spoiled(is_due, moments, list(places.values()), scopes)
-    for i, moment in zip(places, moments, strict=True):
-        leaves[i] = mended(is_spoiled, moment)
-    is_skipped, snapshots = decision.is_skipped | is_spoiled, state.snapshots
-    if isinstance(snapshots, Snapshots):
-        done, snapshots = move(decision, num_steps, params, snapshots)
-        is_skipped = after(done, is_skipped)
-    kept = jax.tree.unflatten(structure, leaves)
-    return Moved(is_spoiled, materialize(is_skipped), kept, snapshots)
+    done, snapshots = move(decision, num_steps, params, state.snapshots)
+    return after(done, decision.is_skipped), snapshots
 
 
 def respond(
     updates: Any,
     params: Any,
-    moved: Moved,
     decision: Decision,
+    is_skipped: jax.Array,
+    snapshots: Snapshots | tuple[()],
     factor: jax.Array | None,
 ) -> Any:
-    """The updates to apply: cooled down, zero if skipped, or the way to a snapshot."""
+    """The updates to apply.
+
+    Of a step that is taken, cooled down, and 0 wherever the new parameter would not be
+    finite. Of one that is skipped zeros, or the way to a snapshot.
+    """
 
     def of_leaf(u, param=None, snapshot=None):
         if not is_gradient(u):
@@ -115,17 +92,17 @@ def respond(
             u = scale(u, factor.astype(u.real.dtype))
         # A finite update may still overflow the dtype of its parameter.
         applied = u if param is None else add(param, u).astype(param.dtype)
-        nothing = jnp.zeros_like(u)
-        u = lax.select(jnp.isfinite(applied), u, nothing)
+        zero = if_skipped = jnp.zeros_like(u)
+        u = lax.select(jnp.isfinite(applied), u, zero)
         if snapshot is not None and param is not None:
             way_back = way_to(u, param, snapshot)
-            nothing = lax.select(decision.is_at_snapshot, way_back, nothing)
-        return lax.select(moved.is_skipped, nothing, u)
+            if_skipped = lax.select(decision.is_at_snapshot, way_back, zero)
+        return lax.select(is_skipped, if_skipped, u)
 
     trees = [updates] if params is None else [updates, params]
-    if not isinstance(moved.snapshots, Snapshots):
+    if not isinstance(snapshots, Snapshots):
         return jax.tree.map(of_leaf, *trees)
-    older = moved.snapshots.older
+    older = snapshots.older
     if not is_on_host(older):
         return jax.tree.map(of_leaf, *trees, older)
     # A select would fetch the snapshot in every step.
@@ -146,10 +123,8 @@ def count_response(
     # The rules may have flagged this step already, which then counts once.
     is_new = is_spoiled & (counts["last"] < counts["steps"] - 1)
     counts["exploded"] += is_new.astype(jnp.int32)
-    counts["skipped"] += (is_spoiled & ~decision.is_skipped).astype(jnp.int32)
-    is_skipped = decision.is_skipped | is_spoiled
     counts["last_skipped"] = jnp.where(
-        is_skipped, counts["steps"] - 1, counts["last_skipped"]
+        decision.is_skipped, counts["steps"] - 1, counts["last_skipped"]
     )
     counts["mended"] += is_spoiled.astype(jnp.int32)
     counts["last"] = jnp.where(is_new, counts["steps"] - 1, counts["last"])

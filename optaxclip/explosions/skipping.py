@@ -1,9 +1,9 @@
 """Skips exploded steps, cools down, and rolls back.
 
-A step is skipped where `moved.is_skipped` is True: `decide` asked for it (`deciding`,
-on the verdict of `detecting`), or `move_between` found moments to mend (`responding`).
-Then `update_or_keep` keeps the state of the inner optimizer (`selecting`), `respond`
-returns zeros or the way to a snapshot, and `unlearn` takes back what the rules learned.
+`deciding.decide` says whether a step is skipped, on the verdict of `detecting` and on
+whether `moments.mend_moments` found any to mend. Then `responding.unlearn` takes back
+what the rules learned, `selecting.update_or_keep` keeps the state of the inner
+optimizer, and `responding.respond` makes the updates zero, or the way to a snapshot.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from optaxclip.checks import (
 from optaxclip.clipping.rescaling import limit_updates
 from optaxclip.explosions.deciding import Carried, Settings, decide
 from optaxclip.explosions.detecting import make_detection
+from optaxclip.explosions.moments import mend_moments
 from optaxclip.explosions.responding import (
     check_trial,
     count_response,
-    move_between,
+    move_snapshots,
     respond,
     unlearn,
 )
@@ -197,13 +198,17 @@ def skip_explosions(
         scopes = find_scopes(updates, "leaf", specs=specs, stacked=stacked)
         now = {name: count(explosions, name) for name in COUNTS}
         is_away, is_broken = check_trial(state, seen, now, params, updates, scopes)
-        decision = decide(settings, seen, now, Carried(*state.carried), is_away)
+        is_spoiled, kept = mend_moments(
+            count(state.explosions, "steps"), state.inner_state, updates, scopes
+        )
+        carried = Carried(*state.carried)
+        decision = decide(settings, seen, now, carried, is_away, is_spoiled)
         explosions = unlearn(explosions, state.explosions, decision.is_skipped)
         # An accepted step may be a thousand times too large; at the limit it is usual.
         updates = limit_updates(
             updates, decision.is_accepted, seen.norm, seen.norm_limit
         )
-        moved = move_between(decision, state, params, updates, scopes)
+        is_skipped, snapshots = move_snapshots(decision, state, params)
 
         def update_inner(inner_state):
             found, new = inner.update(updates, inner_state, params, **extra_args)
@@ -211,20 +216,18 @@ def skip_explosions(
             return found, new
 
         updates, inner_state = update_or_keep(
-            update_inner, state.inner_state, moved.is_skipped, moved.kept
+            update_inner, state.inner_state, is_skipped, kept
         )
         # Without it the updates are not touched, not even by a factor of 1.
         factor = decision.carried.scale if cool_down is not None else None
-        updates = respond(updates, params, moved, decision, factor)
-        explosions = with_skipped(
-            explosions, seen.event, now["skipped"], moved.is_skipped
-        )
-        counts = count_response(now, decision, moved.is_spoiled, is_broken)
+        updates = respond(updates, params, decision, is_skipped, snapshots, factor)
+        explosions = with_skipped(explosions, seen.event, now["skipped"], is_skipped)
+        counts = count_response(now, decision, is_spoiled, is_broken)
         state = SkipExplosionsState(
             explosions=with_values(explosions, counts),
             inner_state=inner_state,
             carried=stack_scalars(decision.carried),
-            snapshots=moved.snapshots,
+            snapshots=snapshots,
         )
         return updates, {label: state}
 

@@ -758,6 +758,18 @@ def test_what_the_inner_transformation_made_is_found_in_its_state():
         optaxclip.raise_if_exploded(state, PARAMS)
 
 
+def test_the_rules_learn_nothing_of_a_step_whose_moments_are_mended():
+    tx = optaxclip.skip_explosions(optax.adam(0.1), norm=1e35, loss=3.0)
+    _, state, _ = run(tx, [1.0, 1e30])  # its square is inf in the second moment
+    before = state["explosions"].explosions
+    _, state, found = run(tx, [1.0], state=state)
+    after = state["explosions"].explosions
+    assert count(after, "mended") - count(before, "mended") == 1
+    assert is_zero(found[0])
+    assert jax.tree.leaves(after.rule_states)
+    chex.assert_trees_all_equal(after.rule_states, before.rule_states)
+
+
 def test_a_state_without_explosions_is_an_error():
     with pytest.raises(ValueError, match="found no state"):
         optaxclip.raise_if_exploded(optax.adam(0.1).init(PARAMS))
