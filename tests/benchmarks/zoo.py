@@ -2,7 +2,8 @@
 
 `runs_saved.py` and `detection.py` use them. Every task belongs to one part: rules
 and responses are tuned on the part "tune" and reported on all. The tasks of "fresh"
-were drawn after all constants had been chosen.
+were drawn after all constants had been chosen. The tasks of "unseen" were drawn later
+still, after the rules for recurring alarms.
 """
 
 import functools
@@ -22,6 +23,8 @@ from tasks import (
     sequences,
     statistical,
     structured,
+    unseen,
+    unseen_models,
 )
 from tasks.running import (
     DATA,
@@ -100,6 +103,42 @@ def warm_restarts(rate):
     )
 
 
+def one_cycle(optimizer: Callable) -> Callable:
+    """With a step size that rises for 180 steps, then falls to almost nothing."""
+    return lambda rate: optimizer(
+        optax.schedules.cosine_onecycle_schedule(600, rate, pct_start=0.3)
+    )
+
+
+def cyclic(optimizer: Callable) -> Callable:
+    """With a step size that falls linearly to a tenth in each of ten cycles."""
+    return lambda rate: optimizer(lambda count: rate * (1 - 0.9 * (count % 60) / 60))
+
+
+def heavy(rate):
+    """Nesterov's momentum of 0.99."""
+    return optax.sgd(rate, momentum=0.99, nesterov=True)
+
+
+def accumulated(optimizer: Callable) -> Callable:
+    """With the mean gradient of each four batches."""
+    return lambda rate: optax.MultiSteps(optimizer(rate), 4)
+
+
+def sharpness_aware(optimizer: Callable) -> Callable:
+    """At the worst point nearby, to which each second step goes (SAM)."""
+
+    def make(rate):
+        away = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+        sam = optax.contrib.sam(optimizer(rate), away, sync_period=2)
+        # Its update takes no `value`.
+        return optax.GradientTransformation(
+            sam.init, lambda grads, state, params=None: sam.update(grads, state, params)
+        )
+
+    return make
+
+
 def clipped(max_norm: float, optimizer: Callable) -> Callable:
     """With a clip of its own before it."""
     return lambda rate: optax.chain(optaxclip.clip_by_norm(max_norm), optimizer(rate))
@@ -109,10 +148,11 @@ adam, adamw, sgd, lion = optax.adam, optax.adamw, optax.sgd, optax.lion
 rmsprop, muon = optax.rmsprop, optax.contrib.muon
 net, seq, gen, rl = networks, sequences, generative, reinforcement
 stat, new, regime = statistical, structured, regimes
+last, model = unseen, unseen_models
 NAN = math.nan
 
 Rows = dict[str, tuple[Any, ...]]
-PARTS = "tune", "test", "fresh"
+PARTS = "tune", "test", "fresh", "unseen"
 TASKS: dict[str, tuple[str, Callable[[], Task], Rows]] = {}
 """Of each task the part it belongs to, what makes it, and its runs by their names."""
 
@@ -133,7 +173,7 @@ def kind_of(run_name: str) -> str:
 
 
 def part_of(run_name: str) -> str:
-    """The part, "tune", "test" or "fresh", of a run's task."""
+    """The part, "tune", "test", "fresh" or "unseen", of a run's task."""
     return _task_of(run_name)[0]
 
 
@@ -903,4 +943,170 @@ add(
     regime.penalty,
     ("Adam", HEALTHY, adam, 3e-3),
     ("too large steps", RATE, momentum, 3e-3),
+)
+
+# Unseen: labels and targets.
+add(
+    "one rare digit",
+    "unseen",
+    last.rare_digit,
+    ("NAdamW", HEALTHY, optax.nadamw, 3e-3),
+    ("heavy momentum", HEALTHY, heavy, 1e-3),
+    ("too large steps", RATE, heavy, 1.0),
+)
+add(
+    "insurance claims",
+    "unseen",
+    last.claims,
+    ("Yogi", HEALTHY, optax.yogi, 3e-3),
+    ("SGD", HEALTHY, sgd, 3e-3),
+    ("too large steps", RATE, sgd, 0.3),
+)
+add(
+    "three scales",
+    "unseen",
+    last.three_scales,
+    ("AdaBelief", HEALTHY, optax.adabelief, 3e-3),
+    ("too large steps", RATE, momentum, 0.1),
+)
+add(
+    "hard negatives",
+    "unseen",
+    last.hard_negatives,
+    ("RAdam", HEALTHY, optax.radam, 3e-3),
+    ("momentum", HEALTHY, momentum, 0.01),
+)
+add(
+    "more classes",
+    "unseen",
+    last.more_classes,
+    ("momentum", HEALTHY, momentum, 0.02),
+    ("LAMB", HEALTHY, optax.lamb, 0.01),
+)
+add(
+    "late label noise",
+    "unseen",
+    last.late_noise,
+    ("sign of the gradient", HEALTHY, optax.sign_sgd, 3e-4),
+    ("AdamW, strong decay", HEALTHY, strong_decay, 2e-3),
+)
+add(
+    "unfreezing",
+    "unseen",
+    last.unfreezing,
+    ("momentum", HEALTHY, momentum, 0.02),
+    ("AdamW, one cycle", HEALTHY, one_cycle(adamw), 5e-3),
+    ("too large steps", RATE, momentum, 0.5),
+)
+add(
+    "quantized weights",
+    "unseen",
+    last.quantized,
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("too large steps", RATE, momentum, 1.0),
+)
+add(
+    "averaged weights",
+    "unseen",
+    last.averaged_weights,
+    ("cyclic SGD", HEALTHY, cyclic(sgd), 3e-3),
+    ("too large steps", RATE, cyclic(momentum), 0.1),
+)
+add(
+    "other domain",
+    "unseen",
+    last.other_domain,
+    ("momentum", HEALTHY, momentum, 0.01),
+    ("too large steps", RATE, momentum, 3.0),
+)
+
+# Unseen: graphs, sets, sequences, physics, and actions.
+add(
+    "knowledge graph",
+    "unseen",
+    model.knowledge_graph,
+    ("AdaGrad", HEALTHY, optax.adagrad, 0.3),
+    ("Adam", HEALTHY, adam, 0.03),
+    ("too large steps", RATE, adam, 3.0),
+)
+add(
+    "hyperbolic tree",
+    "unseen",
+    model.tree,
+    ("RAdam", HEALTHY, optax.radam, 0.03),
+)
+add(
+    "masked pixels",
+    "unseen",
+    model.pixels,
+    ("AdamW, one cycle", HEALTHY, one_cycle(adamw), 0.01),
+    ("rising step", RAMP, rising(momentum), 0.3),
+)
+add(
+    "neural process",
+    "unseen",
+    model.neural_process,
+    ("Adam", HEALTHY, adam, 0.01),
+    ("SAM", HEALTHY, sharpness_aware(adam), 0.01),
+    ("too large steps", RATE, adam, 1.0),
+)
+add(
+    "point cloud",
+    "unseen",
+    model.point_cloud,
+    ("SAM", HEALTHY, sharpness_aware(adam), 5e-3),
+    ("NaN batch", DATA, momentum, 0.01, {"corrupt": at(150, factor=NAN)}),
+)
+add(
+    "three bodies",
+    "unseen",
+    model.three_bodies,
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("too large steps", RATE, momentum, 0.3),
+)
+add(
+    "learned solver",
+    "unseen",
+    model.learned_solver,
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("AdaMax", HEALTHY, optax.adamax, 5e-3),
+    ("rising step", RAMP, rising(momentum), 0.3),
+)
+add(
+    "maze",
+    "unseen",
+    model.maze,
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("SGD", HEALTHY, sgd, 0.03),
+    ("rewards x1000", DATA, sgd, 0.03, {"corrupt": at(300, 100, factor=1e3)}),
+)
+add(
+    "reaching",
+    "unseen",
+    model.reaching,
+    ("Adam", HEALTHY, adam, 0.01),
+    ("momentum", HEALTHY, momentum, 3e-3),
+)
+add(
+    "outlier actions",
+    "unseen",
+    model.outlier_actions,
+    ("Adam, four batches a step", HEALTHY, accumulated(adam), 0.01),
+    ("SGD", HEALTHY, sgd, 0.03),
+    ("too large steps", RATE, sgd, 3.0),
+)
+add(
+    "learned step sizes",
+    "unseen",
+    model.learned_steps,
+    ("Adam", HEALTHY, adam, 0.03),
+    ("too large steps", RATE, adam, 1.0),
+)
+add(
+    "two alphabets",
+    "unseen",
+    model.two_alphabets,
+    ("AdamW with warm-up", HEALTHY, cosine(adamw), 0.01),
+    ("AdaGrad", HEALTHY, optax.adagrad, 0.1),
+    ("too large steps", RATE, rmsprop, 1.0),
 )
