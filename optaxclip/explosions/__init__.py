@@ -66,16 +66,21 @@ ten steps apart count as one explosion (`max_gap`).
 1. `skip_explosions` skips the step. The updates are zeros, the state of the optimizer
    stays, bit for bit, and the rules learn nothing from the step. A non-finite loss with
    finite gradients is counted, but its step is taken.
-2. If explosions persist, they are a change of regime. After nine in a row the finite
-   ones are taken and learned (`max_consecutive=10`), with gradients clipped to the
-   limit on the norm, until the rules find them healthy.
-3. A step with non-finite gradients is never taken. After 100 in a row the run is given
+2. The third mild explosion within 64 steps is taken, and of the first 64 steps the
+   second, with gradients clipped to the limit on the norm; the rules learn it. Mild is
+   what is at most ten times the limits on loss and norm. Batches of a rare kind explode
+   so, and would never be learned otherwise. The next explosion in the same row is
+   skipped, and so is every one while updates are cooled down.
+3. If explosions persist, they are a change of regime. After nine in a row the finite
+   ones are taken and learned (`max_consecutive=10`), clipped likewise, until the rules
+   find them healthy. A loss above its limit needs nine such losses in a row.
+4. A step with non-finite gradients is never taken. After 100 in a row the run is given
    up (`give_up_after`); `metrics` and `raise_if_exploded` say so.
-4. Where the optimizer itself makes a non-finite update, or an update would overflow the
+5. Where the optimizer itself makes a non-finite update, or an update would overflow the
    dtype of its parameter, those elements become 0. That alone is not counted, since to
    read every update once more can cost more than the step. To see it, put
    `detect_explosions(label="updates")` behind the optimizer, inside.
-5. Where the optimizer makes its own moments non-finite out of finite gradients, they
+6. Where the optimizer makes its own moments non-finite out of finite gradients, they
    are reset to 0 within 3 steps. That step is skipped, and counted as an explosion
    (`explosions/num_mended`).
 
@@ -84,16 +89,19 @@ With `rollback=True` also:
 1. A snapshot of the parameters is taken after every 50 healthy steps
    (`snapshot_every`). Two are kept.
 2. The loss exceeds its limit three times in a row (`rollback_after`), or the norm if
-   there is no loss or no rule on it. Or ten steps in a row have non-finite gradients.
-   The batches cannot be at fault each time, so the data have changed, or the parameters
-   are bad.
+   there is no loss or no rule on it; each of the last two mild explosions, if it passed
+   within 64 steps, makes one time more necessary. Or ten steps in a row have non-finite
+   gradients. The batches cannot be at fault each time, so the data have changed, or the
+   parameters are bad.
 3. To find out, the parameters go back to the older snapshot, from 50 to 100 healthy
    steps ago or from the start of the run, and two batches are tried there.
 4. If at least half of the excess is gone in both, the run goes on from the snapshot.
    That is a rollback. If not, the parameters come back as they were, and the explosions
    are accepted. The state of the optimizer stays in either case: the steps that
-   exploded were skipped, so it knows nothing of them.
-5. With `cool_down` a rollback also sets a factor for the updates. Within the first 64
+   exploded were skipped, so it knows nothing of them. From then on up to twice their
+   loss is accepted, up to ten times before a healthy step; more starts another trial.
+5. With `cool_down` a rollback also sets a factor for the updates, unless the loss is
+   above its limit at the snapshot too: then the data have changed. Within the first 64
    steps it is `cool_down`, later the larger of `cool_down` and 1/16 (`cool_down` where
    the factor is no more than 1/16 already). A rollback that follows another within 300
    steps divides the factor by 8, to `cool_down` or less, down to 1/4096. Each healthy

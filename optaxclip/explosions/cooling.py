@@ -32,17 +32,19 @@ def cool(
     settings: Any,
     scale: jax.Array,
     now: dict[str, Any],
-    is_confirmed: jax.Array,
+    is_cut: jax.Array,
     is_healthy: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The rollbacks in succession if this step is one, and the scale after it."""
+    """The cuts in succession if this step is one, and the scale after it.
+
+    `is_cut`: it is a rollback after which the updates are to be smaller.
+    """
     is_repeated = now["steps"] - now["last_rollback"] < RECURRENCE
     is_repeated &= now["strikes"] > 0
     strikes = jnp.where(is_repeated, now["strikes"] + 1, 1)
     if settings.cool_down is None:
         return strikes, scale
     cut = jnp.asarray(settings.cool_down, jnp.float32)
-    is_cut = is_confirmed
     if settings.has_snapshots:
         # The snapshot was better, so the steps are too large, by an unknown factor.
         # They were never right, or not at LATER_CUT either: then the cut is full.

@@ -3,23 +3,25 @@
 Internal; `skip_explosions` says what it is for. A finite explosion may be the fault of
 the batch, of the data from now on, or of the parameters. Steps that are skipped leave
 the parameters as they are, so the batches that follow test the same parameters again;
-and two batches at those of the snapshot tell the last two causes apart.
+and two batches at those of the snapshot tell the last two causes apart. What becomes of
+the updates of a step that is skipped, `responding.respond` says.
 
 | phase | next phase |
 |---|---|
 | training | first trial, when a rollback is due |
-| first trial | second trial if the snapshot is better, else accepting |
-| second trial | training if it is better (that is a rollback), else accepting |
+| first trial | accepting if the snapshot is reached and not better; else second trial |
+| second trial | accepting if it is not better, or still suspect; else training |
 | accepting | training after `NUM_ACCEPTED` healthy steps; or first trial, as above |
 
-The signal is the loss, or the norm where there is no rule on the loss. What
+A second trial that is better is a rollback. The signal is the loss, or the norm where
+there is no rule on the loss; a step is suspect where it is above its limit. What
 `lowest_signal` stands for depends on the phase:
 
 | phase | `lowest_signal` |
 |---|---|
 | training | the lowest signal of the suspect steps in a row, +inf for none |
 | first and second trial | the one before the trial, which the snapshot has to beat |
-| accepting | the same; up to twice of it is accepted |
+| accepting | the same; up to twice of it is accepted, at first ten times |
 
 A step is healthy when it did not explode and is no trial.
 """
@@ -33,6 +35,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optaxclip.explosions.cooling import cool
+from optaxclip.explosions.recurring import MILD, find_mild, num_passed, remember
 from optaxclip.explosions.state import Verdict
 from optaxclip.xla import materialize
 
@@ -73,15 +76,14 @@ class Decision(NamedTuple):
     """What becomes of a step; bool `[]` but for the last two."""
 
     is_accepted: jax.Array
-    """Taken although it exploded, clipped to the limit on the norm."""
+    """It exploded and is taken, clipped to the limit on the norm."""
     is_skipped: jax.Array
     """It exploded and is not accepted, or moments are mended, or it is a trial."""
     is_started: jax.Array
     """A trial starts: the parameters are put aside, and go back to the snapshot."""
-    is_returned: jax.Array
-    """It ends: they come back."""
     is_at_snapshot: jax.Array
-    """They are to be those of the older snapshot after this step."""
+    """This step leads to the older snapshot; after a trial that failed, the parameters
+    that were put aside are that."""
     is_copied: jax.Array
     """A snapshot is due."""
     is_replaced: jax.Array
@@ -112,24 +114,32 @@ def decide(
     phase = now["phase"]
     is_trial = is_trial_in(phase)
     is_healthy = ~(seen.is_bad | is_spoiled | is_trial)
-    is_accepted = _is_accepted(settings, seen, now, carried.lowest_signal)
-    trial = _go_on(settings, seen, now, carried.lowest_signal, is_accepted, is_away)
+    is_change = _is_change(settings, seen, now, carried.lowest_signal)
+    trial = _next_trial(settings, seen, now, carried.lowest_signal, is_change, is_away)
+    is_mild, is_recurring = find_mild(seen, now, is_trial)
+    is_recurring &= (phase == TRAINING) & ~trial.is_started
+    # What was before a trial was of other parameters, or of other data. While updates
+    # are cooled down, explosions are more likely the fault of the steps.
+    is_over = trial.is_confirmed | trial.is_failed | (carried.scale < 1)
+    is_accepted = is_change | is_recurring
     is_skipped = (seen.is_bad & ~is_accepted) | is_spoiled
     is_skipped |= is_trial | trial.is_started
     age, is_copied, is_swapped = _next_age(settings, now, is_healthy, is_accepted)
-    strikes, scale = cool(settings, carried.scale, now, trial.is_confirmed, is_healthy)
+    # If the snapshot is better but suspect as well, it is the data that have changed.
+    is_cut = trial.is_confirmed & ~_is_suspect(seen)
+    strikes, scale = cool(settings, carried.scale, now, is_cut, is_healthy)
     return Decision(
         is_accepted=is_accepted,
         is_skipped=materialize(is_skipped),
         is_started=materialize(trial.is_started),
-        is_returned=materialize(trial.is_returned),
         is_at_snapshot=materialize(trial.is_started | (is_trial & ~trial.is_confirmed)),
         is_copied=materialize(is_copied),
-        is_replaced=materialize(is_swapped | trial.is_returned),
+        is_replaced=materialize(is_swapped | trial.is_failed),
         counts={
             "phase": _next_phase(settings, seen, now, trial, is_healthy),
-            "age": jnp.where(trial.is_confirmed | trial.is_returned, 0, age),
-            "strikes": jnp.where(trial.is_confirmed, strikes, now["strikes"]),
+            "age": jnp.where(trial.is_confirmed | trial.is_failed, 0, age),
+            **remember(now, is_mild, is_over),
+            "strikes": jnp.where(is_cut, strikes, now["strikes"]),
             "last_rollback": jnp.where(
                 trial.is_confirmed, now["steps"], now["last_rollback"]
             ),
@@ -155,13 +165,21 @@ def _is_suspect(seen: Verdict) -> jax.Array:
     return seen.signal > seen.signal_limit
 
 
-def _is_accepted(settings, seen, now, lowest_signal) -> jax.Array:
+def _is_change(settings, seen, now, lowest_signal) -> jax.Array:
     """Whether a step that exploded is taken, as a change for good."""
-    # Up to twice what was accepted; without a healthy step since, anything.
-    is_usual = seen.signal <= lowest_signal + jnp.abs(lowest_signal)
-    is_usual = (is_usual & (lowest_signal < jnp.inf)) | (now["age"] <= 1)
-    is_change = (now["phase"] == ACCEPTING) & is_usual
-    is_change |= now["in_a_row"] >= settings.max_consecutive
+    # Up to twice the lowest of the row, or of what was accepted; ten times without a
+    # healthy step since. If no step was applied since the snapshot, anything: there is
+    # nothing to go back to.
+    excess = jnp.where(now["age"] <= 1, MILD - 1, 1)
+    is_usual = seen.signal <= lowest_signal + excess * jnp.abs(lowest_signal)
+    is_usual = (is_usual & (lowest_signal < jnp.inf)) | (now["age"] == 0)
+    # A row of norms too large says nothing of a loss that is.
+    is_suspect = _is_suspect(seen)
+    num_in_a_row = jnp.where(is_suspect, now["suspect_in_a_row"], now["in_a_row"])
+    is_change = num_in_a_row >= settings.max_consecutive
+    if settings.has_snapshots:
+        is_change &= is_usual | ~is_suspect
+    is_change |= (now["phase"] == ACCEPTING) & is_usual
     is_finite_explosion = seen.is_bad & ~seen.has_nonfinite_updates
     return is_finite_explosion & ~is_trial_in(now["phase"]) & is_change
 
@@ -170,15 +188,16 @@ class Trial(NamedTuple):
     """How a trial of the snapshot goes on; bool `[]` each."""
 
     is_started: jax.Array
-    is_returned: jax.Array
-    """It failed: the snapshot is not better, or something keeps it away."""
+    is_failed: jax.Array
+    """The snapshot is not better, or was not reached: what was put aside comes back."""
     is_confirmed: jax.Array
     """It succeeded: that is a rollback."""
     is_blocked: jax.Array
-    """It failed since something keeps it away."""
+    """It failed since the snapshot was not reached: the updates were not applied as
+    they were."""
 
 
-def _go_on(settings, seen, now, lowest_signal, is_accepted, is_away) -> Trial:
+def _next_trial(settings, seen, now, lowest_signal, is_change, is_away) -> Trial:
     """Starts a trial, ends it, or goes on: the table of phases above.
 
     `is_away`: the parameters of a trial are not those of the snapshot.
@@ -186,9 +205,10 @@ def _go_on(settings, seen, now, lowest_signal, is_accepted, is_away) -> Trial:
     is_trial = is_trial_in(now["phase"])
     if not settings.has_snapshots:
         return Trial(*(jnp.zeros_like(is_trial),) * 4)
-    is_surprising = now["suspect_in_a_row"] >= settings.rollback_after
+    num_needed = settings.rollback_after + num_passed(now)
+    is_persistent = now["suspect_in_a_row"] >= num_needed
     is_nonfinite = now["nonfinite_updates_in_a_row"] >= NUM_NONFINITE
-    is_due = ((is_surprising & ~is_accepted) | is_nonfinite) & ~is_trial
+    is_due = ((is_persistent & ~is_change) | is_nonfinite) & ~is_trial
     # At age 0 no step was applied since the snapshot: it is what the run has.
     is_started = is_due & (now["age"] > 0)
     # Half of the excess must be gone. The rest may be usual for the snapshot: the limit
@@ -203,7 +223,7 @@ def _go_on(settings, seen, now, lowest_signal, is_accepted, is_away) -> Trial:
     is_blocked = is_second & is_away
     return Trial(
         is_started=is_started,
-        is_returned=is_blocked | (is_trial & ~is_away & ~is_better),
+        is_failed=is_blocked | (is_trial & ~is_away & ~is_better),
         is_confirmed=is_second & ~is_away & is_better,
         is_blocked=is_blocked,
     )
@@ -213,11 +233,11 @@ def _next_phase(settings, seen, now, trial, is_healthy) -> jax.Array:
     """The phase of the next step."""
     phase = now["phase"]
     # A snapshot that is better may still be suspect: then the rest is accepted.
-    is_accepting = trial.is_returned | (trial.is_confirmed & _is_suspect(seen))
+    is_accepting = trial.is_failed | (trial.is_confirmed & _is_suspect(seen))
     num_accepted = min(NUM_ACCEPTED, settings.snapshot_every)
     is_settled = (phase == ACCEPTING) & (now["age"] >= num_accepted) & is_healthy
     is_training = (trial.is_confirmed & ~_is_suspect(seen)) | is_settled
-    # The second trial is followed by accepting, until it is known how it ended.
+    # The next in order, unless a trial starts or has ended.
     following = jnp.where(is_trial_in(phase), phase + 1, phase)
     following = jnp.where(trial.is_started, FIRST_TRIAL, following)
     following = jnp.where(is_accepting, ACCEPTING, following)

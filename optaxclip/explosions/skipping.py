@@ -82,9 +82,10 @@ def skip_explosions(
     A step is skipped if `detect_explosions` would notice an explosion: the updates are
     zeros, the inner state stays, bit for bit, and the rules learn nothing from it. From
     the `max_consecutive`-th explosion in a row on, finite ones are taken as a change of
-    regime. A non-finite step is never taken; after `give_up_after` in a row the run is
-    given up. `help(optaxclip.explosions)` tells all of it step by step, what `rollback`
-    and `cool_down` add, and what goes where in a trainer.
+    regime; of mild ones the third within 64 steps is taken at once. Both are clipped to
+    the limit on the norm. A non-finite step is never taken; after `give_up_after` in a
+    row the run is given up. `help(optaxclip.explosions)` tells all of it step by step,
+    what `rollback` and `cool_down` add, and what goes where in a trainer.
 
     Updates that `inner` makes non-finite out of finite gradients become 0. They are not
     counted: another read of every update can cost more than the step. To count them,

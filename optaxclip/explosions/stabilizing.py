@@ -40,6 +40,7 @@ def stabilize(
       inner: The optimizer; it gets all extra arguments.
       max_norm: Clips what the optimizer gets, as `clip_by_norm(max_norm)`; the rules
         see the gradients before that. A number, schedule or limit; None for no clip.
+        Any clip inside takes the memory of the gradients once more.
       norm: As in `detect_explosions`; None for no such rule.
       share: Likewise.
       loss: Likewise.

@@ -31,6 +31,8 @@ COUNTS = (
     "age",
     "strikes",
     "last_rollback",
+    "last_mild",
+    "last_mild_but_one",
     "last_skipped",
     "last",
 )
@@ -65,7 +67,7 @@ class DetectExplosionsState(NamedTuple):
     rule_states: tuple[Any, Any, Any]
     """States of the limits on norm, share and loss."""
     record: RecordState
-    """Of the last `window` steps, per leaf. Its `counts`, int32 `[21]`: the number of
+    """Of the last `window` steps, per leaf. Its `counts`, int32 `[23]`: the number of
     steps; on how many of them the four rules fired (non-finite, norm, share, loss) and
     on how many any; how many `skip_explosions` skipped, its rollbacks, those that did
     not reach the parameters, and how often it mended the inner state; how many in a
@@ -74,7 +76,8 @@ class DetectExplosionsState(NamedTuple):
     parameters (by the loss, or without one by the norm); whether it gave up, 2 for NaN
     in the parameters; where it stands in a rollback (`deciding.PHASES`), healthy steps
     since the older snapshot, rollbacks in succession, the number of steps at the last;
-    and the last step that was skipped, and that exploded. -1 for none."""
+    and the last two steps that began a mild explosion (`recurring.MILD`), the last that
+    was skipped, and that exploded. -1 for none."""
 
     @property
     def detection(self) -> DetectExplosionsState:

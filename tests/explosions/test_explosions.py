@@ -15,6 +15,7 @@ from jax import lax
 
 import optaxclip
 from optaxclip import limits
+from optaxclip.explosions.deciding import PHASES
 from optaxclip.explosions.leading import fitted_growth
 from optaxclip.explosions.rules import RULES
 from optaxclip.explosions.state import COUNTS, count, read_step
@@ -64,6 +65,17 @@ def is_zero(updates) -> bool:
 
 DETECT = optaxclip.detect_explosions()
 SKIP = optaxclip.skip_explosions(optax.sgd(0.01, momentum=0.9))
+SKIP_PLAIN = optaxclip.skip_explosions(optax.identity())
+
+
+STABILIZE = optaxclip.stabilize(optax.sgd(1e-6))
+BAD, FINE = [1e3] * 3, [1.0] * 2
+"""Three explosions, and two steps at the snapshot that are fine: one rollback."""
+
+
+def explode(tx, sizes, state: Any = None, params: Any = PARAMS) -> Any:
+    """As `run`, with the sizes as losses, which speak against the parameters."""
+    return run(tx, sizes, sizes, state, params)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +214,8 @@ def test_counts_and_the_step_at_which_it_began():
         "age": 0,
         "strikes": 0,
         "last_rollback": -1,
+        "last_mild": -1,
+        "last_mild_but_one": -1,
         "last_skipped": -1,
         "last": 35,
     }
@@ -400,6 +414,102 @@ def test_a_change_of_regime_is_accepted_within_max_consecutive(max_consecutive):
     )
 
 
+@pytest.mark.parametrize(
+    ("gap", "size", "is_taken"),
+    [(5, 20.0, True), (61, 20.0, True), (62, 20.0, False), (5, 1e3, False)],
+)
+def test_the_third_mild_explosion_within_64_steps_is_taken(gap, size, is_taken):
+    """It is clipped and learned; what is far above the limit is skipped each time."""
+    sizes = [*healthy(128), size, 1.0, size, *healthy(gap)]
+    _, state, found = run(SKIP_PLAIN, sizes)
+    limit = np.asarray(optaxclip.metrics(state)["explosions/norm_limit"])
+    rules = state["explosions"].explosions.rule_states
+    assert [i for i, updates in enumerate(found) if is_zero(updates)] == [128, 130]
+    _, state, found = run(SKIP_PLAIN, [size], state=state)
+    assert optaxclip.metrics(state)["explosions/num_exploded"] == 3
+    expected = limit if is_taken else 0
+    np.testing.assert_allclose(optaxclip.global_norm(found[0]), expected, rtol=0.05)
+    learned = jax.tree.map(
+        lambda x, y: np.any(x != y),
+        rules,
+        state["explosions"].explosions.rule_states,
+    )
+    assert any(jax.tree.leaves(learned)) == is_taken
+
+
+def test_early_in_a_run_the_second_mild_explosion_is_taken():
+    _, _, found = run(SKIP_PLAIN, [*healthy(20), 20.0, 1.0, 20.0, 1.0])
+    skipped = [i for i, updates in enumerate(found) if is_zero(updates)]
+    assert skipped == [20]
+
+
+def test_only_the_first_in_a_row_is_taken_as_mild():
+    sizes = [20.0, 1.0, 20.0, 1.0, 20.0, 20.0, math.nan, 20.0, 1.0, 20.0]
+    _, _, found = run(SKIP_PLAIN, [*healthy(128), *sizes])
+    skipped = [i for i, updates in enumerate(found[128:]) if is_zero(updates)]
+    assert skipped == [0, 2, 5, 6, 7]
+
+
+def test_while_updates_are_cooled_down_no_mild_explosion_is_taken():
+    tx = optaxclip.skip_explosions(optax.identity(), cool_down=0.5, recovery=1.0)
+    _, state, _ = run(tx, [1.0, *[math.nan] * 3, *healthy(128)])
+    assert state["explosions"].scale == 0.5
+    _, _, found = run(tx, [20.0, 1.0] * 3, state=state)
+    assert [is_zero(updates) for updates in found] == [True, False] * 3
+
+
+def test_batches_of_a_rare_kind_are_learned():
+    """One of eight is six times larger: after the second of them none is skipped."""
+    sizes = healthy(320)
+    sizes[64::8] *= 6
+    _, state, found = run(SKIP_PLAIN, sizes)
+    assert [i for i, updates in enumerate(found) if is_zero(updates)] == [64, 72]
+    assert count(state["explosions"].explosions, "last") < 200
+
+
+def test_what_explodes_and_passes_makes_a_trial_less_likely():
+    """Two mild explosions passed: five suspect steps are needed and not three."""
+    before = [*healthy(128), 8.0, 1.0, 8.0, 1.0]
+    params, state, _ = explode(STABILIZE, before)
+    for num, phase in [(4, "training"), (1, "first trial")]:
+        params, state, _ = explode(STABILIZE, [1e3] * num, state, params)
+        assert PHASES[count(state["explosions"].explosions, "phase")] == phase
+
+
+def test_a_row_of_large_norms_does_not_accept_a_loss_that_explodes():
+    """Twelve norms above their limit, from the tenth on taken; then the loss grows."""
+    tx = optaxclip.stabilize(optax.sgd(1e-3))
+    norms = [*healthy(128), *[20.0] * 12]
+    params, state, found = run(tx, norms)
+    assert [is_zero(updates) for updates in found[-12:]] == [True] * 9 + [False] * 3
+    _, state, found = run(tx, [20.0] * 5, [1e6] * 3 + [1.0] * 2, state, params)
+    assert optaxclip.metrics(state)["explosions/num_rollbacks"] == 1
+    assert is_zero(found[0])
+
+
+def test_what_is_accepted_may_grow_tenfold_and_not_further():
+    """1e3 is accepted; of 27e3 the first leads to the snapshot and the second back."""
+    tx = optaxclip.stabilize(optax.sgd(1e-3))
+    params, state, _ = explode(tx, [*healthy(20), *BAD, 1e3])
+    last_skipped = []
+    for size in [1e3, 3e3, 9e3, *[27e3] * 3]:
+        params, state, _ = explode(tx, [size], state, params)
+        last_skipped.append(int(count(state["explosions"].explosions, "last_skipped")))
+    assert last_skipped == [23, 23, 23, 27, 28, 28]
+    assert optaxclip.metrics(state)["explosions/num_rollbacks"] == 0
+
+
+def test_a_snapshot_that_is_better_but_suspect_does_not_cut_the_steps():
+    """The data have changed: so it is with classes that are added."""
+    _, state, _ = explode(STABILIZE, [*healthy(80), *BAD, 100.0, 100.0])
+    assert optaxclip.metrics(state)["explosions/num_rollbacks"] == 1
+    assert state["explosions"].scale == 1
+    # Nor does it make the next cut a repeated one.
+    _, state, _ = explode(STABILIZE, [*[1.0] * 70, *BAD, *FINE], state=state)
+    assert optaxclip.metrics(state)["explosions/num_rollbacks"] == 2
+    assert state["explosions"].scale == 1 / 16
+
+
 @pytest.mark.slow
 def test_what_is_accepted_is_clipped_until_it_is_usual():
     tx = optaxclip.skip_explosions(optax.sgd(1.0))
@@ -534,16 +644,6 @@ def test_recovery_may_be_at_once():
     _, state, found = run(tx, [1.0, *[math.nan] * 3, 1.0])
     np.testing.assert_allclose(optaxclip.leaf_norms(found[-1])[0], 1)
     assert state["explosions"].scale == 1
-
-
-STABILIZE = optaxclip.stabilize(optax.sgd(1e-6))
-BAD, FINE = [1e3] * 3, [1.0] * 2
-"""Three explosions, and two steps at the snapshot that are fine: one rollback."""
-
-
-def explode(tx, sizes, state: Any = None, params: Any = PARAMS) -> Any:
-    """As `run`, with the sizes as losses, which speak against the parameters."""
-    return run(tx, sizes, sizes, state, params)
 
 
 @pytest.mark.slow
