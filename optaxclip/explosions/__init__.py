@@ -68,12 +68,14 @@ ten steps apart count as one explosion (`max_gap`).
    finite gradients is counted, but its step is taken.
 2. The third mild explosion within 64 steps is taken, and of the first 64 steps the
    second, with gradients clipped to the limit on the norm; the rules learn it. Mild is
-   what is at most ten times the limits on loss and norm. Batches of a rare kind explode
-   so, and would never be learned otherwise. The next explosion in the same row is
-   skipped, and so is every one while updates are cooled down.
+   what is at most ten times the limits on loss and norm, where no step before it
+   exploded. Batches of a rare kind explode so, and would never be learned otherwise.
+   The next explosion in the same row is skipped, and so is every one while updates are
+   cooled down, or without a rule on the norm.
 3. If explosions persist, they are a change of regime. After nine in a row the finite
    ones are taken and learned (`max_consecutive=10`), clipped likewise, until the rules
-   find them healthy. A loss above its limit needs nine such losses in a row.
+   find them healthy. A loss above its limit needs nine such losses in a row, and where
+   there is a rollback it is at most twice the lowest of them.
 4. A step with non-finite gradients is never taken. After 100 in a row the run is given
    up (`give_up_after`); `metrics` and `raise_if_exploded` say so.
 5. Where the optimizer itself makes a non-finite update, or an update would overflow the
@@ -97,9 +99,10 @@ With `rollback=True` also:
    steps ago or from the start of the run, and two batches are tried there.
 4. If at least half of the excess is gone in both, the run goes on from the snapshot.
    That is a rollback. If not, the parameters come back as they were, and the explosions
-   are accepted. The state of the optimizer stays in either case: the steps that
-   exploded were skipped, so it knows nothing of them. From then on up to twice their
-   loss is accepted, up to ten times before a healthy step; more starts another trial.
+   are accepted: the first of them whatever its loss, later ones up to twice the loss of
+   before, ten times until a healthy step or two. Three larger ones in a row start
+   another trial. The state of the optimizer stays in either case: the steps that
+   exploded were skipped, so it knows nothing of them.
 5. With `cool_down` a rollback also sets a factor for the updates, unless the loss is
    above its limit at the snapshot too: then the data have changed. Within the first 64
    steps it is `cool_down`, later the larger of `cool_down` and 1/16 (`cool_down` where

@@ -39,7 +39,7 @@ def cool(
 
     `is_cut`: it is a rollback after which the updates are to be smaller.
     """
-    is_repeated = now["steps"] - now["last_rollback"] < RECURRENCE
+    is_repeated = now["steps"] - now["last_cut"] < RECURRENCE
     is_repeated &= now["strikes"] > 0
     strikes = jnp.where(is_repeated, now["strikes"] + 1, 1)
     if settings.cool_down is None:

@@ -121,7 +121,7 @@ def decide(
     # What was before a trial was of other parameters, or of other data. While updates
     # are cooled down, explosions are more likely the fault of the steps.
     is_over = trial.is_confirmed | trial.is_failed | (carried.scale < 1)
-    is_accepted = is_change | is_recurring
+    is_accepted = (is_change | is_recurring) & ~is_spoiled
     is_skipped = (seen.is_bad & ~is_accepted) | is_spoiled
     is_skipped |= is_trial | trial.is_started
     age, is_copied, is_swapped = _next_age(settings, now, is_healthy, is_accepted)
@@ -140,6 +140,7 @@ def decide(
             "age": jnp.where(trial.is_confirmed | trial.is_failed, 0, age),
             **remember(now, is_mild, is_over),
             "strikes": jnp.where(is_cut, strikes, now["strikes"]),
+            "last_cut": jnp.where(is_cut, now["steps"], now["last_cut"]),
             "last_rollback": jnp.where(
                 trial.is_confirmed, now["steps"], now["last_rollback"]
             ),
@@ -173,8 +174,11 @@ def _is_change(settings, seen, now, lowest_signal) -> jax.Array:
     excess = jnp.where(now["age"] <= 1, MILD - 1, 1)
     is_usual = seen.signal <= lowest_signal + excess * jnp.abs(lowest_signal)
     is_usual = (is_usual & (lowest_signal < jnp.inf)) | (now["age"] == 0)
-    # A row of norms too large says nothing of a loss that is.
-    is_suspect = _is_suspect(seen)
+    # The first of a row is the lowest itself.
+    is_usual |= (now["phase"] == TRAINING) & (now["suspect_in_a_row"] <= 1)
+    # A row of norms too large says nothing of a loss that is. A loss of inf is counted
+    # in no such row.
+    is_suspect = now["suspect_in_a_row"] > 0
     num_in_a_row = jnp.where(is_suspect, now["suspect_in_a_row"], now["in_a_row"])
     is_change = num_in_a_row >= settings.max_consecutive
     if settings.has_snapshots:
@@ -215,7 +219,7 @@ def _next_trial(settings, seen, now, lowest_signal, is_change, is_away) -> Trial
     # has followed the run since.
     middle = seen.signal_limit + 0.5 * (lowest_signal - seen.signal_limit)
     is_better = ~_is_suspect(seen) | (seen.signal <= middle)
-    is_better &= ~seen.has_nonfinite_updates
+    is_better &= ~seen.has_nonfinite_updates & ~jnp.isnan(seen.signal)
     # From parameters that have grown far the first update may miss the snapshot by a
     # rounding of theirs: then the second trial decides. Whoever misses it twice does
     # not apply the updates as they are.

@@ -34,7 +34,8 @@ def find_mild(
     It begins where no step before it exploded: the others of a row are skipped.
     """
     is_mild = seen.signal <= MILD * jnp.abs(seen.signal_limit)
-    is_mild &= seen.norm <= MILD * seen.norm_limit
+    # Without a limit on the norm there is none to clip to.
+    is_mild &= (seen.norm <= MILD * seen.norm_limit) & (seen.norm_limit < jnp.inf)
     is_mild &= seen.is_bad & ~seen.has_nonfinite_updates & (now["in_a_row"] == 1)
     is_mild &= ~is_trial
     # Early the rules know too little to doubt it twice.
@@ -57,7 +58,10 @@ def remember(
 
 
 def num_passed(now: dict[str, Any]) -> jax.Array:
-    """How many of them were not long ago, and before this row: 0 to 2."""
+    """How many of the remembered were not long ago, and before this row.
+
+    0 to 2; 0 or 1 if this row began mildly, since then its first step is one of them.
+    """
     began = _step(now) - now["in_a_row"] + 1
     steps = jnp.stack([now["last_mild"], now["last_mild_but_one"]])
     return jnp.sum((steps >= 0) & (steps < began) & (_step(now) - steps <= MEMORY))

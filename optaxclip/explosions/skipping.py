@@ -82,10 +82,11 @@ def skip_explosions(
     A step is skipped if `detect_explosions` would notice an explosion: the updates are
     zeros, the inner state stays, bit for bit, and the rules learn nothing from it. From
     the `max_consecutive`-th explosion in a row on, finite ones are taken as a change of
-    regime; of mild ones the third within 64 steps is taken at once. Both are clipped to
-    the limit on the norm. A non-finite step is never taken; after `give_up_after` in a
-    row the run is given up. `help(optaxclip.explosions)` tells all of it step by step,
-    what `rollback` and `cool_down` add, and what goes where in a trainer.
+    regime. Of mild ones, each the first of its row, the third within 64 steps is taken,
+    early in a run the second. Both are clipped to the limit on the norm. A non-finite
+    step is never taken; after `give_up_after` in a row the run is given up.
+    `help(optaxclip.explosions)` tells all of it step by step, what `rollback` and
+    `cool_down` add, and what goes where in a trainer.
 
     Updates that `inner` makes non-finite out of finite gradients become 0. They are not
     counted: another read of every update can cost more than the step. To count them,
@@ -114,8 +115,10 @@ def skip_explosions(
         snapshots in the memory of the host.
       snapshot_every: Number of healthy steps between snapshots; at least 1, 50 by
         default.
-      rollback_after: How many explosions in a row start a rollback; at least 1, 3 by
-        default, since one or two are often the fault of their batches.
+      rollback_after: How many losses above their limit in a row (norms where there is
+        no rule on the loss) start the trial of a snapshot; at least 1, 3 by default,
+        since one or two are often the fault of their batches. Up to two more where mild
+        explosions recur.
       give_up_after: How many non-finite steps in a row end the run; at least 1, 100 by
         default. A dynamic loss scale needs up to 24 to fall from 2**24 to 1.
       max_gap: As in `detect_explosions`.

@@ -31,6 +31,7 @@ COUNTS = (
     "age",
     "strikes",
     "last_rollback",
+    "last_cut",
     "last_mild",
     "last_mild_but_one",
     "last_skipped",
@@ -67,7 +68,7 @@ class DetectExplosionsState(NamedTuple):
     rule_states: tuple[Any, Any, Any]
     """States of the limits on norm, share and loss."""
     record: RecordState
-    """Of the last `window` steps, per leaf. Its `counts`, int32 `[23]`: the number of
+    """Of the last `window` steps, per leaf. Its `counts`, int32 `[24]`: the number of
     steps; on how many of them the four rules fired (non-finite, norm, share, loss) and
     on how many any; how many `skip_explosions` skipped, its rollbacks, those that did
     not reach the parameters, and how often it mended the inner state; how many in a
@@ -75,9 +76,10 @@ class DetectExplosionsState(NamedTuple):
     non-finite), were non-finite, had non-finite updates, and spoke against the
     parameters (by the loss, or without one by the norm); whether it gave up, 2 for NaN
     in the parameters; where it stands in a rollback (`deciding.PHASES`), healthy steps
-    since the older snapshot, rollbacks in succession, the number of steps at the last;
-    and the last two steps that began a mild explosion (`recurring.MILD`), the last that
-    was skipped, and that exploded. -1 for none."""
+    since the older snapshot, cuts of the updates in succession, the number of steps at
+    the last rollback and at the last cut; and the last two steps that began a mild
+    explosion (`recurring.MILD`), the last that was skipped, and that exploded. -1 for
+    none."""
 
     @property
     def detection(self) -> DetectExplosionsState:
@@ -206,8 +208,7 @@ class SkipExplosionsState(NamedTuple):
     """State of the wrapped transformation."""
     carried: jax.Array
     """float32 `[2]`, a `deciding.Carried`: the factor of the updates, below 1 while
-    they cool down; and the lowest loss, or norm, of the last suspect steps in a row,
-    +inf for none."""
+    they cool down; and `Carried.lowest_signal`, +inf for none."""
     snapshots: Snapshots | tuple[()]
     """() without rollback."""
 

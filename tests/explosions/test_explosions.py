@@ -214,6 +214,7 @@ def test_counts_and_the_step_at_which_it_began():
         "age": 0,
         "strikes": 0,
         "last_rollback": -1,
+        "last_cut": -1,
         "last_mild": -1,
         "last_mild_but_one": -1,
         "last_skipped": -1,
@@ -474,6 +475,35 @@ def test_what_explodes_and_passes_makes_a_trial_less_likely():
     for num, phase in [(4, "training"), (1, "first trial")]:
         params, state, _ = explode(STABILIZE, [1e3] * num, state, params)
         assert PHASES[count(state["explosions"].explosions, "phase")] == phase
+
+
+@pytest.mark.parametrize("rollback", [False, True])
+def test_a_loss_of_inf_does_not_keep_large_norms_from_being_accepted(rollback):
+    """In float16 the loss may overflow, with finite gradients."""
+    tx = optaxclip.skip_explosions(optax.sgd(1e-6), rollback=rollback)
+    sizes = [*healthy(80), *[1e3] * 12]
+    _, _, found = run(tx, sizes, [*[1.0] * 80, *[math.inf] * 12])
+    assert [is_zero(updates) for updates in found[80:]] == [True] * 9 + [False] * 3
+
+
+def test_an_explosion_that_is_the_only_one_of_its_row_may_be_accepted():
+    tx = optaxclip.skip_explosions(optax.sgd(1e-6), rollback=True, max_consecutive=1)
+    _, _, found = explode(tx, [*healthy(80), 1e3, 1.0, 1e3])
+    assert not any(map(is_zero, found))
+
+
+def test_a_rollback_without_a_cut_keeps_the_next_cut_a_first_one():
+    _, state, _ = explode(STABILIZE, [*healthy(80), *BAD, *FINE])
+    uncut = [*[1.0] * 400, *BAD, 100.0, 100.0]
+    _, state, _ = explode(STABILIZE, [*uncut, *[1.0] * 70, *BAD, *FINE], state=state)
+    assert optaxclip.metrics(state)["explosions/num_rollbacks"] == 3
+    assert state["explosions"].scale == 1 / 16
+
+
+def test_without_a_limit_on_the_norm_nothing_mild_is_taken():
+    tx = optaxclip.skip_explosions(optax.sgd(1e-6), norm=None)
+    _, _, found = explode(tx, [*healthy(20), 5.0, 1.0, 5.0, 1.0, 5.0])
+    assert [is_zero(updates) for updates in found[20:]] == [True, False] * 2 + [True]
 
 
 def test_a_row_of_large_norms_does_not_accept_a_loss_that_explodes():
