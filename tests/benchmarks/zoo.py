@@ -2,8 +2,8 @@
 
 `runs_saved.py` and `detection.py` use them. Every task belongs to one part: rules
 and responses are tuned on the part "tune" and reported on all. The tasks of "fresh"
-were drawn after all constants had been chosen. The tasks of "unseen" were drawn later
-still, after the rules for recurring alarms.
+were drawn after the limits of detection and the cut had been chosen, those of "unseen"
+later still; what recurs (`explosions/recurring.py`) was then chosen on a few of both.
 """
 
 import functools

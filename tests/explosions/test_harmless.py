@@ -314,6 +314,9 @@ HARMLESS = [
     "decayed GAN, RMSProp",
     "regression whose targets change, momentum",
     "classifier whose labels change, momentum",
+    # Batches of a rare kind.
+    "rare positives, momentum",
+    "rare positives, Adam",
 ]
 SAVED = [
     "PINN, NaN batch",
@@ -322,6 +325,7 @@ SAVED = [
     "residual blocks, too large steps",
     "RealNVP, too large steps",
     "rows of digits, GRU, rising step",
+    "penalty, too large steps",
 ]
 
 
