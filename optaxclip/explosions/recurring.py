@@ -22,8 +22,8 @@ memory of 128 steps, 7 of 12 seeds of its run with too large steps were saved, n
 MEMORY = 64
 """The third mild explosion within so many steps is taken: half of the window of the
 rules, so that what recurs in it is learned. In the first so many steps of a run it is
-the second; where it was that later too, fewer runs were saved whose step size rises.
-And each of the two before makes one more suspect step necessary for a trial."""
+the second; where it was that later too, a seed of "deep classifier, rising step" was
+lost. And each of the two before makes one more suspect step necessary for a trial."""
 
 
 def find_mild(

@@ -1,1 +1,1 @@
-"""Small learning problems, each in at most 25 lines; `zoo.py` makes runs of them."""
+"""Small learning problems, most of at most 25 lines; `zoo.py` makes runs of them."""
