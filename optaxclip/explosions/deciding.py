@@ -136,7 +136,7 @@ def decide(
         is_copied=materialize(is_copied),
         is_replaced=materialize(is_swapped | trial.is_failed),
         counts={
-            "phase": _next_phase(settings, seen, now, trial, is_healthy),
+            "phase": _next_phase(settings, now, trial, is_cut, is_healthy),
             "age": jnp.where(trial.is_confirmed | trial.is_failed, 0, age),
             **remember(now, is_mild, is_over),
             "strikes": jnp.where(is_cut, strikes, now["strikes"]),
@@ -233,14 +233,14 @@ def _next_trial(settings, seen, now, lowest_signal, is_change, is_away) -> Trial
     )
 
 
-def _next_phase(settings, seen, now, trial, is_healthy) -> jax.Array:
-    """The phase of the next step."""
+def _next_phase(settings, now, trial, is_cut, is_healthy) -> jax.Array:
+    """The phase of the next step. `is_cut`: a rollback after which training goes on."""
     phase = now["phase"]
     # A snapshot that is better may still be suspect: then the rest is accepted.
-    is_accepting = trial.is_failed | (trial.is_confirmed & _is_suspect(seen))
+    is_accepting = trial.is_failed | (trial.is_confirmed & ~is_cut)
     num_accepted = min(NUM_ACCEPTED, settings.snapshot_every)
     is_settled = (phase == ACCEPTING) & (now["age"] >= num_accepted) & is_healthy
-    is_training = (trial.is_confirmed & ~_is_suspect(seen)) | is_settled
+    is_training = is_cut | is_settled
     # The next in order, unless a trial starts or has ended.
     following = jnp.where(is_trial_in(phase), phase + 1, phase)
     following = jnp.where(trial.is_started, FIRST_TRIAL, following)

@@ -36,8 +36,7 @@ def find_mild(
     is_mild = seen.signal <= MILD * jnp.abs(seen.signal_limit)
     # Without a limit on the norm there is none to clip to.
     is_mild &= (seen.norm <= MILD * seen.norm_limit) & (seen.norm_limit < jnp.inf)
-    is_mild &= seen.is_bad & ~seen.has_nonfinite_updates & (now["in_a_row"] == 1)
-    is_mild &= ~is_trial
+    is_mild &= (now["in_a_row"] == 1) & ~seen.has_nonfinite_updates & ~is_trial
     # Early the rules know too little to doubt it twice.
     is_early = now["steps"] <= MEMORY
     before = jnp.where(is_early, now["last_mild"], now["last_mild_but_one"])
