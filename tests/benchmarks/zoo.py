@@ -131,10 +131,12 @@ def sharpness_aware(optimizer: Callable) -> Callable:
     def make(rate):
         away = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
         sam = optax.contrib.sam(optimizer(rate), away, sync_period=2)
+
+        def update(updates, state, params=None):
+            return sam.update(updates, state, params)
+
         # Its update takes no `value`.
-        return optax.GradientTransformation(
-            sam.init, lambda grads, state, params=None: sam.update(grads, state, params)
-        )
+        return optax.GradientTransformation(sam.init, update)
 
     return make
 

@@ -105,7 +105,8 @@ def hard_negatives(start: int = 200) -> Task:
         return pull + jnp.where(batch[2] < start, usual, hard)
 
     def measure(task, params, batch, extra, key):
-        return sum(parts(params, batch)[:2])
+        pull, push, _ = parts(params, batch)
+        return pull + push
 
     return Task(
         lambda key: dense_init(key, 196, 48, 8, gain=0.5),
