@@ -66,12 +66,12 @@ ten steps apart count as one explosion (`max_gap`).
 1. `skip_explosions` skips the step. The updates are zeros, the state of the optimizer
    stays, bit for bit, and the rules learn nothing from the step. A non-finite loss with
    finite gradients is counted, but its step is taken.
-2. The third mild explosion within 64 steps is taken, and of the first 64 steps the
-   second, with gradients clipped to the limit on the norm; the rules learn it. Mild is
-   what is at most ten times the limits on loss and norm, where no step before it
-   exploded. Batches of a rare kind explode so, and would never be learned otherwise.
-   The next explosion in the same row is skipped, and so is every one while updates are
-   cooled down, or without a rule on the norm.
+2. The third outlier within 128 steps is taken, and of the first 64 steps the second,
+   with gradients clipped to the limit on the norm; the rules learn it. An outlier is a
+   finite explosion where the step before it did not explode, with a norm of at most ten
+   times its limit. Batches of a rare kind explode so, and would never be learned
+   otherwise. The next explosion in the same row is skipped, and so is every one while
+   updates are cooled down, or without a rule on the norm.
 3. If explosions persist, they are a change of regime. After nine in a row the finite
    ones are taken and learned (`max_consecutive=10`), clipped likewise, until the rules
    find them healthy. A loss above its limit needs nine such losses in a row, and where
@@ -91,8 +91,8 @@ With `rollback=True` also:
 1. A snapshot of the parameters is taken after every 50 healthy steps
    (`snapshot_every`). Two are kept.
 2. The loss exceeds its limit three times in a row (`rollback_after`), or the norm if
-   there is no loss or no rule on it; each of the last two mild explosions, if it passed
-   within 64 steps, makes one time more necessary. Or ten steps in a row have non-finite
+   there is no loss or no rule on it; each of the last two outliers, if it passed within
+   128 steps, makes one time more necessary. Or ten steps in a row have non-finite
    gradients. The batches cannot be at fault each time, so the data have changed, or the
    parameters are bad.
 3. To find out, the parameters go back to the older snapshot, from 50 to 100 healthy

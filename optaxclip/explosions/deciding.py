@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optaxclip.explosions.cooling import cool
-from optaxclip.explosions.recurring import MILD, find_mild, num_passed, remember
+from optaxclip.explosions.recurring import find_outlier, num_passed, remember
 from optaxclip.explosions.state import Verdict
 from optaxclip.xla import materialize
 
@@ -49,6 +49,8 @@ NUM_ACCEPTED = 16
 """For so many healthy steps after an explosion that was accepted, another one is
 accepted too if its signal is at most twice as high: `limits.above_lowest` takes 8 steps
 to follow."""
+MAX_EXCESS = 9.0
+"""What was accepted may rise to ten times before the next healthy step but one."""
 
 
 class Settings(NamedTuple):
@@ -116,7 +118,7 @@ def decide(
     is_healthy = ~(seen.is_bad | is_spoiled | is_trial)
     is_change = _is_change(settings, seen, now, carried.lowest_signal)
     trial = _next_trial(settings, seen, now, carried.lowest_signal, is_change, is_away)
-    is_mild, is_recurring = find_mild(seen, now, is_trial)
+    is_outlier, is_recurring = find_outlier(seen, now, is_trial)
     is_recurring &= (phase == TRAINING) & ~trial.is_started
     # What was before a trial was of other parameters, or of other data. While updates
     # are cooled down, explosions are more likely the fault of the steps.
@@ -138,7 +140,7 @@ def decide(
         counts={
             "phase": _next_phase(settings, now, trial, is_cut, is_healthy),
             "age": jnp.where(trial.is_confirmed | trial.is_failed, 0, age),
-            **remember(now, is_mild, is_over),
+            **remember(now, is_outlier, is_over),
             "strikes": jnp.where(is_cut, strikes, now["strikes"]),
             "last_cut": jnp.where(is_cut, now["steps"], now["last_cut"]),
             "last_rollback": jnp.where(
@@ -171,7 +173,7 @@ def _is_change(settings, seen, now, lowest_signal) -> jax.Array:
     # Up to twice the lowest of the row, or of what was accepted; ten times without a
     # healthy step since. If no step was applied since the snapshot, anything: there is
     # nothing to go back to.
-    excess = jnp.where(now["age"] <= 1, MILD - 1, 1)
+    excess = jnp.where(now["age"] <= 1, MAX_EXCESS, 1)
     is_usual = seen.signal <= lowest_signal + excess * jnp.abs(lowest_signal)
     is_usual = (is_usual & (lowest_signal < jnp.inf)) | (now["age"] == 0)
     # The first of a row is the lowest itself.

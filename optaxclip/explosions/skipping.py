@@ -82,8 +82,9 @@ def skip_explosions(
     A step is skipped if `detect_explosions` would notice an explosion: the updates are
     zeros, the inner state stays, bit for bit, and the rules learn nothing from it. From
     the `max_consecutive`-th explosion in a row on, finite ones are taken as a change of
-    regime. Of mild ones, each the first of its row, the third within 64 steps is taken,
-    early in a run the second. Both are clipped to the limit on the norm. A non-finite
+    regime. Of those that are the first of their row, with a norm of at most ten times
+    its limit, the third within 128 steps is taken, early in a run the second. All that
+    are taken are clipped to the limit on the norm. A non-finite
     step is never taken; after `give_up_after` in a row the run is given up.
     `help(optaxclip.explosions)` tells all of it step by step, what `rollback` and
     `cool_down` add, and what goes where in a trainer.
@@ -117,8 +118,8 @@ def skip_explosions(
         default.
       rollback_after: How many losses above their limit in a row (norms where there is
         no rule on the loss) start the trial of a snapshot; at least 1, 3 by default,
-        since one or two are often the fault of their batches. Up to two more where mild
-        explosions recur.
+        since one or two are often the fault of their batches. Up to two more where
+        outliers recur.
       give_up_after: How many non-finite steps in a row end the run; at least 1, 100 by
         default. A dynamic loss scale needs up to 24 to fall from 2**24 to 1.
       max_gap: As in `detect_explosions`.

@@ -32,8 +32,8 @@ COUNTS = (
     "strikes",
     "last_rollback",
     "last_cut",
-    "last_mild",
-    "last_mild_but_one",
+    "last_outlier",
+    "last_outlier_but_one",
     "last_skipped",
     "last",
 )
@@ -77,9 +77,9 @@ class DetectExplosionsState(NamedTuple):
     parameters (by the loss, or without one by the norm); whether it gave up, 2 for NaN
     in the parameters; where it stands in a rollback (`deciding.PHASES`), healthy steps
     since the older snapshot, cuts of the updates in succession, the number of steps at
-    the last rollback and at the last cut; and the last two steps that began a mild
-    explosion (`recurring.MILD`), the last that was skipped, and that exploded. -1 for
-    none."""
+    the last rollback and at the last cut; and the last two outliers (finite explosions,
+    where the step before did not explode), the last step that was skipped, and that
+    exploded. -1 for none."""
 
     @property
     def detection(self) -> DetectExplosionsState:

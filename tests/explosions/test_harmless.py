@@ -317,6 +317,8 @@ HARMLESS = [
     # Batches of a rare kind.
     "rare positives, momentum",
     "rare positives, Adam",
+    "maze, Adam",
+    "more classes, LAMB",
 ]
 SAVED = [
     "PINN, NaN batch",
