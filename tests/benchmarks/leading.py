@@ -116,7 +116,7 @@ def flags_of(name: str) -> list[dict[str, np.ndarray]] | None:
     return found
 
 
-def main(part: Literal["tune", "test", "fresh", "unseen"] = "tune") -> None:
+def main(part: Literal["tune", "test", "fresh", "unseen", "late"] = "tune") -> None:
     """Prints what each rule adds to the default ones.
 
     Args:

@@ -4,6 +4,7 @@
 and responses are tuned on the part "tune" and reported on all. The tasks of "fresh"
 were drawn after the limits of detection and the cut had been chosen, those of "unseen"
 later still; what recurs (`explosions/recurring.py`) was then chosen on a few of both.
+Those of "late" came after that, and were judged by runs without protection alone.
 """
 
 import functools
@@ -16,6 +17,9 @@ import optax
 
 import optaxclip
 from tasks import (
+    drawn,
+    drawn_models,
+    drawn_sequences,
     generative,
     networks,
     regimes,
@@ -146,15 +150,45 @@ def clipped(max_norm: float, optimizer: Callable) -> Callable:
     return lambda rate: optax.chain(optaxclip.clip_by_norm(max_norm), optimizer(rate))
 
 
+def step_decay(optimizer: Callable) -> Callable:
+    """With a step size that falls to a quarter at steps 300 and 450."""
+    return lambda rate: optimizer(
+        lambda count: (
+            rate * jnp.where(count < 300, 1, jnp.where(count < 450, 1 / 4, 1 / 16))
+        )
+    )
+
+
+def inverse_root(optimizer: Callable) -> Callable:
+    """With a warm-up of 100 steps, and then one over the root of their number."""
+    return lambda rate: optimizer(
+        lambda count: rate * jnp.minimum((count + 1) / 100, jnp.sqrt(100 / (count + 1)))
+    )
+
+
+def on_plateau(rate):
+    """Adam, slower wherever the mean loss of 20 steps has not fallen for long."""
+    return optax.chain(
+        optax.adam(rate),
+        optax.contrib.reduce_on_plateau(factor=0.5, patience=4, accumulation_size=20),
+    )
+
+
+def noisy(rate):
+    """SGD with noise that shrinks."""
+    return optax.noisy_sgd(rate, eta=0.01, gamma=0.55, key=0)
+
+
 adam, adamw, sgd, lion = optax.adam, optax.adamw, optax.sgd, optax.lion
 rmsprop, muon = optax.rmsprop, optax.contrib.muon
 net, seq, gen, rl = networks, sequences, generative, reinforcement
 stat, new, regime = statistical, structured, regimes
 last, model = unseen, unseen_models
+late, late_model, late_text = drawn, drawn_models, drawn_sequences
 NAN = math.nan
 
 Rows = dict[str, tuple[Any, ...]]
-PARTS = "tune", "test", "fresh", "unseen"
+PARTS = "tune", "test", "fresh", "unseen", "late"
 TASKS: dict[str, tuple[str, Callable[[], Task], Rows]] = {}
 """Of each task the part it belongs to, what makes it, and its runs by their names."""
 
@@ -175,7 +209,7 @@ def kind_of(run_name: str) -> str:
 
 
 def part_of(run_name: str) -> str:
-    """The part, "tune", "test", "fresh" or "unseen", of a run's task."""
+    """The part of `PARTS` to which a run's task belongs."""
     return _task_of(run_name)[0]
 
 
@@ -1111,4 +1145,154 @@ add(
     ("AdamW with warm-up", HEALTHY, cosine(adamw), 0.01),
     ("AdaGrad", HEALTHY, optax.adagrad, 0.1),
     ("too large steps", RATE, rmsprop, 1.0),
+)
+
+# Late: likelihoods, streams, sequences, and mixtures.
+add(
+    "volatility",
+    "late",
+    late.volatility,
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("SGD", HEALTHY, sgd, 0.03),
+    ("returns x1000", DATA, sgd, 0.03, {"corrupt": at(300, factor=1e3)}),
+    ("too large steps", RATE, sgd, 3.0),
+)
+add(
+    "aftershocks",
+    "late",
+    late.aftershocks,
+    ("Adam on plateau", HEALTHY, on_plateau, 0.02),
+    ("SGD", HEALTHY, sgd, 1e-3),
+    ("counts x1000", DATA, sgd, 3e-3, {"corrupt": at(100, 100, factor=1e3)}),
+    ("too large steps", RATE, sgd, 0.3),
+)
+add(
+    "topics",
+    "late",
+    late.topics,
+    ("AMSGrad", HEALTHY, optax.amsgrad, 0.01),
+    ("AdEMAMix", HEALTHY, optax.contrib.ademamix, 0.01),
+    ("too large loss scale", HALF, adam, 0.01, HALF16 | {"loss_scale": 2.0**11.5}),
+    ("too large steps", RATE, momentum, 0.1),
+)
+add(
+    "advertisements",
+    "late",
+    late.advertisements,
+    ("AdaGrad", HEALTHY, optax.adagrad, 0.1),
+    ("SM3", HEALTHY, optax.sm3, 0.1),
+    ("too large steps", RATE, sgd, 300.0),
+)
+add(
+    "logged choices",
+    "late",
+    late.logged_choices,
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("momentum", HEALTHY, momentum, 0.01),
+)
+add(
+    "worst group",
+    "late",
+    late.worst_group,
+    ("AdamW, decay", HEALTHY, strong_decay, 1e-3),
+    ("momentum with steps", HEALTHY, step_decay(momentum), 0.02),
+    ("too large steps", RATE, momentum, 3.0),
+)
+add(
+    "translation",
+    "late",
+    late_text.translation,
+    ("Adam, inverse root", HEALTHY, inverse_root(adam), 0.02),
+)
+add(
+    "corpora",
+    "late",
+    late_text.corpora,
+    ("AdamW", HEALTHY, cosine(adamw), 0.01),
+    ("lion", HEALTHY, warmed_up(50, lion), 1e-3),
+)
+add(
+    "carried state",
+    "late",
+    late_text.carried_state,
+    ("RMSProp", HEALTHY, rmsprop, 3e-3),
+    ("Adan", HEALTHY, optax.adan, 0.01),
+    ("too large steps", RATE, rmsprop, 1.0),
+)
+
+# Late: sounds, physics, densities, games, and policies.
+add(
+    "separation",
+    "late",
+    late_text.separation,
+    ("Adam", HEALTHY, adam, 2e-3),
+    ("NovoGrad", HEALTHY, optax.novograd, 0.01),
+)
+add(
+    "waves on a string",
+    "late",
+    late_text.waves,
+    ("Adam", HEALTHY, adam, 0.01),
+    ("nesterov", HEALTHY, nesterov, 1.0),
+    ("rising step", RAMP, rising(adam), 1.0),
+)
+add(
+    "predators",
+    "late",
+    late_model.predators,
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("ADOPT", HEALTHY, optax.contrib.adopt, 3e-3),
+    ("too large steps", RATE, adam, 0.3),
+)
+add(
+    "two wells",
+    "late",
+    late_model.two_wells,
+    ("Adam", HEALTHY, adam, 5e-3),
+    ("too large steps", RATE, sgd, 0.1),
+)
+add(
+    "ground state",
+    "late",
+    late_model.ground_state,
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("SGD", HEALTHY, sgd, 0.03),
+    ("too large steps", RATE, sgd, 3.0),
+)
+add(
+    "mutual information",
+    "late",
+    late_model.mutual_information,
+    ("Adam", HEALTHY, adam, 1e-3),
+    ("RMSProp", HEALTHY, rmsprop, 1e-3),
+    ("too large steps", RATE, momentum, 0.3),
+)
+add(
+    "signed distances",
+    "late",
+    late_model.signed_distances,
+    ("Adam", HEALTHY, step_decay(adam), 3e-3),
+    ("too large steps", RATE, momentum, 0.1),
+)
+add(
+    "stones",
+    "late",
+    late_model.nim,
+    ("Adam", HEALTHY, adam, 0.01),
+    ("noisy SGD", HEALTHY, noisy, 0.1),
+)
+add(
+    "offline records",
+    "late",
+    late_model.offline,
+    ("Adam", HEALTHY, adam, 3e-3, {"steps": 1200}),
+    ("RMSProp", HEALTHY, rmsprop, 3e-3, {"steps": 1200}),
+    ("too large steps", RATE, momentum, 0.1),
+)
+add(
+    "missed and false",
+    "late",
+    late.missed_and_false,
+    ("optimistic", HEALTHY, optax.optimistic_adam_v2, 3e-3),
+    ("too large steps", RATE, sgd, 10.0),
 )
