@@ -18,9 +18,9 @@ from optaxclip.explosions.cooling import EARLY
 from optaxclip.explosions.state import Verdict
 
 MAX_RATIO = 10.0
-"""What is larger is more likely corrupt, and is skipped each time. If it is taken and
-learned as well, corrupt batches of more than 1 in 100 do harm: "regression, inputs
-x1000" with every 40th batch corrupt ended at 49 to 73, not at 6 to 8."""
+"""What is larger is more likely corrupt, and is skipped each time: where it is taken as
+well, clipped, the zoo's "regression, inputs x1000" with each 40th batch corrupt ends at
+49 to 73, and not at 6 to 8."""
 MEMORY = 128
 """The third outlier within so many steps is taken: the window of the rules. In the
 first `EARLY` steps it is the second. Of the zoo's "deep classifier, rising step" one

@@ -4,6 +4,7 @@ Each test was red before rules knew when they know too little, and before a roll
 to show that it helps.
 """
 
+import dataclasses
 import functools
 import importlib
 from typing import Any
@@ -349,6 +350,17 @@ def test_an_exploding_run_is_saved(zoo, running, saved, name):
     found = running.train(zoo.run_of(name), optaxclip.stabilize, 2)
     ends = saved.judge(bare, found)
     assert ends.is_good.all(), ends.story
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [10, 40])
+def test_corrupt_batches_that_recur_are_skipped_each_time(zoo, running, every):
+    """They are far above ten times the limit on the norm, so they are no outliers."""
+    run = dataclasses.replace(zoo.run_of("regression, inputs x1000"), corrupt=None)
+    clean = running.train(run, running.unprotected, 2)
+    run = dataclasses.replace(run, corrupt=running.at(7, every, factor=1e3))
+    found = running.train(run, optaxclip.stabilize, 2)
+    assert (found.end < 1.5 * clean.end).all()
 
 
 OPTIMIZERS = [
