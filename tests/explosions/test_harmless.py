@@ -321,6 +321,8 @@ HARMLESS = [
     "maze, Adam",
     "more classes, LAMB",
 ]
+# Seeds of it end up to 25 % higher or lower after one step that is skipped.
+NUM_SEEDS = {"rare positives, momentum": 8}
 SAVED = [
     "PINN, NaN batch",
     "TD(0), too large steps",
@@ -335,8 +337,9 @@ SAVED = [
 @pytest.mark.slow  # each compiles two trainings
 @pytest.mark.parametrize("name", HARMLESS)
 def test_a_healthy_run_is_not_harmed(zoo, running, saved, name):
-    bare = saved.without_protection(name, 2, None)
-    found = running.train(zoo.run_of(name), optaxclip.stabilize, 2)
+    num_seeds = NUM_SEEDS.get(name, 2)
+    bare = saved.without_protection(name, num_seeds, None)
+    found = running.train(zoo.run_of(name), optaxclip.stabilize, num_seeds)
     ends = saved.judge(bare, found)
     assert ends.ratio < 1.1, ends.story
     assert ends.slow <= 0.02, ends.story
