@@ -131,9 +131,18 @@ def test_the_registry_holds_every_transformation_and_every_limit():
     assert set(LIMITS) == functions - INTERNAL
 
 
+def test_a_limit_has_a_naive_reference_or_says_why_not():
+    reasons = {name: row.why_none for name, row in LIMITS.items() if row.why_none}
+    without = {name for name, row in LIMITS.items() if row.reference is None}
+    assert set(reasons) == without
+    # One more without a reference is one more here.
+    assert without == {"constant", "schedule", "params", "rms", "with_global"}
+
+
 @pytest.mark.parametrize("name", LIMITS)
 def test_a_limit_keeps_the_type_of_its_state_and_is_never_negative(name):
-    limit, norms = LIMITS[name](), jnp.array([1.0, 2.0])
+    row, norms = LIMITS[name], jnp.array([1.0, 2.0])
+    limit = row.make(**row.least)
     state, update = limit.init(jnp.array([3.0, 4.0])), jax.jit(limit.update)
     for scale in (1.0, 1.5, jnp.inf, 0.0, 30.0):
         found, new = update(norms * scale, state, norms)

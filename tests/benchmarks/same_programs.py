@@ -29,8 +29,8 @@ def programs() -> dict[str, str]:
 
     params = {"a": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}, "w": jnp.ones(3)}
     found = {}
-    for name, make in REGISTRY.items():
-        tx = optax.with_extra_args_support(make())
+    for name, row in REGISTRY.items():
+        tx = optax.with_extra_args_support(row.make())
 
         def update(grads, state, params, loss, tx=tx):
             return tx.update(grads, state, params, value=loss)

@@ -14,177 +14,25 @@ from jax import lax
 
 import optaxclip
 from optaxclip import limits
+from registry import LIMITS
 
 pytestmark = pytest.mark.usefixtures("strict", "quick_by_default")
 
 
-# The definitions as loops over the norms of one scope, each with the norm of all
-# scopes together (`totals`); every norm is finite and not zero.
+def case(row, **kwargs) -> Any:
+    return row.make(**kwargs), functools.partial(row.reference, **kwargs)
 
 
-def naive_zscore(norms, totals, max_zscore=2.5, decay=0.97, warmup=25):
-    mean = std = math.nan
-    num_outliers, found = 0, []
-    for step, norm in enumerate(norms, 1):
-        if step <= warmup:
-            found.append(math.inf)
-            mean, std = np.mean(norms[:step]), np.std(norms[:step])
-            continue
-        unit = std + 1e-6 * mean
-        z = (norm - mean) / unit
-        is_outlier = z > max_zscore
-        limit = mean + max_zscore * (std * max_zscore / z if is_outlier else unit)
-        x = limit if is_outlier and num_outliers + 1 < warmup else norm
-        num_outliers = min(max(num_outliers + (1 if is_outlier else -1), 0), warmup)
-        mean = decay * mean + (1 - decay) * x
-        std = math.sqrt(decay * std**2 + (1 - decay) * (x - mean) ** 2)
-        found.append(limit)
-    return found
-
-
-def naive_percentile(norms, totals, percent=10, window=1024):
-    steps = range(1, len(norms) + 1)
-    return [np.percentile(norms[max(0, t - window) : t], percent) for t in steps]
-
-
-def naive_ema(
-    norms, totals, multiple, decay=0.98, warmup=100, max_warmup_norm=math.inf
-):
-    mean, found = math.inf, []
-    for step, (norm, total) in enumerate(zip(norms, totals, strict=True), 1):
-        if step < warmup:
-            fits = total <= max_warmup_norm
-            limit = math.inf if fits else norm * max_warmup_norm / total
-            mean = min(mean, norm, limit)
-        else:
-            limit = multiple * mean
-            mean = decay * mean + (1 - decay) * min(norm, limit)
-        found.append(limit)
-    return found
-
-
-def naive_window_sigma(norms, totals, sigmas=3, window=128):
-    found = []
-    for step in range(len(norms)):
-        recent = norms[max(0, step - window) : step]
-        if len(recent) < max(2, window // 2):
-            found.append(math.inf)
-        else:
-            mean, std = np.mean(recent), np.std(recent)
-            found.append(mean + sigmas * max(std, 0.01 * mean))
-    return found
-
-
-def naive_quantile(norms, totals, target=0.5, initial_norm=0.1, rate=0.2):
-    limit, found = initial_norm, []
-    for norm in norms:
-        found.append(limit)
-        limit *= math.exp(-rate * ((norm <= limit) - target))
-    return found
-
-
-def naive_log_quantile(norms, totals, power=3, min_ratio=3, max_jump=5, window=128):
-    logs, found = np.log(norms), []
-    for step in range(len(norms)):
-        recent = logs[max(0, step - window) : step]
-        if not len(recent):
-            found.append(math.inf)
-            continue
-        limit = np.max(recent[-(window // 4) :]) + math.log(max_jump)
-        if len(recent) >= window // 2:
-            median, high = np.percentile(recent, [50, 95])
-            rise = max(power * (high - median), math.log(min_ratio))
-            limit = min(limit, median + rise)
-        found.append(math.exp(limit))
-    return found
-
-
-def naive_sustained_rise(norms, totals, max_ratio=5, window=64, patience=3):
-    mean = change = num_above = 0
-    logs, found = np.log(norms), []
-    for step, log in enumerate(logs):
-        limit = mean + max(2.5 * change, math.log(max_ratio)) if step else math.inf
-        num_above = num_above + 1 if log > limit else 0
-        found.append(math.exp(limit) if num_above >= patience else math.inf)
-        mean += (log - mean) / min(step + 1, window)
-        if step:
-            change += (abs(log - logs[step - 1]) - change) / min(step, window)
-    return found
-
-
-def naive_above_lowest(norms, totals, max_ratio=8, min_level=0.01, window=8):
-    mean, lowest, num_above, found = 0, math.inf, 0, []
-    for step, norm in enumerate(norms):
-        limit = max_ratio * max(lowest, min_level)
-        num_above = num_above + 1 if norm > limit else 0
-        mean += (norm - mean) / min(step + 1, window)
-        is_lasting = num_above >= window
-        found.append(limit if is_lasting else math.inf)
-        lowest = mean if is_lasting else min(lowest, mean)
-        num_above = 0 if is_lasting else num_above
-    return found
-
-
-def naive_fraction_of_start(norms, totals, fraction=1e-3, num_steps=8):
-    logs = np.log(norms)
-    return [
-        fraction * math.exp(np.mean(logs[: min(step, num_steps)])) if step else 0
-        for step in range(len(norms))
-    ]
-
-
-def naive_mean_over_rms(norms, totals, decay=0.6, squares_decay=0.999):
-    mean = square = 0
-    found = []
-    for n, norm in enumerate(norms, start=1):
-        mean = decay * mean + (1 - decay) * norm
-        square = squares_decay * square + (1 - squares_decay) * norm**2
-        corrected = square / (1 - squares_decay**n)
-        found.append(mean / (1 - decay**n) / math.sqrt(corrected))
-    return found
-
-
-def naive_maximum(norms, totals):
-    return np.maximum(naive_zscore(norms, totals), 3.0)
-
-
-def naive_minimum(norms, totals):
-    return np.minimum(naive_zscore(norms, totals), 3.0)
-
-
-def case(name, **kwargs) -> Any:
-    naive = functools.partial(globals()[f"naive_{name}"], **kwargs)
-    return getattr(limits, name)(**kwargs), naive
-
-
-CASES = {
-    "zscore": case("zscore"),
-    "percentile": case("percentile"),
-    "ema": case("ema", multiple=1.05),
-    "window_sigma": case("window_sigma"),
-    "quantile": case("quantile"),
-    "log_quantile": case("log_quantile"),
-    "sustained_rise": case("sustained_rise"),
-    "above_lowest": case("above_lowest"),
-    "fraction_of_start": case("fraction_of_start"),
-    "mean_over_rms": case("mean_over_rms"),
-    "minimum": (limits.minimum(limits.zscore(), 3.0), naive_minimum),
-    "maximum": (limits.maximum(limits.zscore(), 3.0), naive_maximum),
-    "short zscore": case("zscore", max_zscore=4.0, decay=0.8, warmup=7),
-    "short percentile": case("percentile", percent=62.5, window=9),
-    "short ema": case("ema", multiple=2.0, decay=0.8, warmup=12, max_warmup_norm=1.0),
-    "short window_sigma": case("window_sigma", sigmas=2.0, window=15),
-    "short log_quantile": case(
-        "log_quantile", power=1.5, min_ratio=1.2, max_jump=2.0, window=11
-    ),
-    "short sustained_rise": case("sustained_rise", max_ratio=1.3, window=5, patience=2),
-    "short above_lowest": case("above_lowest", max_ratio=1.2, window=3),
-    "short mean_over_rms": case("mean_over_rms", decay=0.9, squares_decay=0.7),
-    "short start": case("fraction_of_start", fraction=0.5, num_steps=3),
-    "short quantile": case("quantile", target=0.883, initial_norm=9.0, rate=0.5),
+WITH_REFERENCE = {name: row for name, row in LIMITS.items() if row.reference}
+CASES = {name: case(row) for name, row in WITH_REFERENCE.items()}
+CASES |= {
+    f"short {name}": case(row, **row.short)
+    for name, row in WITH_REFERENCE.items()
+    if row.short
 }
 EACH_KIND = ["minimum", *(name for name in CASES if "short" in name)]
-LIKE_ANOTHER = {"maximum", "fraction_of_start"}  # "minimum" and "short start"
+# As "minimum" and "short fraction_of_start" are.
+LIKE_ANOTHER = {"maximum", "fraction_of_start"}
 # Of what is compiled for each limit, these stand for all: averages, a window that is
 # sorted, a walk, and one that is made of others.
 QUICK = {"ema", "minimum", "short percentile", "short quantile"}
