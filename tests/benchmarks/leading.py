@@ -10,7 +10,7 @@ more explosions, or the same ones earlier, without more false alarms on healthy 
 """
 
 import datetime
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +116,7 @@ def flags_of(name: str) -> list[dict[str, np.ndarray]] | None:
     return found
 
 
-def main(part: Literal["tune", "test", "fresh", "unseen", "late"] = "tune") -> None:
+def main(part: zoo.Part = "tune") -> None:
     """Prints what each rule adds to the default ones.
 
     Args:

@@ -10,7 +10,7 @@ Those of "late" came after that, and were judged by runs without protection alon
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import optax
@@ -153,9 +153,7 @@ def clipped(max_norm: float, optimizer: Callable) -> Callable:
 def step_decay(optimizer: Callable) -> Callable:
     """With a step size that falls to a quarter at steps 300 and 450."""
     return lambda rate: optimizer(
-        lambda count: (
-            rate * jnp.where(count < 300, 1, jnp.where(count < 450, 1 / 4, 1 / 16))
-        )
+        optax.piecewise_constant_schedule(rate, {300: 1 / 4, 450: 1 / 4})
     )
 
 
@@ -188,7 +186,8 @@ late, late_model, late_text = drawn, drawn_models, drawn_sequences
 NAN = math.nan
 
 Rows = dict[str, tuple[Any, ...]]
-PARTS = "tune", "test", "fresh", "unseen", "late"
+Part = Literal["tune", "test", "fresh", "unseen", "late"]
+PARTS: tuple[Part, ...] = get_args(Part)
 TASKS: dict[str, tuple[str, Callable[[], Task], Rows]] = {}
 """Of each task the part it belongs to, what makes it, and its runs by their names."""
 

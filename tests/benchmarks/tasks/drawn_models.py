@@ -12,6 +12,7 @@ from tasks.task import (
     Task,
     dense,
     dense_init,
+    with_nothing_left_out,
 )
 
 
@@ -43,9 +44,7 @@ def predators() -> Task:
         lambda key: dense_init(key, 2, 24, 2, gain=0.5),
         draw,
         loss,
-        measure=lambda task, params, batch, extra, key: loss(
-            params, batch, extra, True
-        ),
+        measure=with_nothing_left_out(loss),
     )
 
 

@@ -18,6 +18,7 @@ from tasks.task import (
     normal,
     squared_error,
     supervised,
+    with_nothing_left_out,
 )
 
 
@@ -475,7 +476,5 @@ def stochastic_depth(depth: int = 6) -> Task:
         base.init,
         draw,
         loss,
-        measure=lambda task, params, batch, extra, key: loss(
-            params, batch, extra, True
-        ),
+        measure=with_nothing_left_out(loss),
     )

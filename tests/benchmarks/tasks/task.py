@@ -34,6 +34,16 @@ def loss_on_clean_batch(task, params, batch, extra, key):
     return task.loss(params, batch, extra)
 
 
+def with_nothing_left_out(loss: Callable) -> Callable:
+    """The measure that is a loss with `is_all`, by which nothing is left out."""
+
+    def measure(task, params, batch, extra, key):
+        del task, key
+        return loss(params, batch, extra, is_all=True)
+
+    return measure
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A learning problem.

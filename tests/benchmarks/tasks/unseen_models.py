@@ -16,6 +16,7 @@ from tasks.task import (
     draw_text,
     squared_error,
     supervised,
+    with_nothing_left_out,
 )
 
 
@@ -237,9 +238,7 @@ def learned_solver() -> Task:
         lambda key: dense_init(key, 5, 24, 1, gain=0.5),
         draw,
         loss,
-        measure=lambda task, params, batch, extra, key: loss(
-            params, batch, extra, True
-        ),
+        measure=with_nothing_left_out(loss),
     )
 
 
