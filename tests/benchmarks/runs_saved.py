@@ -170,12 +170,16 @@ def interval(num: float, total: int) -> str:
 def summarize(
     arm: str, ends: dict[str, Ends], counted: dict[str, np.ndarray]
 ) -> list[str]:
-    """The lines of the table for one arm: each part, and in each part each kind."""
+    """The lines of the table for one arm: each part, and in each part each kind.
+
+    Also all that explode, whatever the cause.
+    """
     lines = []
     for part in zoo.PARTS:
-        names = [name for name in ends if zoo.part_of(name) == part]
-        for kind in KINDS:
-            found = [n for n in names if zoo.kind_of(n) == kind and n in counted]
+        names = [n for n in ends if zoo.part_of(n) == part and n in counted]
+        by_kind = {k: [n for n in names if zoo.kind_of(n) == k] for k in KINDS}
+        exploding = [n for n in names if zoo.kind_of(n) != HEALTHY]
+        for kind, found in (by_kind | {"all that explode": exploding}).items():
             if kind == HEALTHY:
                 harmed = [n for n in found if ends[n].ratio > MAX_HARM]
                 worst = max((ends[n].ratios.max() for n in found), default=math.nan)
@@ -233,8 +237,9 @@ def main(
     counted: dict[str, np.ndarray] = {}
     for name in zoo.names():
         run = zoo.run_of(name)
+        groups = run.kind, zoo.part_of(name)
         if runs and not any(
-            x in (run.kind, zoo.part_of(name)) or x in name for x in runs
+            x in groups if x in (*KINDS, *zoo.PARTS) else x in name for x in runs
         ):
             continue
         bare = without_protection(name, seeds, cache)
