@@ -417,10 +417,17 @@ def test_a_change_of_regime_is_accepted_within_max_consecutive(max_consecutive):
 
 @pytest.mark.parametrize(
     ("gap", "size", "is_taken"),
-    [(5, 20.0, True), (125, 20.0, True), (126, 20.0, False), (5, 1e3, False)],
+    [
+        (5, 20.0, True),
+        (125, 20.0, True),
+        (126, 20.0, False),
+        (5, 28.0, True),
+        (5, 32.0, False),
+        (5, 1e3, False),
+    ],
 )
 def test_the_third_outlier_within_128_steps_is_taken(gap, size, is_taken):
-    """It is clipped and learned; what is far above the limit is skipped each time."""
+    """It is clipped and learned; above ten times the limit it is skipped each time."""
     sizes = [*healthy(128), size, 1.0, size, *healthy(gap)]
     _, state, found = run(SKIP_PLAIN, sizes)
     limit = np.asarray(optaxclip.metrics(state)["explosions/norm_limit"])
@@ -438,10 +445,11 @@ def test_the_third_outlier_within_128_steps_is_taken(gap, size, is_taken):
     assert any(jax.tree.leaves(learned)) == is_taken
 
 
-def test_early_in_a_run_the_second_outlier_is_taken():
-    _, _, found = run(SKIP_PLAIN, [*healthy(20), 20.0, 1.0, 20.0, 1.0])
+@pytest.mark.parametrize(("num", "is_taken"), [(1, True), (42, True), (43, False)])
+def test_in_the_first_64_steps_the_second_outlier_is_taken(num, is_taken):
+    _, _, found = run(SKIP_PLAIN, [*healthy(20), 20.0, *healthy(num), 20.0])
     skipped = [i for i, updates in enumerate(found) if is_zero(updates)]
-    assert skipped == [20]
+    assert skipped == ([20] if is_taken else [20, 21 + num])
 
 
 def test_an_outlier_may_have_any_loss():

@@ -18,6 +18,7 @@ from jax import lax
 
 import optaxclip
 from optaxclip.explosions.rules import RULES
+from optaxclip.explosions.state import COUNTS
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -364,6 +365,11 @@ def test_corrupt_batches_that_recur_are_skipped_each_time(zoo, running, every):
     run = dataclasses.replace(run, corrupt=running.at(7, every, factor=1e3))
     found = running.train(run, optaxclip.stabilize, 2)
     assert (found.end < 1.5 * clean.end).all()
+    (skip,) = running.find_skips(found.state)
+    num_corrupt = len(range(7, run.steps, every))
+    assert (
+        skip.explosions.record.counts[:, COUNTS.index("skipped")] >= num_corrupt
+    ).all()
 
 
 OPTIMIZERS = [
