@@ -38,11 +38,12 @@ off.
 | `loss` | the loss, given as `value=` to `update` | the smaller of two, with a floor |
 
 * Behind the optimizer, `detect_explosions` sees the norm of the updates instead.
-* A share counts only in a leaf whose own norm has grown twentyfold within 64 steps.
+* A share counts only in a leaf whose own norm is twenty times its mean over the last 64
+  steps (the geometric one).
   That finds a layer that explodes under larger ones.
 * The loss may have either sign. Its limit is the smaller of `limits.above_lowest()` and
   `limits.log_quantile(2.4, min_ratio=1.7, early_jump=2.5, min_level=0.01)`.
-* Nothing below 1/1000 of where norm or loss began is an explosion, by
+* No norm or loss below 1/1000 of where it began is above its limit, by
   `limits.fraction_of_start()`. Once a loss has been negative, there is no such floor.
 
 Any limit can detect as it can clip: a number, a schedule, a learned one, or your own.
@@ -66,18 +67,19 @@ ten steps apart count as one explosion (`max_gap`).
 1. `skip_explosions` skips the step. The updates are zeros, the state of the optimizer
    stays, bit for bit, and the rules learn nothing from the step. A non-finite loss with
    finite gradients is counted, but its step is taken.
-2. The third outlier within 128 steps is taken, and of the first 64 steps the second,
-   with gradients clipped to the limit on the norm; the rules learn it. An outlier is a
-   finite explosion where the step before it did not explode, with a norm of at most ten
-   times its limit. Batches of a rare kind explode so, and would never be learned
-   otherwise. The next explosion in the same row is skipped, and so is every one while
-   updates are cooled down, or without a rule on the norm.
+2. An outlier is taken if two others came in the 128 steps before, and in the first 64
+   steps if one did; the rules learn it. A norm above its limit is clipped to it. An
+   outlier is an explosion where the step before it did not explode, with finite
+   gradients of a norm of at most ten times its limit, and any loss. Batches of a rare
+   kind explode so, and would never be learned otherwise. The next explosion in the same
+   row is skipped, and so is every one while updates are cooled down, or without a rule
+   on the norm.
 3. If explosions persist, they are a change of regime. After nine in a row the finite
    ones are taken and learned (`max_consecutive=10`), clipped likewise, until the rules
-   find them healthy. A loss above its limit needs nine such losses in a row, and where
-   there is a rollback it is at most twice the lowest of them.
+   find them healthy. A loss above its limit needs nine such losses in a row, and with a
+   rollback may be at most twice the lowest of them, early in a run more.
 4. A step with non-finite gradients is never taken. After 100 in a row the run is given
-   up (`give_up_after`); `metrics` and `raise_if_exploded` say so.
+   up (`give_up_after`); `metrics` and `raise_if_exploded` say so, until a finite step.
 5. Where the optimizer itself makes a non-finite update, or an update would overflow the
    dtype of its parameter, those elements become 0. That alone is not counted, since to
    read every update once more can cost more than the step. To see it, put
@@ -91,30 +93,32 @@ With `rollback=True` also:
 1. A snapshot of the parameters is taken after every 50 healthy steps
    (`snapshot_every`). Two are kept.
 2. The loss exceeds its limit three times in a row (`rollback_after`), or the norm if
-   there is no loss or no rule on it; each of the last two outliers, if it passed within
-   128 steps, makes one time more necessary. Or ten steps in a row have non-finite
-   gradients. The batches cannot be at fault each time, so the data have changed, or the
-   parameters are bad.
+   there is no loss or no rule on it; each of the last two outliers, if it came before
+   this row and within 128 steps, requires one time more. Or ten steps in a row have
+   non-finite gradients. The batches cannot be at fault each time, so the data have
+   changed, or the parameters are bad.
 3. To find out, the parameters go back to the older snapshot, from 50 to 100 healthy
-   steps ago or from the start of the run, and two batches are tried there.
+   steps ago, or from the last return or the start of the run, and up to two batches are
+   tried there.
 4. If at least half of the excess is gone in both, the run goes on from the snapshot.
    That is a rollback. If not, the parameters come back as they were, and the explosions
    are accepted: the first of them whatever its loss, later ones up to twice the loss of
-   before, ten times until a healthy step or two. Three larger ones in a row start
-   another trial. The state of the optimizer stays in either case: the steps that
-   exploded were skipped, so it knows nothing of them.
+   before, ten times until a healthy step or two. A larger one, third or later in its
+   row, starts another trial. The state of the optimizer stays in either case: the steps
+   that exploded were skipped, so it knows nothing of them.
 5. With `cool_down` a rollback also sets a factor for the updates, unless the loss is
-   above its limit at the snapshot too: then the data have changed. Within the first 64
-   steps it is `cool_down`, later the larger of `cool_down` and 1/16 (`cool_down` where
-   the factor is no more than 1/16 already). A rollback that follows another within 300
+   above its limit at the snapshot too: then the data have changed. Before step 64
+   it is `cool_down`, later the larger of `cool_down` and 1/16 (`cool_down` where
+   the factor is no more than 1/16 already). A cut that follows another within 300
    steps divides the factor by 8, to `cool_down` or less, down to 1/4096. Each healthy
    step multiplies it by `recovery`, up to 1.
 6. If the parameters are NaN, the run is given up at once.
 
 `rollback="host"` does the same with the snapshots in the memory of the host, so that
-the device has none. One travels there every 50 healthy steps, and back in the steps of
-a trial. It needs JAX 0.10, and has been run on CPUs only. A state that is read from a
-checkpoint has to be put there too, or `update` raises an error that says how.
+the device has none. One travels there every 50 healthy steps and where a trial starts,
+and back in the steps of a trial and of non-finite gradients. It needs JAX 0.10, and has
+been run on CPUs only. A state that is read from a checkpoint has to be put there too,
+or `update` raises an error that says how.
 
 Without `rollback`, the third explosion in a row multiplies the updates by `cool_down`.
 
@@ -241,10 +245,10 @@ snapshot is of what the first step is given.
 * Of 17 benchmark runs that explode, of tasks that nothing was chosen on, it does not
   save 18 %. It harms none of their 34 healthy runs, and 3 of all 221.
   `tests/benchmarks/README.md` names them.
-* It takes rare batches that matter for explosions: where few batches hold a positive of
-  large weight, or a reward, the first are skipped; and all of them, if they come less
-  often than every 64 steps, or have a norm of more than ten times its limit. Look at
-  `skipped_steps`, and turn the rules off there with `norm=None, loss=None`.
+* It mistakes rare but important batches for explosions: where few batches hold a
+  positive of large weight, or a reward, the first are skipped; and all of them, if they
+  come less often than every 64 steps, or have a norm of more than ten times its limit.
+  Look at `skipped_steps`, and turn the rules off there with `norm=None, loss=None`.
 """
 
 from optaxclip.explosions.detecting import detect_explosions as detect_explosions

@@ -13,19 +13,20 @@ import jax.numpy as jnp
 from optaxclip.xla import materialize
 
 RECURRENCE = 300
-"""Steps after a rollback within which another one has the same cause: three times the
-age of the oldest snapshot by default, so that the cause had time to return."""
+"""Steps after a cut within which another one has the same cause: three times the age of
+the oldest snapshot by default, so that the cause had time to return."""
 EARLY = 64
 """Half of the window of the rules. A rollback before this step cuts the scale in full,
 since the run was never healthy with its steps."""
 LATER_CUT = 1 / 16
-"""The lowest scale that a later rollback sets: the steps were right for some time."""
+"""The lowest scale that a first cut after `EARLY` sets, from above it: the steps were
+right for some time."""
 REPEATED_CUT = 1 / 8
-"""The factor of a rollback that soon follows another one: the scale that explodes again
+"""The factor of a cut that soon follows another one: the scale that explodes again
 is near the one that is stable."""
 LEAST_SCALE = 2**-12
-"""The lowest scale of all: five cuts after one to 1/16. A run that still explodes there
-is not saved by smaller steps."""
+"""The lowest scale of all: three cuts after one to 1/16 from which nothing recovered. A
+run that still explodes there is not saved by smaller steps."""
 
 
 def cool(

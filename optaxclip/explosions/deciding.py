@@ -10,7 +10,7 @@ the updates of a step that is skipped, `responding.respond` says.
 |---|---|
 | training | first trial, when a rollback is due |
 | first trial | accepting if the snapshot is reached and not better; else second trial |
-| second trial | accepting if it is not better, or still suspect; else training |
+| second trial | accepting if not reached, not better, or suspect; else training |
 | accepting | training after `NUM_ACCEPTED` healthy steps; or first trial, as above |
 
 A second trial that is better is a rollback. The signal is the loss, or the norm where
@@ -23,7 +23,7 @@ there is no rule on the loss; a step is suspect where it is above its limit. Wha
 | first and second trial | the one before the trial, which the snapshot has to beat |
 | accepting | the same; up to twice of it is accepted, at first ten times |
 
-A step is healthy when it did not explode and is no trial.
+A step is healthy if it is not bad (see `Verdict`), mends nothing, and is no trial.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ PHASES = ("training", "first trial", "second trial", "accepting")
 TRAINING, FIRST_TRIAL, SECOND_TRIAL, ACCEPTING = range(len(PHASES))
 
 NUM_NONFINITE = 10
-"""Non-finite gradients in a row before a rollback. They are never applied, so waiting
+"""Non-finite gradients in a row before a trial. They are never applied, so waiting
 costs little; a loss scale that starts 2**9 too high is not the parameters' fault."""
 NUM_ACCEPTED = 16
-"""For so many healthy steps after an explosion that was accepted, another one is
-accepted too if its signal is at most twice as high: `limits.above_lowest` takes 8 steps
-to follow."""
+"""For so many healthy steps after a trial that failed, an explosion is accepted if its
+signal is at most twice `lowest_signal`: `limits.above_lowest` takes 8 steps to
+follow."""
 MAX_EXCESS = 9.0
-"""What was accepted may rise to ten times before the next healthy step but one."""
+"""While `age` is at most 1, up to ten times `lowest_signal` is accepted."""
 
 
 class Settings(NamedTuple):
@@ -119,7 +119,8 @@ def decide(
     is_change = _is_change(settings, seen, now, carried.lowest_signal)
     trial = _next_trial(settings, seen, now, carried.lowest_signal, is_change, is_away)
     is_outlier, is_recurring = find_outlier(seen, now, is_trial)
-    is_recurring &= (phase == TRAINING) & ~trial.is_started
+    # It starts no trial: after another outlier, one suspect step is not enough.
+    is_recurring &= phase == TRAINING
     # What was before a trial was of other parameters, or of other data. While updates
     # are cooled down, explosions are more likely the fault of the steps.
     is_over = trial.is_confirmed | trial.is_failed | (carried.scale < 1)
@@ -170,9 +171,8 @@ def _is_suspect(seen: Verdict) -> jax.Array:
 
 def _is_change(settings, seen, now, lowest_signal) -> jax.Array:
     """Whether a step that exploded is taken, as a change for good."""
-    # Up to twice the lowest of the row, or of what was accepted; ten times without a
-    # healthy step since. If no step was applied since the snapshot, anything: there is
-    # nothing to go back to.
+    # Up to twice the lowest of the row, or of before the trial; at first ten times. If
+    # no step was applied since the snapshot, anything: there is nothing to go back to.
     excess = jnp.where(now["age"] <= 1, MAX_EXCESS, 1)
     is_usual = seen.signal <= lowest_signal + excess * jnp.abs(lowest_signal)
     is_usual = (is_usual & (lowest_signal < jnp.inf)) | (now["age"] == 0)

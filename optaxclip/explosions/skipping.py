@@ -79,15 +79,16 @@ def skip_explosions(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer: skips the steps that explode.
 
-    A step is skipped if `detect_explosions` would notice an explosion: the updates are
-    zeros, the inner state stays, bit for bit, and the rules learn nothing from it. From
-    the `max_consecutive`-th explosion in a row on, finite ones are taken as a change of
-    regime. Of those that are the first of their row, with a norm of at most ten times
-    its limit, the third within 128 steps is taken, early in a run the second. All that
-    are taken are clipped to the limit on the norm. A non-finite
-    step is never taken; after `give_up_after` in a row the run is given up.
-    `help(optaxclip.explosions)` tells all of it step by step, what `rollback` and
-    `cool_down` add, and what goes where in a trainer.
+    A step is skipped if `detect_explosions` would notice an explosion, unless the loss
+    alone is non-finite: the updates are zeros, the inner state stays, bit for bit, and
+    the rules learn nothing from it. From the `max_consecutive`-th explosion in a row
+    on, finite ones are taken as a change of regime. The first of a row, with a norm of
+    at most ten times its limit, is taken too if two others came in the 128 steps
+    before, early in a run if one did. Where such a step is taken, a norm above its
+    limit is clipped to it. A step with non-finite gradients is never taken; after
+    `give_up_after` in a row the run is given up. `help(optaxclip.explosions)` tells all
+    of it step by step, what `rollback` and `cool_down` add, and what goes where in a
+    trainer.
 
     Updates that `inner` makes non-finite out of finite gradients become 0. They are not
     counted: another read of every update can cost more than the step. To count them,
@@ -96,8 +97,9 @@ def skip_explosions(
     The update of a rollback is `snapshot - params`, and it has to be applied as it is:
     put `skip_explosions` around everything that changes updates. It needs the memory of
     two copies of the parameters; with `rollback="host"` that of the host, of the kind
-    "pinned_host". Then one copy goes there every `snapshot_every` healthy steps, one
-    comes back in each step of a trial, and in all other steps nothing travels. But the
+    "pinned_host". Then one copy goes there every `snapshot_every` healthy steps and
+    where a trial starts, and one comes back in each step of a trial and of non-finite
+    gradients; in all other steps nothing travels. But the
     updates are stored before they are applied, which takes as much memory as the
     gradients. It needs JAX 0.10, and has been run on CPUs only.
 
@@ -119,7 +121,7 @@ def skip_explosions(
       rollback_after: How many losses above their limit in a row (norms where there is
         no rule on the loss) start the trial of a snapshot; at least 1, 3 by default,
         since one or two are often the fault of their batches. Up to two more where
-        outliers recur.
+        explosions on their own recur.
       give_up_after: How many non-finite steps in a row end the run; at least 1, 100 by
         default. A dynamic loss scale needs up to 24 to fall from 2**24 to 1.
       max_gap: As in `detect_explosions`.

@@ -31,7 +31,7 @@ def stabilize(
     """Wraps an optimizer in the recommended stack, without a number to choose.
 
     `skip_explosions(inner, cool_down=1/64, recovery=1.002, rollback=True)`: skips
-    steps whose norm, share of a leaf or loss is an outlier for the run; where that
+    steps whose norm, share of a leaf or loss is unusual for the run; where that
     persists and earlier parameters are better, returns to them with smaller steps. Give
     the loss as `value=`, of either sign: it shows best whether the parameters are bad,
     and alone what diverges slowly.

@@ -77,9 +77,8 @@ class DetectExplosionsState(NamedTuple):
     parameters (by the loss, or without one by the norm); whether it gave up, 2 for NaN
     in the parameters; where it stands in a rollback (`deciding.PHASES`), healthy steps
     since the older snapshot, cuts of the updates in succession, the number of steps at
-    the last rollback and at the last cut; and the last two outliers (finite explosions,
-    where the step before did not explode), the last step that was skipped, and that
-    exploded. -1 for none."""
+    the last rollback and at the last cut; and the last two outliers (see `recurring`),
+    the last step that was skipped, and that exploded. -1 for none."""
 
     @property
     def detection(self) -> DetectExplosionsState:
@@ -190,9 +189,10 @@ class Snapshots(NamedTuple):
     """Two copies of the parameters; zeros before the first step."""
 
     older: Any
-    """The copy that a rollback returns to, from a healthy step."""
+    """The copy that a trial tries."""
     newer: Any
-    """A copy that takes its place after `snapshot_every` healthy steps."""
+    """Its successor, due after `snapshot_every` healthy steps; in a trial, what was put
+    aside."""
 
 
 BROKEN = 2
