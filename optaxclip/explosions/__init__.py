@@ -96,11 +96,15 @@ With `rollback=True` also:
    there is no loss or no rule on it; each of the last two outliers, if it came before
    this row and within 128 steps, requires one time more. Or ten steps in a row have
    non-finite gradients. The batches cannot be at fault each time, so the data have
-   changed, or the parameters are bad.
+   changed, or the parameters are bad. Or else, when a snapshot is due, the loss has
+   slowly risen by half or more since the older one, and the gradients of the last 16
+   steps agree that it falls on the way back to it. Where the targets move, as those of
+   values that are learned from their own predictions, it falls on the way on.
 3. To find out, the parameters go back to the older snapshot, from 50 to 100 healthy
    steps ago, or from the last return or the start of the run, and up to two batches are
    tried there.
-4. If at least half of the excess is gone in both, the run goes on from the snapshot.
+4. If at least half of the excess, or of the rise, is gone in both, the run goes on
+   from the snapshot.
    That is a rollback. If not, the parameters come back as they were, and the explosions
    are accepted: the first of them whatever its loss, later ones up to twice the loss of
    before, ten times until a healthy step or two. A larger one, third or later in its
@@ -116,7 +120,8 @@ With `rollback=True` also:
 
 `rollback="host"` does the same with the snapshots in the memory of the host, so that
 the device has none. One travels there every 50 healthy steps and where a trial starts,
-and back in the steps of a trial and of non-finite gradients. It needs JAX 0.10, and has
+and back in the steps of a trial, of non-finite gradients, and in up to 16 before a
+snapshot is due if the loss has risen. It needs JAX 0.10, and has
 been run on CPUs only. A state that is read from a checkpoint has to be put there too,
 or `update` raises an error that says how.
 
@@ -234,8 +239,9 @@ snapshot is of what the first step is given.
 
 * It does not help where nothing explodes and training is merely bad, as after a poor
   initialization. There `max_norm=` adds a fixed clip.
-* It notices a loss that rises smoothly only at eight times its lowest level. The loss
-  of a healthy run may rise too, where values are learned from zero.
+* It notices a loss that rises slowly only when a snapshot is due, or at eight times its
+  lowest level; without a rollback, or where the loss has been negative, not even then.
+  And it does not notice a network that dies, whose loss goes back to where it began.
 * It needs the loss. Without it, a rollback is judged by the norm alone.
 * A rollback keeps two copies of the parameters, on the device or on its host.
 * It raises false alarms: 8 in 10,000 healthy steps (1 to 21) of 72 recorded runs that

@@ -3,12 +3,13 @@
 Internal; `skip_explosions` says what it is for. A finite explosion may be the fault of
 the batch, of the data from now on, or of the parameters. Steps that are skipped leave
 the parameters as they are, so the batches that follow test the same parameters again;
-and two batches at those of the snapshot tell the last two causes apart. What becomes of
+and two batches at those of the snapshot tell the last two causes apart. They are tried
+as well where the loss has risen too slowly for any rule, see `rising`. What becomes of
 the updates of a step that is skipped, `responding.respond` says.
 
 | phase | next phase |
 |---|---|
-| training | first trial, when a rollback is due |
+| training | first trial, when a rollback is due, or the loss has risen |
 | first trial | accepting if the snapshot is reached and not better; else second trial |
 | second trial | accepting if not reached, not better, or suspect; else training |
 | accepting | training after `NUM_ACCEPTED` healthy steps; or first trial, as above |
@@ -20,7 +21,7 @@ there is no rule on the loss; a step is suspect where it is above its limit. Wha
 | phase | `lowest_signal` |
 |---|---|
 | training | the lowest signal of the suspect steps in a row, +inf for none |
-| first and second trial | the one before the trial, which the snapshot has to beat |
+| first and second trial | the one before the trial; where it has risen, its level |
 | accepting | the same; up to twice of it is accepted, at first ten times |
 
 A step is healthy if it is not bad (see `Verdict`), mends nothing, and is no trial.
@@ -28,6 +29,7 @@ A step is healthy if it is not bad (see `Verdict`), mends nothing, and is no tri
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -35,16 +37,20 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optaxclip.explosions.cooling import cool
-from optaxclip.explosions.recurring import find_outlier, num_passed, remember
+from optaxclip.explosions.recurring import find_outlier, remember
+from optaxclip.explosions.rising import Rise, follow, is_at_fault, learn
 from optaxclip.explosions.state import Verdict
+from optaxclip.explosions.trials import (
+    ACCEPTING,
+    FIRST_TRIAL,
+    TRAINING,
+    half_of,
+    is_suspect,
+    is_trial_in,
+    next_trial,
+)
 from optaxclip.xla import materialize
 
-PHASES = ("training", "first trial", "second trial", "accepting")
-TRAINING, FIRST_TRIAL, SECOND_TRIAL, ACCEPTING = range(len(PHASES))
-
-NUM_NONFINITE = 10
-"""Non-finite gradients in a row before a trial. They are never applied, so waiting
-costs little; a loss scale that starts 2**9 too high is not the parameters' fault."""
 NUM_ACCEPTED = 16
 """For so many healthy steps after a trial that failed, an explosion is accepted if its
 signal is at most twice `lowest_signal`: `limits.above_lowest` takes 8 steps to
@@ -66,12 +72,25 @@ class Settings(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """Two numbers that go from step to step, float32 each."""
+    """The numbers that go from step to step, float32 each."""
 
     scale: jax.Array
     """Factor of the updates."""
     lowest_signal: jax.Array
     """See the table above."""
+    to_beat: jax.Array
+    """In a trial, the signal up to which the snapshot is better."""
+    rise: Rise
+
+
+FIRST = (1.0, *[math.inf] * 5, 0.0, 0.0)
+"""The numbers of a `Carried` before the first step."""
+
+
+def carried_of(numbers: jax.Array) -> Carried:
+    """What goes from step to step, of `[8]`."""
+    scale, lowest_signal, to_beat, *rise = numbers
+    return Carried(scale, lowest_signal, to_beat, Rise(*rise))
 
 
 class Decision(NamedTuple):
@@ -102,6 +121,7 @@ def decide(
     carried: Carried,
     is_away: jax.Array,
     is_spoiled: jax.Array,
+    pull: jax.Array,
 ) -> Decision:
     """Decides on one step.
 
@@ -112,25 +132,34 @@ def decide(
       carried: As it was before.
       is_away: Whether a trial is not at the parameters of the snapshot.
       is_spoiled: Whether moments of the inner state were found to be non-finite.
+      pull: See `Rise.pulls`.
     """
     phase = now["phase"]
     is_trial = is_trial_in(phase)
     is_healthy = ~(seen.is_bad | is_spoiled | is_trial)
     is_change = _is_change(settings, seen, now, carried.lowest_signal)
-    trial = _next_trial(settings, seen, now, carried.lowest_signal, is_change, is_away)
+    rise = learn(carried.rise, seen, now, pull, is_healthy, settings.snapshot_every)
     is_outlier, is_recurring = find_outlier(seen, now, is_trial)
     # It starts no trial: after another outlier, one suspect step is not enough.
     is_recurring &= phase == TRAINING
+    is_accepted = (is_change | is_recurring) & ~is_spoiled
+    age, is_copied, is_swapped = _next_age(settings, now, is_healthy, is_accepted)
+    has_risen = is_copied & (phase == TRAINING) & is_at_fault(rise)
+    trial = next_trial(settings, seen, now, carried, is_change, is_away, has_risen)
+    # What has risen takes the place of no snapshot before it was tried.
+    is_copied, is_swapped = (x & ~has_risen for x in (is_copied, is_swapped))
     # What was before a trial was of other parameters, or of other data. While updates
     # are cooled down, explosions are more likely the fault of the steps.
     is_over = trial.is_confirmed | trial.is_failed | (carried.scale < 1)
-    is_accepted = (is_change | is_recurring) & ~is_spoiled
     is_skipped = (seen.is_bad & ~is_accepted) | is_spoiled
     is_skipped |= is_trial | trial.is_started
-    age, is_copied, is_swapped = _next_age(settings, now, is_healthy, is_accepted)
     # If the snapshot is better but suspect as well, it is the data that have changed.
-    is_cut = trial.is_confirmed & ~_is_suspect(seen)
+    is_cut = trial.is_confirmed & ~is_suspect(seen)
     strikes, scale = cool(settings, carried.scale, now, is_cut, is_healthy)
+    lowest_signal = _next_lowest_signal(seen, now, carried, trial.is_started)
+    to_beat = jnp.where(has_risen, rise.middle, half_of(lowest_signal, seen))
+    # If the trial fails, the data have changed: up to twice the level is accepted.
+    lowest_signal = jnp.where(has_risen, rise.level, lowest_signal)
     return Decision(
         is_accepted=is_accepted,
         is_skipped=materialize(is_skipped),
@@ -144,29 +173,30 @@ def decide(
             **remember(now, is_outlier, is_over),
             "strikes": jnp.where(is_cut, strikes, now["strikes"]),
             "last_cut": jnp.where(is_cut, now["steps"], now["last_cut"]),
-            "last_rollback": jnp.where(
-                trial.is_confirmed, now["steps"], now["last_rollback"]
-            ),
-            "skipped": now["skipped"] + is_skipped.astype(jnp.int32),
-            "rollbacks": now["rollbacks"] + trial.is_confirmed.astype(jnp.int32),
-            "blocked_rollbacks": now["blocked_rollbacks"]
-            + trial.is_blocked.astype(jnp.int32),
             "gave_up": now["nonfinite_updates_in_a_row"] >= settings.give_up_after,
+            **_counted(now, trial, is_skipped),
         },
         carried=Carried(
-            scale, _next_lowest_signal(seen, now, carried, trial.is_started)
+            scale=scale,
+            lowest_signal=lowest_signal,
+            to_beat=jnp.where(trial.is_started, to_beat, carried.to_beat),
+            rise=follow(
+                rise, trial.is_confirmed, trial.is_failed, is_copied, is_swapped
+            ),
         ),
     )
 
 
-def is_trial_in(phase: jax.Array) -> jax.Array:
-    """Whether a step is a trial of the snapshot."""
-    return (phase == FIRST_TRIAL) | (phase == SECOND_TRIAL)
-
-
-def _is_suspect(seen: Verdict) -> jax.Array:
-    """Whether a step speaks against its parameters."""
-    return seen.signal > seen.signal_limit
+def _counted(now, trial, is_skipped) -> dict[str, jax.Array]:
+    """Those of the `COUNTS` that count what was done."""
+    done = {
+        "skipped": is_skipped,
+        "rollbacks": trial.is_confirmed,
+        "blocked_rollbacks": trial.is_blocked,
+    }
+    last = jnp.where(trial.is_confirmed, now["steps"], now["last_rollback"])
+    counted = {name: now[name] + x.astype(jnp.int32) for name, x in done.items()}
+    return counted | {"last_rollback": last}
 
 
 def _is_change(settings, seen, now, lowest_signal) -> jax.Array:
@@ -180,59 +210,14 @@ def _is_change(settings, seen, now, lowest_signal) -> jax.Array:
     is_usual |= (now["phase"] == TRAINING) & (now["suspect_in_a_row"] <= 1)
     # A row of norms too large says nothing of a loss that is. A loss of inf is counted
     # in no such row.
-    is_suspect = now["suspect_in_a_row"] > 0
-    num_in_a_row = jnp.where(is_suspect, now["suspect_in_a_row"], now["in_a_row"])
+    has_suspect = now["suspect_in_a_row"] > 0
+    num_in_a_row = jnp.where(has_suspect, now["suspect_in_a_row"], now["in_a_row"])
     is_change = num_in_a_row >= settings.max_consecutive
     if settings.has_snapshots:
-        is_change &= is_usual | ~is_suspect
+        is_change &= is_usual | ~has_suspect
     is_change |= (now["phase"] == ACCEPTING) & is_usual
     is_finite_explosion = seen.is_bad & ~seen.has_nonfinite_updates
     return is_finite_explosion & ~is_trial_in(now["phase"]) & is_change
-
-
-class Trial(NamedTuple):
-    """How a trial of the snapshot goes on; bool `[]` each."""
-
-    is_started: jax.Array
-    is_failed: jax.Array
-    """The snapshot is not better, or was not reached: what was put aside comes back."""
-    is_confirmed: jax.Array
-    """It succeeded: that is a rollback."""
-    is_blocked: jax.Array
-    """It failed since the snapshot was not reached: the updates were not applied as
-    they were."""
-
-
-def _next_trial(settings, seen, now, lowest_signal, is_change, is_away) -> Trial:
-    """Starts a trial, ends it, or goes on: the table of phases above.
-
-    `is_away`: the parameters of a trial are not those of the snapshot.
-    """
-    is_trial = is_trial_in(now["phase"])
-    if not settings.has_snapshots:
-        return Trial(*(jnp.zeros_like(is_trial),) * 4)
-    num_needed = settings.rollback_after + num_passed(now)
-    is_persistent = now["suspect_in_a_row"] >= num_needed
-    is_nonfinite = now["nonfinite_updates_in_a_row"] >= NUM_NONFINITE
-    is_due = ((is_persistent & ~is_change) | is_nonfinite) & ~is_trial
-    # At age 0 no step was applied since the snapshot: it is what the run has.
-    is_started = is_due & (now["age"] > 0)
-    # Half of the excess must be gone. The rest may be usual for the snapshot: the limit
-    # has followed the run since.
-    middle = seen.signal_limit + 0.5 * (lowest_signal - seen.signal_limit)
-    is_better = ~_is_suspect(seen) | (seen.signal <= middle)
-    is_better &= ~seen.has_nonfinite_updates & ~jnp.isnan(seen.signal)
-    # From parameters that have grown far the first update may miss the snapshot by a
-    # rounding of theirs: then the second trial decides. Whoever misses it twice does
-    # not apply the updates as they are.
-    is_second = now["phase"] == SECOND_TRIAL
-    is_blocked = is_second & is_away
-    return Trial(
-        is_started=is_started,
-        is_failed=is_blocked | (is_trial & ~is_away & ~is_better),
-        is_confirmed=is_second & ~is_away & is_better,
-        is_blocked=is_blocked,
-    )
 
 
 def _next_phase(settings, now, trial, is_cut, is_healthy) -> jax.Array:

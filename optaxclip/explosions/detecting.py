@@ -287,4 +287,5 @@ def _verdict(
         signal=saturating_cast(signal, jnp.float32),
         signal_limit=saturating_cast(limit, jnp.float32),
         event=event,
+        has_loss_rule=has_loss_rule,
     )

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip.explosions.deciding import Decision, is_trial_in
+from optaxclip.explosions.deciding import Decision
+from optaxclip.explosions.rising import Rise, is_of_use
 from optaxclip.explosions.snapshots import (
     compare,
     go_back,
@@ -29,8 +30,9 @@ from optaxclip.explosions.state import (
     Verdict,
     count,
 )
+from optaxclip.explosions.trials import TRAINING, is_trial_in
 from optaxclip.norms.scopes import Scopes
-from optaxclip.numerics import add, is_gradient, scale
+from optaxclip.numerics import add, is_gradient, saturating_cast, scale
 from optaxclip.xla import after
 
 
@@ -41,12 +43,26 @@ def check_trial(
     params: Any,
     updates: Any,
     scopes: Scopes,
-) -> tuple[jax.Array, jax.Array]:
-    """Whether a trial is not at the snapshot, and whether the parameters hold NaN."""
+    rise: Rise,
+    snapshot_every: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the snapshot says of the parameters, where it is asked.
+
+    Whether a trial is not at the snapshot, whether the parameters hold NaN, and the
+    pull of the step, see `Rise`.
+    """
     if not isinstance(state.snapshots, Snapshots):
-        return jnp.zeros([], bool), jnp.zeros([], bool)
-    is_due = is_trial_in(now["phase"]) | seen.has_nonfinite_updates
-    return compare(is_due, params, state.snapshots.older, updates, scopes)
+        return jnp.zeros([], bool), jnp.zeros([], bool), jnp.zeros([], jnp.float32)
+    is_asked = (now["phase"] == TRAINING) & ~seen.is_bad
+    is_asked &= is_of_use(rise, now, snapshot_every)
+    is_due = is_trial_in(now["phase"]) | seen.has_nonfinite_updates | is_asked
+    is_away, is_broken, slope = compare(
+        is_due, params, state.snapshots.older, updates, scopes
+    )
+    # No pull of parameters that have not moved, nor of what overflows.
+    pull = slope / saturating_cast(seen.norm, jnp.float32)
+    pull = jnp.where(is_asked & jnp.isfinite(pull), pull, 0)
+    return is_away, is_broken, pull
 
 
 def move_snapshots(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
@@ -26,7 +27,7 @@ from optaxclip.checks import (
     with_extra_args,
 )
 from optaxclip.clipping.rescaling import limit_updates
-from optaxclip.explosions.deciding import Carried, Settings, decide
+from optaxclip.explosions.deciding import FIRST, Settings, carried_of, decide
 from optaxclip.explosions.detecting import make_detection
 from optaxclip.explosions.moments import mend_moments
 from optaxclip.explosions.responding import (
@@ -98,10 +99,11 @@ def skip_explosions(
     put `skip_explosions` around everything that changes updates. It needs the memory of
     two copies of the parameters; with `rollback="host"` that of the host, of the kind
     "pinned_host". Then one copy goes there every `snapshot_every` healthy steps and
-    where a trial starts, and one comes back in each step of a trial and of non-finite
-    gradients; in all other steps nothing travels. But the
-    updates are stored before they are applied, which takes as much memory as the
-    gradients. It needs JAX 0.10, and has been run on CPUs only.
+    where a trial starts, and one comes back in each step of a trial, of non-finite
+    gradients, and in up to 16 before a snapshot is due if the loss has risen; in all
+    other steps nothing travels. But the updates are stored before they are applied,
+    which takes as much memory as the gradients. It needs JAX 0.10, and has been run on
+    CPUs only.
 
     Args:
       inner: The optimizer; it gets all extra arguments.
@@ -182,7 +184,7 @@ def skip_explosions(
             label: SkipExplosionsState(
                 explosions=detection.init(params),
                 inner_state=inner_state,
-                carried=jnp.array([1, jnp.inf], jnp.float32),
+                carried=jnp.array(FIRST, jnp.float32),
                 snapshots=snapshots,
             )
         }
@@ -204,12 +206,14 @@ def skip_explosions(
         # Found anew in each trace: the updates may be wider than the parameters.
         scopes = find_scopes(updates, "leaf", specs=specs, stacked=stacked)
         now = {name: count(explosions, name) for name in COUNTS}
-        is_away, is_broken = check_trial(state, seen, now, params, updates, scopes)
+        carried = carried_of(state.carried)
+        is_away, is_broken, pull = check_trial(
+            state, seen, now, params, updates, scopes, carried.rise, snapshot_every
+        )
         is_spoiled, kept = mend_moments(
             count(state.explosions, "steps"), state.inner_state, updates, scopes
         )
-        carried = Carried(*state.carried)
-        decision = decide(settings, seen, now, carried, is_away, is_spoiled)
+        decision = decide(settings, seen, now, carried, is_away, is_spoiled, pull)
         explosions = unlearn(explosions, state.explosions, decision.is_skipped)
         # An accepted step may be a thousand times too large; at the limit it is usual.
         updates = limit_updates(
@@ -233,7 +237,7 @@ def skip_explosions(
         state = SkipExplosionsState(
             explosions=with_values(explosions, counts),
             inner_state=inner_state,
-            carried=stack_scalars(decision.carried),
+            carried=stack_scalars(jax.tree.leaves(decision.carried)),
             snapshots=snapshots,
         )
         return updates, {label: state}

@@ -35,38 +35,53 @@ def move(
 
 def compare(
     when: jax.Array, params: Any, snapshot: Any, updates: Any, scopes: Scopes
-) -> tuple[jax.Array, jax.Array]:
-    """Whether parameters are not those of a snapshot, and whether they hold NaN.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compares parameters with a snapshot; False, False and 0, for free, unless `when`.
 
-    The norm of a leaf's difference may be four roundings of the leaf: what an update
-    leaves from eight times as far. Both False, at no cost, unless `when`.
+    Returns:
+      Whether they are not those of the snapshot: the norm of a leaf's difference may be
+      four roundings of the leaf, what an update leaves from eight times as far. Whether
+      they hold NaN. And the slope of the loss on the way from the snapshot on, by the
+      gradients at the parameters.
     """
 
-    def level_of(leaf, x, y, u):
-        """`[layers]` or `[]`: 2 where there is NaN, 1 where they differ, else 0."""
+    def measure(leaf, x, y, u):
+        """2 where there is NaN, 1 where they differ, else 0; squared distance; product.
+
+        `[layers]` or `[]` each.
+        """
         if not leaf.is_gradient:
-            return jnp.zeros(leaf.part_shape, jnp.float32)
+            return (jnp.zeros(leaf.part_shape, jnp.float32),) * 3
         x, y, u = map(jnp.asarray, (x, y, u))  # they may be Python numbers
         eps = max(float(jnp.finfo(z.dtype).eps) for z in (x, u) if is_gradient(z))
         axes = tuple(i for i in range(x.ndim) if i not in leaf.kept)
-        x, y = (widen(z, accumulator([x, y])) for z in (x, y))
+        x, y, u = (widen(z, accumulator([x, y, u])) for z in (x, y, u))
         # Sums, since for them alone XLA stores nothing for every element; nor does it
         # where a number would be multiplied with each, so `eps` stands outside.
-        distance, size = (jnp.sum((z * z.conj()).real, axes) for z in (x - y, y))
+        pairs = (x - y, x - y), (y, y), (x - y, u)
+        distance, size, product = (jnp.sum((a * b.conj()).real, axes) for a, b in pairs)
         is_away = ~(distance <= (4 * eps) ** 2 * size)
-        return jnp.where(jnp.isnan(distance), 2, is_away.astype(jnp.float32))
+        level = jnp.where(jnp.isnan(distance), 2, is_away.astype(jnp.float32))
+        return level, distance.astype(jnp.float32), product.astype(jnp.float32)
 
-    def highest_level(flag, _):
-        present, earlier = tie(flag, (params, snapshot))
-        leaves = map(jax.tree.leaves, (present, on_device(earlier), updates))
-        levels = list(map(level_of, scopes.leaves, *leaves))
-        level: Any = scopes.collapse(levels, "max")
-        return jnp.max(level, initial=0)
+    def all_of(flag, _):
+        present, earlier, grads = tie(flag, (params, snapshot, updates))
+        leaves = map(jax.tree.leaves, (present, on_device(earlier), grads))
+        parts = list(map(measure, scopes.leaves, *leaves))
+        over_devices: Any = (
+            scopes.collapse([part[i] for part in parts], reduce)
+            for i, reduce in enumerate(("max", "sum", "sum"))
+        )
+        level, distance, product = over_devices
+        distance, product = jnp.sum(distance), jnp.sum(product)
+        slope = product / jnp.sqrt(jnp.where(distance > 0, distance, 1))
+        return jnp.stack([jnp.max(level, initial=0), slope])
 
     params = snapshot_of(params)
-    params, snapshot = lax.stop_gradient((params, snapshot))
-    _, level = run_if(when, highest_level, jnp.zeros([], jnp.float32))
-    return level > 0, level > 1
+    params, snapshot, updates = lax.stop_gradient((params, snapshot, updates))
+    _, found = run_if(when, all_of, jnp.zeros([2], jnp.float32))
+    level, slope = found
+    return level > 0, level > 1, slope
 
 
 def go_back(when: jax.Array, updates: Any, params: Any, snapshot: Any) -> Any:

@@ -75,7 +75,7 @@ class DetectExplosionsState(NamedTuple):
     row, up to the last step, were bad (exploded, and not by a loss alone that is
     non-finite), were non-finite, had non-finite updates, and spoke against the
     parameters (by the loss, or without one by the norm); whether it gave up, 2 for NaN
-    in the parameters; where it stands in a rollback (`deciding.PHASES`), healthy steps
+    in the parameters; where it stands in a rollback (`trials.PHASES`), healthy steps
     since the older snapshot, cuts of the updates in succession, the number of steps at
     the last rollback and at the last cut; and the last two outliers (see `recurring`),
     the last step that was skipped, and that exploded. -1 for none."""
@@ -164,7 +164,7 @@ def flags_of(fired: Any) -> Any:
 
 
 class Verdict(NamedTuple):
-    """What is known of one step; all are scalars but the last."""
+    """What is known of one step; all arrays are scalars but `event`."""
 
     is_bad: jax.Array
     """Whether it exploded, and not by a loss alone that is non-finite: with finite
@@ -178,6 +178,8 @@ class Verdict(NamedTuple):
     signal_limit: jax.Array
     event: jax.Array
     """The step as a row of `events`, `[9 + 2 * num_columns]`."""
+    has_loss_rule: bool
+    """Whether the signal is the loss; known while tracing."""
 
 
 def as_bits(x: jax.Array) -> jax.Array:
@@ -207,8 +209,9 @@ class SkipExplosionsState(NamedTuple):
     inner_state: Any
     """State of the wrapped transformation."""
     carried: jax.Array
-    """float32 `[2]`, a `deciding.Carried`: the factor of the updates, below 1 while
-    they cool down; and `Carried.lowest_signal`, +inf for none."""
+    """float32 `[8]`, the numbers of a `deciding.Carried`: the factor of the updates,
+    below 1 while they cool down; two signals, and what is known of the level of the
+    loss. +inf for none."""
     snapshots: Snapshots | tuple[()]
     """() without rollback."""
 

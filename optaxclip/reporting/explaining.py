@@ -159,11 +159,15 @@ def _counted(state: Any) -> str:
         for how, number in zip(words, numbers.values(), strict=True)
         if number
     ]
-    text = f"{count(noticed, 'exploded')} of {count(noticed, 'steps')} steps exploded"
+    num_exploded, num_skipped = (
+        int(count(noticed, name)) for name in ("exploded", "skipped")
+    )
+    text = f"{num_exploded} of {count(noticed, 'steps')} steps exploded"
     text += f": {', '.join(reasons)}." if reasons else "."
-    if isinstance(state, SkipExplosionsState) and count(noticed, "exploded"):
-        num_skipped = int(count(noticed, "skipped"))
+    if isinstance(state, SkipExplosionsState) and num_exploded + num_skipped:
         num_rollbacks = int(count(noticed, "rollbacks"))
+        if not num_exploded:
+            text += " But the loss had risen, and earlier parameters were tried."
         was = "was" if num_skipped == 1 else "were"
         text += f" {num_skipped} {was} skipped, and parameters went back "
         text += f"{_times(num_rollbacks)}."

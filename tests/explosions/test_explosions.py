@@ -15,10 +15,10 @@ from jax import lax
 
 import optaxclip
 from optaxclip import limits
-from optaxclip.explosions.deciding import PHASES
 from optaxclip.explosions.leading import fitted_growth
 from optaxclip.explosions.rules import RULES
 from optaxclip.explosions.state import COUNTS, count, read_step
+from optaxclip.explosions.trials import PHASES
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 

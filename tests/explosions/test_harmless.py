@@ -316,6 +316,9 @@ HARMLESS = [
     "decayed GAN, RMSProp",
     "regression whose targets change, momentum",
     "classifier whose labels change, momentum",
+    # Values learned from their own predictions, whose loss rises.
+    "TD(0) far ahead, momentum",
+    "TD(0), target network, lion",
     # Batches of a rare kind.
     "rare positives, momentum",
     "rare positives, Adam",
@@ -332,6 +335,10 @@ SAVED = [
     "RealNVP, too large steps",
     "rows of digits, GRU, rising step",
     "penalty, too large steps",
+    # What rises too slowly for any rule.
+    "filtering, too large steps",
+    "equilibrium, too large steps",
+    "masked pixels, rising step",
 ]
 
 

@@ -16,8 +16,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optaxclip
 from optaxclip.explosions import snapshots
-from optaxclip.explosions.deciding import PHASES
 from optaxclip.explosions.state import count
+from optaxclip.explosions.trials import PHASES
 
 needs_host_memory = pytest.mark.skipif(
     jax.__version_info__ < (0, 10), reason="JAX before 0.10 has no types of memory"

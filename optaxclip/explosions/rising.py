@@ -1,0 +1,135 @@
+"""Losses that rise too slowly for any rule, and whether the parameters are at fault.
+
+Internal. A loss may rise by a little in each step, or jump before the rules know
+enough, and stay there. So before a snapshot is replaced, the level of the loss is
+compared with that at the older snapshot. But where values are learned from their own
+predictions, the loss of a healthy run rises too, and is lower at the snapshot. Where
+the gradients point tells them apart: if the steps were at fault, the loss falls on the
+way back to the snapshot; if the targets move, it falls on the way on.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip.explosions.state import Verdict
+
+RISE = 1.5
+"""The level that is asked about, in units of that at the snapshot. Healthy runs reach
+it too, so it decides nothing alone. The loss of the zoo's "GPT, tied, zero projections,
+too large steps", which grows from 3.4 to 25, is at 1.5 after 50 steps, at 2.1 after
+100."""
+MIN_LEVEL = 0.01
+"""As in `limits.above_lowest`: a penalty that starts at zero grows by any factor."""
+SPAN = 16
+"""Steps over which the level forgets: short against the age of a snapshot."""
+NUM_PULLS = 16
+"""Steps before a snapshot is due of which the gradients are asked."""
+LEAST_PULL = 3.0
+"""The mean of the pulls in units of its standard error. With 2 and half as many pulls
+the zoo's "TD(0), SGD" is rolled back to its harm; with the sign of the last pull alone,
+four healthy runs of its kind are. Three runs that are at fault, "filtering",
+"equilibrium" and "masked pixels", are at 1.4 to 2.8 of at most 2.83 with half as many.
+"""
+
+
+class Rise(NamedTuple):
+    """What is remembered of the level of the loss, float32 each."""
+
+    level: jax.Array
+    """Moving average of the loss over healthy steps; +inf before the first."""
+    older: jax.Array
+    """What it was when the older snapshot was taken; +inf before the first step."""
+    newer: jax.Array
+    """The same of the newer one."""
+    pulls: jax.Array
+    """Sum of the last pulls. A pull is the cosine of the gradients and the way from the
+    older snapshot to the parameters: where it is positive, the loss falls on the way
+    back."""
+    squares: jax.Array
+    """Sum of their squares."""
+
+    @property
+    def middle(self) -> jax.Array:
+        """Half of the rise above it is gone."""
+        return 0.5 * (self.level + self.older)
+
+
+def is_of_use(rise: Rise, now: dict[str, Any], snapshot_every: int) -> jax.Array:
+    """Whether the pull of a step is of use: bool `[]`.
+
+    If the loss has risen, and the step is one of the last before a snapshot is due.
+    """
+    return _has_risen(rise) & (_num_left(now, snapshot_every) < NUM_PULLS)
+
+
+def learn(
+    rise: Rise,
+    seen: Verdict,
+    now: dict[str, Any],
+    pull: jax.Array,
+    is_healthy: jax.Array,
+    snapshot_every: int,
+) -> Rise:
+    """The next one, if the step is healthy; else the same.
+
+    `pull` is 0 where it is of no use.
+    """
+    if not seen.has_loss_rule:
+        return rise
+    before = jnp.where(rise.level < jnp.inf, rise.level, seen.signal)
+    # A plain mean at first.
+    rate = jnp.maximum(1 / now["steps"], 1 / SPAN)
+    level = before + rate * (seen.signal - before)
+    is_new = _num_left(now, snapshot_every) == NUM_PULLS
+    learned = Rise(
+        level=level,
+        older=jnp.where(rise.older < jnp.inf, rise.older, level),
+        newer=rise.newer,
+        pulls=jnp.where(is_new, 0, rise.pulls) + pull,
+        squares=jnp.where(is_new, 0, rise.squares) + pull * pull,
+    )
+    is_learned = is_healthy & jnp.isfinite(seen.signal)
+    return Rise(
+        *(jnp.where(is_learned, x, y) for x, y in zip(learned, rise, strict=True))
+    )
+
+
+def is_at_fault(rise: Rise) -> jax.Array:
+    """Whether the loss has risen, and the gradients agree where it falls: back.
+
+    Asked where a snapshot is due.
+    """
+    is_pulled = rise.pulls > LEAST_PULL * jnp.sqrt(rise.squares)
+    return _has_risen(rise) & is_pulled
+
+
+def follow(
+    rise: Rise,
+    is_confirmed: jax.Array,
+    is_failed: jax.Array,
+    is_copied: jax.Array,
+    is_swapped: jax.Array,
+) -> Rise:
+    """The levels of the snapshots, as a `Decision` moves these."""
+    older = jnp.where(is_swapped, rise.newer, rise.older)
+    return rise._replace(
+        level=jnp.where(is_confirmed, rise.older, rise.level),
+        older=jnp.where(is_failed, rise.level, older),
+        newer=jnp.where(is_copied, rise.level, rise.newer),
+    )
+
+
+def _has_risen(rise: Rise) -> jax.Array:
+    """Whether the level is far above that of the older snapshot."""
+    # Of a loss of either sign ratios mean nothing.
+    least = RISE * jnp.maximum(rise.older, MIN_LEVEL)
+    return (rise.older > 0) & (rise.level > least) & (rise.level < jnp.inf)
+
+
+def _num_left(now: dict[str, Any], snapshot_every: int) -> jax.Array:
+    """How many healthy steps after this one until a snapshot is due."""
+    return (-now["age"] - 1) % snapshot_every

@@ -1,0 +1,82 @@
+"""Trials of a snapshot: earlier parameters, tried on two batches.
+
+Internal. `deciding` has the table of the phases, and says what becomes of the steps.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip.explosions.recurring import num_passed
+from optaxclip.explosions.state import Verdict
+
+PHASES = ("training", "first trial", "second trial", "accepting")
+TRAINING, FIRST_TRIAL, SECOND_TRIAL, ACCEPTING = range(len(PHASES))
+
+NUM_NONFINITE = 10
+"""Non-finite gradients in a row before a trial. They are never applied, so waiting
+costs little; a loss scale that starts 2**9 too high is not the parameters' fault."""
+
+
+def is_trial_in(phase: jax.Array) -> jax.Array:
+    """Whether a step is a trial of the snapshot."""
+    return (phase == FIRST_TRIAL) | (phase == SECOND_TRIAL)
+
+
+def is_suspect(seen: Verdict) -> jax.Array:
+    """Whether a step speaks against its parameters."""
+    return seen.signal > seen.signal_limit
+
+
+class Trial(NamedTuple):
+    """How a trial of the snapshot goes on; bool `[]` each."""
+
+    is_started: jax.Array
+    is_failed: jax.Array
+    """The snapshot is not better, or was not reached: what was put aside comes back."""
+    is_confirmed: jax.Array
+    """It succeeded: that is a rollback."""
+    is_blocked: jax.Array
+    """It failed since the snapshot was not reached: the updates were not applied as
+    they were."""
+
+
+def next_trial(settings, seen, now, carried, is_change, is_away, has_risen) -> Trial:
+    """Starts a trial, ends it, or goes on: the table of phases above.
+
+    `is_away`: the parameters of a trial are not those of the snapshot.
+    """
+    is_trial = is_trial_in(now["phase"])
+    if not settings.has_snapshots:
+        return Trial(*(jnp.zeros_like(is_trial),) * 4)
+    num_needed = settings.rollback_after + num_passed(now)
+    is_persistent = now["suspect_in_a_row"] >= num_needed
+    is_nonfinite = now["nonfinite_updates_in_a_row"] >= NUM_NONFINITE
+    is_due = ((is_persistent & ~is_change) | is_nonfinite) & ~is_trial
+    # At age 0 no step was applied since the snapshot: it is what the run has.
+    is_started = (is_due & (now["age"] > 0)) | has_risen
+    is_better = (seen.signal <= carried.to_beat) & ~seen.has_nonfinite_updates
+    # From parameters that have grown far the first update may miss the snapshot by a
+    # rounding of theirs: then the second trial decides. Whoever misses it twice does
+    # not apply the updates as they are.
+    is_second = now["phase"] == SECOND_TRIAL
+    is_blocked = is_second & is_away
+    return Trial(
+        is_started=is_started,
+        is_failed=is_blocked | (is_trial & ~is_away & ~is_better),
+        is_confirmed=is_second & ~is_away & is_better,
+        is_blocked=is_blocked,
+    )
+
+
+def half_of(lowest_signal, seen) -> jax.Array:
+    """The signal at which half of the excess is gone; +inf if none is known.
+
+    The rest may be usual for the snapshot: the limit has followed the run since.
+    """
+    limit = seen.signal_limit
+    middle = limit + 0.5 * (lowest_signal - limit)
+    return jnp.where(lowest_signal < jnp.inf, middle, jnp.inf)

@@ -1,0 +1,233 @@
+"""A loss that rises too slowly for any rule: what is tried, and what is left alone."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+import optaxclip
+from optaxclip.explosions.deciding import carried_of
+from optaxclip.explosions.rising import NUM_PULLS, RISE, SPAN
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
+START = {"a": jnp.ones(3), "b": jnp.full((2, 2), 0.5)}
+DUE = 50
+"""Healthy steps until the first snapshot is due."""
+
+
+def bowl(params, step, key):
+    del step, key
+    return 0.5 * optax.tree.norm(params, squared=True)
+
+
+def receding(params, step, key):
+    """The target runs away faster than it is followed."""
+    ahead: Any = optax.tree.add(params, optax.tree.full_like(params, -2 - 0.05 * step))
+    return bowl(ahead, step, key)
+
+
+def harder(params, step, key):
+    """Up to step 60 the data become harder at all parameters, and pull them back."""
+    del key
+    total: Any = optax.tree.sum(params)
+    slope = jnp.where(step < 20, -1.0, 0.2) * (total - jax.lax.stop_gradient(total))
+    return slope + 10 + 0.3 * jnp.minimum(step, 60)
+
+
+def noisy(params, step, key):
+    """From step 30 on a larger loss that nothing explains, and gradients of noise."""
+    noise = optax.tree.random_like(key, params)
+    return optax.tree.vdot(noise, params) + jnp.where(step < 30, 10.0, 30.0)
+
+
+def below_zero(params, step, key):
+    return bowl(params, step, key) - 100
+
+
+LOSSES = [bowl, receding, harder, noisy, below_zero]
+
+
+class Trained(NamedTuple):
+    """A run: of each step the parameters before it, gradients, loss and state after."""
+
+    params: Any
+    grads: Any
+    loss: Any
+    state: Any
+
+    def numbers_after(self, num_steps: int) -> dict[str, int]:
+        """What was counted after so many steps."""
+        state = jax.tree.map(lambda x: x[num_steps - 1], self.state)
+        told = optaxclip.metrics(state)
+        names = "num_exploded", "num_skipped", "num_rollbacks"
+        return {name: int(told[f"explosions/{name}"]) for name in names}
+
+
+@functools.cache
+def training(protect: Callable, has_loss: bool = True) -> Callable:
+    """The training under `protect(optimizer)`, as a function of step size and loss."""
+
+    def loss_of(params, step, key, which):
+        return jax.lax.switch(which, LOSSES, params, step, key)
+
+    def train(rate, which) -> Trained:
+        tx = optax.with_extra_args_support(protect(optax.sgd(rate)))
+
+        def step_once(carry, step):
+            params, state = carry
+            key = jax.random.fold_in(jax.random.key(0), step)
+            value, grads = jax.value_and_grad(loss_of)(params, step, key, which)
+            given = {"value": value} if has_loss else {}
+            updates, state = tx.update(grads, state, params, **given)
+            after = optax.apply_updates(params, updates)
+            return (after, state), Trained(params, grads, value, state)
+
+        return jax.lax.scan(step_once, (START, tx.init(START)), jnp.arange(250))[1]
+
+    return jax.jit(train)
+
+
+def train(protect: Callable, rate: float, loss: Callable, **options: Any) -> Trained:
+    which = jnp.int32(LOSSES.index(loss))
+    return training(protect, **options)(jnp.float32(rate), which)
+
+
+def bare(optimizer):
+    return optimizer
+
+
+def short(every: int) -> Callable:
+    return lambda optimizer: optaxclip.skip_explosions(
+        optimizer, rollback=True, snapshot_every=every, cool_down=0.01
+    )
+
+
+TOO_LARGE = 2.01
+"""The step size that makes the loss of `bowl` 2 % larger in each step."""
+NONE = {"num_exploded": 0, "num_skipped": 0, "num_rollbacks": 0}
+
+
+def test_steps_that_are_a_little_too_large_are_taken_back():
+    found = train(optaxclip.stabilize, TOO_LARGE, bowl)
+    expected = {"num_exploded": 0, "num_skipped": 3, "num_rollbacks": 1}
+    assert found.numbers_after(DUE - 1) == NONE
+    assert found.numbers_after(DUE + 2) == expected
+    assert found.numbers_after(250) == expected
+    # Both trials, and where it goes on.
+    np.testing.assert_allclose(found.loss[DUE : DUE + 3], found.loss[0], rtol=1e-6)
+    assert found.loss[-1] < 1e-3 * found.loss[0]
+    state = jax.tree.map(lambda x: x[-1], found.state)
+    told = optaxclip.explain(state, START)
+    assert "the loss had risen, and earlier parameters were tried. 3 were skip" in told
+
+
+def test_the_level_and_the_pulls_are_those_of_a_naive_count():
+    found = train(optaxclip.stabilize, TOO_LARGE, bowl)
+    num = DUE - 1
+    flat: Any = jax.vmap(lambda tree: jax.flatten_util.ravel_pytree(tree)[0])
+    params, grads = flat(found.params), flat(found.grads)
+    level, pulls = found.loss[0], []
+    for i in range(num):
+        level += max(1 / (i + 1), 1 / SPAN) * (found.loss[i] - level)
+        way = params[i] - params[0]
+        if i >= DUE - NUM_PULLS:
+            size = np.linalg.norm(way) * np.linalg.norm(grads[i])
+            pulls.append(float(way @ grads[i] / size))
+    rise = carried_of(found.state["explosions"].carried[num - 1]).rise
+    np.testing.assert_allclose(rise.level, level, rtol=1e-5)
+    np.testing.assert_allclose(rise.older, found.loss[0], rtol=1e-6)
+    np.testing.assert_allclose(rise.pulls, sum(pulls), rtol=1e-5)
+    np.testing.assert_allclose(rise.squares, sum(np.square(pulls)), rtol=1e-5)
+    assert len(pulls) == NUM_PULLS - 1
+    assert level > RISE * found.loss[0]
+
+
+@pytest.mark.parametrize(
+    ("rate", "loss"),
+    [(0.01, receding), (0.01, noisy), (2.005, below_zero), (2.001, bowl)],
+    ids=["target", "noise", "negative", "little"],
+)
+def test_what_the_steps_are_not_at_fault_for_is_left_alone(rate, loss):
+    found = train(optaxclip.stabilize, rate, loss)
+    assert found.numbers_after(2 * DUE) == NONE
+    alone = train(bare, rate, loss)
+    first, second = (
+        jax.tree.map(lambda x: x[: 2 * DUE], run.params) for run in (found, alone)
+    )
+    chex.assert_trees_all_close(first, second, rtol=1e-5)
+    is_higher = np.mean(found.loss[DUE - SPAN : DUE]) > RISE * found.loss[0]
+    assert is_higher == (loss is not bowl)
+
+
+def test_a_snapshot_that_is_no_better_costs_two_steps():
+    found = train(optaxclip.stabilize, 0.05, harder)
+    assert found.numbers_after(4 * DUE) == NONE | {"num_skipped": 2}
+    alone = train(bare, 0.05, harder)
+    here = jax.tree.map(lambda x: x[4 * DUE], found.params)
+    two_before = jax.tree.map(lambda x: x[4 * DUE - 2], alone.params)
+    chex.assert_trees_all_close(here, two_before, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("every", "num"), [(9, 0), (10, 1)])
+def test_a_snapshot_needs_ten_steps_to_be_compared(every, num):
+    found = train(short(every), 2.05, bowl)
+    assert found.numbers_after(2 * every + 3)["num_rollbacks"] == num
+
+
+def test_without_a_loss_nothing_is_known_of_its_level():
+    found = train(optaxclip.stabilize, TOO_LARGE, bowl, has_loss=False)
+    assert found.numbers_after(DUE + 2) == NONE
+
+
+def test_on_eight_devices_the_pulls_are_those_of_the_whole():
+    """Each device holds an eighth, and two of them alone would be pulled on."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec("data")
+    rates = jnp.array([2.02] * 6 + [0.01] * 2)
+
+    def train_on(specs):
+        tx = optaxclip.stabilize(optax.scale(-1.0), specs=specs)
+
+        def loop(params, rates):
+            def step_once(carry, step):
+                params, state = carry
+                loss = 0.5 * jnp.sum(params**2)
+                if specs is not None:
+                    loss = jax.lax.psum(loss, "data")
+                updates: Any
+                updates, state = tx.update(params, state, params, value=loss)
+                # Before a trial or a rollback asks for anything.
+                updates = jnp.where(step < DUE - 1, updates * rates, updates)
+                return (optax.apply_updates(params, updates), state), None
+
+            (params, state), _ = jax.lax.scan(
+                step_once, (params, tx.init(params)), jnp.arange(DUE + 2)
+            )
+            kept: Any = state
+            return params, kept["explosions"].carried, optaxclip.metrics(state)
+
+        return loop
+
+    start = jnp.ones(8)
+    whole = jax.jit(train_on(None))(start, rates)
+    shards = jax.jit(
+        jax.shard_map(
+            train_on(spec),
+            mesh=mesh,
+            in_specs=(spec, spec),
+            out_specs=(spec, PartitionSpec(), PartitionSpec()),
+            check_vma=False,
+        )
+    )(start, rates)
+    chex.assert_trees_all_close(shards, whole, rtol=1e-5)
+    assert whole[2]["explosions/num_rollbacks"] == 1
