@@ -4,7 +4,8 @@
 and responses are tuned on the part "tune" and reported on all. The tasks of "fresh"
 were drawn after the limits of detection and the cut had been chosen, those of "unseen"
 later still; what recurs (`explosions/recurring.py`) was then chosen on a few of both.
-Those of "late" came after that, and were judged by runs without protection alone.
+Those of "late" came after that, and were judged by runs without protection alone, and
+so were those of "newest", which came last.
 """
 
 import functools
@@ -22,6 +23,8 @@ from tasks import (
     drawn_sequences,
     generative,
     networks,
+    newest,
+    newest_models,
     regimes,
     reinforcement,
     sequences,
@@ -183,10 +186,11 @@ net, seq, gen, rl = networks, sequences, generative, reinforcement
 stat, new, regime = statistical, structured, regimes
 last, model = unseen, unseen_models
 late, late_model, late_text = drawn, drawn_models, drawn_sequences
+newer, newer_model = newest, newest_models
 NAN = math.nan
 
 Rows = dict[str, tuple[Any, ...]]
-Part = Literal["tune", "test", "fresh", "unseen", "late"]
+Part = Literal["tune", "test", "fresh", "unseen", "late", "newest"]
 PARTS: tuple[Part, ...] = get_args(Part)
 TASKS: dict[str, tuple[str, Callable[[], Task], Rows]] = {}
 """Of each task the part it belongs to, what makes it, and its runs by their names."""
@@ -1294,4 +1298,128 @@ add(
     late.missed_and_false,
     ("optimistic", HEALTHY, optax.optimistic_adam_v2, 3e-3),
     ("too large steps", RATE, sgd, 10.0),
+)
+
+# Newest: likelihoods, labels, sequences, and pictures.
+add(
+    "wind",
+    "newest",
+    newer.wind,
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("SGD", HEALTHY, sgd, 0.03),
+    ("too large steps", RATE, sgd, 9.0),
+)
+add(
+    "shares",
+    "newest",
+    newer.shares,
+    ("AdamW with warm-up", HEALTHY, cosine(adamw), 5e-3),
+    ("momentum", HEALTHY, momentum, 3e-3),
+    ("too large steps", RATE, momentum, 0.3),
+)
+add(
+    "faint signal",
+    "newest",
+    newer.faint_signal,
+    ("AdamW", HEALTHY, adamw, 1e-3),
+    ("SGD", HEALTHY, sgd, 3e-3),
+    ("records x1000", DATA, sgd, 3e-3, {"corrupt": at(300, 100, factor=1e3)}),
+    ("too large steps", RATE, sgd, 0.3),
+)
+add(
+    "pseudo-labels",
+    "newest",
+    newer.pseudo_labels,
+    ("nesterov", HEALTHY, nesterov, 0.01),
+    ("Adafactor", HEALTHY, optax.adafactor, 0.01),
+    ("too large steps", RATE, nesterov, 0.3),
+)
+add(
+    "sparse gates",
+    "newest",
+    newer.sparse_gates,
+    ("momentum with warm-up", HEALTHY, cosine(momentum), 0.02),
+    ("Adam", HEALTHY, adam, 3e-3),
+)
+add(
+    "brackets",
+    "newest",
+    newer.brackets,
+    ("RMSProp", HEALTHY, rmsprop, 3e-3),
+    ("schedule-free", HEALTHY, schedule_free, 0.01),
+    ("too large steps", RATE, rmsprop, 0.3),
+)
+add(
+    "fast weights",
+    "newest",
+    newer.fast_weights,
+    ("Adam with warm-up", HEALTHY, warmed_up(50, adam), 5e-3),
+    ("momentum", HEALTHY, momentum, 0.01),
+    ("rising step", RAMP, rising(momentum), 0.9),
+)
+add(
+    "growing pattern",
+    "newest",
+    newer.growing_pattern,
+    ("Adam", HEALTHY, adam, 2e-3),
+    ("lion with warm-up", HEALTHY, warmed_up(50, lion), 5e-4),
+    ("too large steps", RATE, adam, 0.2),
+)
+
+# Newest: values, games, samples, and functions.
+add(
+    "quantile values",
+    "newest",
+    newer_model.quantile_values,
+    ("SGD", HEALTHY, sgd, 0.1),
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("too large steps", RATE, adam, 0.9),
+)
+add(
+    "stock",
+    "newest",
+    newer_model.stock,
+    ("SGD", HEALTHY, sgd, 3e-3),
+    ("momentum", HEALTHY, momentum, 1e-3),
+    ("too large steps", RATE, momentum, 0.1),
+)
+add(
+    "instruments",
+    "newest",
+    newer_model.instruments,
+    ("Adam", HEALTHY, adam, 1e-3),
+    ("SGD", HEALTHY, sgd, 0.03),
+    ("too large steps", RATE, sgd, 0.3),
+)
+add(
+    "pursuit",
+    "newest",
+    newer_model.pursuit,
+    ("RMSProp", HEALTHY, rmsprop, 1e-3),
+    ("momentum", HEALTHY, momentum, 3e-3),
+)
+add(
+    "Boltzmann machine",
+    "newest",
+    newer_model.boltzmann,
+    ("SGD", HEALTHY, sgd, 0.1),
+    ("momentum", HEALTHY, momentum, 0.03),
+    ("pictures x1000", DATA, momentum, 0.03, {"corrupt": at(300, factor=1e3)}),
+)
+add(
+    "hypernetwork",
+    "newest",
+    newer_model.hypernetwork,
+    ("muon", HEALTHY, muon, 0.01),
+    ("momentum", HEALTHY, momentum, 0.01),
+    ("rising step", RAMP, rising(momentum), 1.0),
+    ("too large loss scale", HALF, momentum, 0.01, HALF16 | {"loss_scale": 2.0**13.5}),
+)
+add(
+    "small fields",
+    "newest",
+    newer_model.small_fields,
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("lion", HEALTHY, lion, 5e-4),
+    ("too large steps", RATE, lion, 0.05),
 )
