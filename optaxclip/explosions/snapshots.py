@@ -55,11 +55,15 @@ def compare(
         x, y, u = map(jnp.asarray, (x, y, u))  # they may be Python numbers
         eps = max(float(jnp.finfo(z.dtype).eps) for z in (x, u) if is_gradient(z))
         axes = tuple(i for i in range(x.ndim) if i not in leaf.kept)
-        x, y, u = (widen(z, accumulator([x, y, u])) for z in (x, y, u))
+        # The product reads them anew: XLA would store an x - y that two sums read.
+        anew = lax.optimization_barrier((x, y, u))
+        wide = accumulator([x, y, u])
+        x, y = (widen(z, wide) for z in (x, y))
         # Sums, since for them alone XLA stores nothing for every element; nor does it
         # where a number would be multiplied with each, so `eps` stands outside.
-        pairs = (x - y, x - y), (y, y), (x - y, u)
-        distance, size, product = (jnp.sum((a * b.conj()).real, axes) for a, b in pairs)
+        distance, size = (jnp.sum((z * z.conj()).real, axes) for z in (x - y, y))
+        x, y, u = (widen(z, wide) for z in anew)
+        product = jnp.sum(((x - y) * u.conj()).real, axes)
         is_away = ~(distance <= (4 * eps) ** 2 * size)
         level = jnp.where(jnp.isnan(distance), 2, is_away.astype(jnp.float32))
         return level, distance.astype(jnp.float32), product.astype(jnp.float32)
