@@ -21,7 +21,7 @@ there is no rule on the loss; a step is suspect where it is above its limit. Wha
 | phase | `lowest_signal` |
 |---|---|
 | training | the lowest signal of the suspect steps in a row, +inf for none |
-| first and second trial | the one before the trial; where it has risen, its level |
+| first and second trial | the one before; for a loss that has risen, its level |
 | accepting | the same; up to twice of it is accepted, at first ten times |
 
 A step is healthy if it is not bad (see `Verdict`), mends nothing, and is no trial.
@@ -146,7 +146,7 @@ def decide(
     age, is_copied, is_swapped = _next_age(settings, now, is_healthy, is_accepted)
     has_risen = is_copied & (phase == TRAINING) & is_at_fault(rise)
     trial = next_trial(settings, seen, now, carried, is_change, is_away, has_risen)
-    # What has risen takes the place of no snapshot before it was tried.
+    # Snapshots stay while the older one is tried.
     is_copied, is_swapped = (x & ~has_risen for x in (is_copied, is_swapped))
     # What was before a trial was of other parameters, or of other data. While updates
     # are cooled down, explosions are more likely the fault of the steps.
@@ -158,7 +158,7 @@ def decide(
     strikes, scale = cool(settings, carried.scale, now, is_cut, is_healthy)
     lowest_signal = _next_lowest_signal(seen, now, carried, trial.is_started)
     to_beat = jnp.where(has_risen, rise.middle, half_of(lowest_signal, seen))
-    # If the trial fails, the data have changed: up to twice the level is accepted.
+    # If the trial fails, the risen level is what explosions are compared with.
     lowest_signal = jnp.where(has_risen, rise.level, lowest_signal)
     return Decision(
         is_accepted=is_accepted,

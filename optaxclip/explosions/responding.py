@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip.explosions.deciding import Decision
+from optaxclip.explosions.deciding import Decision, Settings
 from optaxclip.explosions.rising import Rise, is_of_use
 from optaxclip.explosions.snapshots import (
     compare,
@@ -44,7 +44,7 @@ def check_trial(
     updates: Any,
     scopes: Scopes,
     rise: Rise,
-    snapshot_every: int,
+    settings: Settings,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What the snapshot says of the parameters, where it is asked.
 
@@ -54,15 +54,19 @@ def check_trial(
     if not isinstance(state.snapshots, Snapshots):
         return jnp.zeros([], bool), jnp.zeros([], bool), jnp.zeros([], jnp.float32)
     is_asked = (now["phase"] == TRAINING) & ~seen.is_bad
-    is_asked &= is_of_use(rise, now, snapshot_every)
+    is_asked &= is_of_use(rise, now, settings.snapshot_every)
+    # Without smaller steps the loss would rise again, and be taken back, for ever.
+    is_asked &= settings.cool_down is not None
     is_due = is_trial_in(now["phase"]) | seen.has_nonfinite_updates | is_asked
     is_away, is_broken, slope = compare(
         is_due, params, state.snapshots.older, updates, scopes
     )
-    # No pull of parameters that have not moved, nor of what overflows.
-    pull = slope / saturating_cast(seen.norm, jnp.float32)
-    pull = jnp.where(is_asked & jnp.isfinite(pull), pull, 0)
-    return is_away, is_broken, pull
+    norm = lax.stop_gradient(saturating_cast(seen.norm, jnp.float32))
+    pull = slope / jnp.where(norm > 0, norm, 1)
+    # None of what overflows.
+    is_known = is_asked & (jnp.abs(pull) < jnp.inf)
+    # Where nothing is non-finite, they may hold inf for good, as a mask does.
+    return is_away, is_broken & ~is_asked, jnp.where(is_known, pull, 0)
 
 
 def move_snapshots(

@@ -1,8 +1,8 @@
 """Losses that rise too slowly for any rule, and whether the parameters are at fault.
 
 Internal. A loss may rise by a little in each step, or jump before the rules know
-enough, and stay there. So before a snapshot is replaced, the level of the loss is
-compared with that at the older snapshot. But where values are learned from their own
+enough, and stay there. So when a snapshot is due, the level of the loss is compared
+with that at the older snapshot. But where values are learned from their own
 predictions, the loss of a healthy run rises too, and is lower at the snapshot. Where
 the gradients point tells them apart: if the steps were at fault, the loss falls on the
 way back to the snapshot; if the targets move, it falls on the way on.
@@ -27,13 +27,13 @@ MIN_LEVEL = 0.01
 SPAN = 16
 """Steps over which the level forgets: short against the age of a snapshot."""
 NUM_PULLS = 16
-"""Steps before a snapshot is due of which the gradients are asked."""
+"""Steps before a snapshot is due of which the gradients are asked: those of them in
+which the loss has risen already."""
 LEAST_PULL = 3.0
-"""The mean of the pulls in units of its standard error. With 2 and half as many pulls
-the zoo's "TD(0), SGD" is rolled back to its harm; with the sign of the last pull alone,
-four healthy runs of its kind are. Three runs that are at fault, "filtering",
-"equilibrium" and "masked pixels", are at 1.4 to 2.8 of at most 2.83 with half as many.
-"""
+"""How many standard errors of a sum around zero the sum of the pulls must be above it:
+16 equal ones are 4, and 10 are necessary. With 8 steps and 2 errors the zoo's healthy
+"TD(0), SGD" is rolled back to its harm; with the sign of the last pull alone, four of
+its kind are."""
 
 
 class Rise(NamedTuple):
@@ -55,7 +55,7 @@ class Rise(NamedTuple):
     @property
     def middle(self) -> jax.Array:
         """Half of the rise above it is gone."""
-        return 0.5 * (self.level + self.older)
+        return 0.5 * self.level + 0.5 * self.older
 
 
 def is_of_use(rise: Rise, now: dict[str, Any], snapshot_every: int) -> jax.Array:
@@ -81,20 +81,21 @@ def learn(
     if not seen.has_loss_rule:
         return rise
     before = jnp.where(rise.level < jnp.inf, rise.level, seen.signal)
-    # A plain mean at first.
+    # At first as a plain mean does.
     rate = jnp.maximum(1 / now["steps"], 1 / SPAN)
     level = before + rate * (seen.signal - before)
-    is_new = _num_left(now, snapshot_every) == NUM_PULLS
-    learned = Rise(
-        level=level,
-        older=jnp.where(rise.older < jnp.inf, rise.older, level),
-        newer=rise.newer,
-        pulls=jnp.where(is_new, 0, rise.pulls) + pull,
-        squares=jnp.where(is_new, 0, rise.squares) + pull * pull,
-    )
-    is_learned = is_healthy & jnp.isfinite(seen.signal)
+    # Not of a loss that is non-finite: its step is healthy where its gradients are.
+    is_known = is_healthy & jnp.isfinite(seen.signal)
+    is_first = is_known & (rise.older == jnp.inf)
+    num_asked = min(NUM_PULLS, snapshot_every)
+    is_kept = _num_left(now, snapshot_every) < num_asked - 1
+    pulls, squares = (jnp.where(is_kept, x, 0) for x in (rise.pulls, rise.squares))
     return Rise(
-        *(jnp.where(is_learned, x, y) for x, y in zip(learned, rise, strict=True))
+        level=jnp.where(is_known, level, rise.level),
+        older=jnp.where(is_first, level, rise.older),
+        newer=rise.newer,
+        pulls=jnp.where(is_healthy, pulls + pull, rise.pulls),
+        squares=jnp.where(is_healthy, squares + pull * pull, rise.squares),
     )
 
 
@@ -116,10 +117,14 @@ def follow(
 ) -> Rise:
     """The levels of the snapshots, as a `Decision` moves these."""
     older = jnp.where(is_swapped, rise.newer, rise.older)
-    return rise._replace(
+    is_over = is_confirmed | is_failed
+    pulls, squares = (jnp.where(is_over, 0, x) for x in (rise.pulls, rise.squares))
+    return Rise(
         level=jnp.where(is_confirmed, rise.older, rise.level),
         older=jnp.where(is_failed, rise.level, older),
         newer=jnp.where(is_copied, rise.level, rise.newer),
+        pulls=pulls,
+        squares=squares,
     )
 
 

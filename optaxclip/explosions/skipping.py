@@ -119,7 +119,7 @@ def skip_explosions(
       rollback: Whether to roll back; `update` then needs `params`. "host" keeps the
         snapshots in the memory of the host.
       snapshot_every: Number of healthy steps between snapshots; at least 1, 50 by
-        default.
+        default. From 10 on, a loss that rises slowly is noticed too.
       rollback_after: How many losses above their limit in a row (norms where there is
         no rule on the loss) start the trial of a snapshot; at least 1, 3 by default,
         since one or two are often the fault of their batches. Up to two more where
@@ -208,7 +208,7 @@ def skip_explosions(
         now = {name: count(explosions, name) for name in COUNTS}
         carried = carried_of(state.carried)
         is_away, is_broken, pull = check_trial(
-            state, seen, now, params, updates, scopes, carried.rise, snapshot_every
+            state, seen, now, params, updates, scopes, carried.rise, settings
         )
         is_spoiled, kept = mend_moments(
             count(state.explosions, "steps"), state.inner_state, updates, scopes

@@ -81,7 +81,7 @@ def compare(
         slope = product / jnp.sqrt(jnp.where(distance > 0, distance, 1))
         return jnp.stack([jnp.max(level, initial=0), slope])
 
-    params = snapshot_of(params)
+    params, updates = map(snapshot_of, (params, updates))
     params, snapshot, updates = lax.stop_gradient((params, snapshot, updates))
     _, found = run_if(when, all_of, jnp.zeros([2], jnp.float32))
     level, slope = found

@@ -77,6 +77,5 @@ def half_of(lowest_signal, seen) -> jax.Array:
 
     The rest may be usual for the snapshot: the limit has followed the run since.
     """
-    limit = seen.signal_limit
-    middle = limit + 0.5 * (lowest_signal - limit)
+    middle = 0.5 * seen.signal_limit + 0.5 * lowest_signal
     return jnp.where(lowest_signal < jnp.inf, middle, jnp.inf)

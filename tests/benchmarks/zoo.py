@@ -4,8 +4,9 @@
 and responses are tuned on the part "tune" and reported on all. The tasks of "fresh"
 were drawn after the limits of detection and the cut had been chosen, those of "unseen"
 later still; what recurs (`explosions/recurring.py`) was then chosen on a few of both.
-Those of "late" came after that, and were judged by runs without protection alone, and
-so were those of "newest", which came last.
+Those of "late" came after that; how a loss that rises slowly is noticed
+(`explosions/rising.py`) was chosen on runs of all of these that were not saved. Those
+of "newest" came last, and were judged by runs without protection alone.
 """
 
 import functools
