@@ -249,9 +249,9 @@ snapshot is of what the first step is given.
   it was not tuned on. It notices 93.1 % of the explosions there (86.9 to 99.1). Run
   `python tests/benchmarks/detection.py --split heldout` (x86-64, JAX 0.10.2,
   2026-11-28).
-* Of 17 benchmark runs that explode, of tasks that nothing was chosen on, it does not
-  save 18 %. It harms none of their 34 healthy runs, and 3 of all 221.
-  `tests/benchmarks/README.md` names them.
+* Of 15 benchmark runs that explode, of tasks that nothing was chosen on, it does not
+  save 26 %. It harms none of their 30 healthy runs; one of their 120 seeds ends 42 %
+  worse, after a rollback. `tests/benchmarks/README.md` names them.
 * It mistakes rare but important batches for explosions: where few batches hold a
   positive of large weight, or a reward, the first are skipped; and all of them, if they
   come less often than every 64 steps, or have a norm of more than ten times its limit.
