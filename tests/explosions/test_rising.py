@@ -201,7 +201,7 @@ def test_an_infinite_mask_among_the_parameters_is_no_reason_to_give_up():
     state = tx.init(params)
     grads = {"w": jnp.ones(2), "mask": jnp.zeros(2)}
     update = jax.jit(tx.update)
-    for i in range(DUE + 5):
+    for i in range(DUE - 2):  # the last of them is compared
         updates, state = update(grads, state, params, value=1 + 0.03 * jnp.float32(i))
         params = optax.apply_updates(params, updates)
     optaxclip.raise_if_exploded(state, params)
