@@ -39,8 +39,7 @@ off.
 
 * Behind the optimizer, `detect_explosions` sees the norm of the updates instead.
 * A share counts only in a leaf whose own norm is twenty times its mean over the last 64
-  steps (the geometric one).
-  That finds a layer that explodes under larger ones.
+  steps (the geometric one). That finds a layer that explodes under larger ones.
 * The loss may have either sign. Its limit is the smaller of `limits.above_lowest()` and
   `limits.log_quantile(2.4, min_ratio=1.7, early_jump=2.5, min_level=0.01)`.
 * No norm or loss below 1/1000 of where it began is above its limit, by
@@ -104,27 +103,26 @@ With `rollback=True` also:
 3. To find out, the parameters go back to the older snapshot, from 50 to 100 healthy
    steps ago, or from the last return or the start of the run, and up to two batches are
    tried there.
-4. If at least half of the excess, or of the rise, is gone in both, the run goes on
-   from the snapshot.
-   That is a rollback. If not, the parameters come back as they were, and the explosions
-   are accepted: the first of them whatever its loss, later ones up to twice the loss of
-   before, ten times until a healthy step or two. A larger one, third or later in its
-   row, starts another trial. The state of the optimizer stays in either case: the steps
-   that exploded were skipped, so it knows nothing of them.
+4. If at least half of the excess, or of the rise, is gone in both, the run goes on from
+   the snapshot. That is a rollback. If not, the parameters come back as they were, and
+   the explosions are accepted: the first of them whatever its loss, later ones up to
+   twice the loss of before, ten times until a healthy step or two. A larger one, third
+   or later in its row, starts another trial. The state of the optimizer stays in either
+   case: the steps that exploded were skipped, so it knows nothing of them.
 5. With `cool_down` a rollback also sets a factor for the updates, unless the loss is
-   above its limit at the snapshot too: then the data have changed. Before step 64
-   it is `cool_down`, later the larger of `cool_down` and 1/16 (`cool_down` where
-   the factor is no more than 1/16 already). A cut that follows another within 300
-   steps divides the factor by 8, to `cool_down` or less, down to 1/4096. Each healthy
-   step multiplies it by `recovery`, up to 1.
+   above its limit at the snapshot too: then the data have changed. Before step 64 it is
+   `cool_down`, later the larger of `cool_down` and 1/16 (`cool_down` where the factor
+   is no more than 1/16 already). A cut that follows another within 300 steps divides
+   the factor by 8, to `cool_down` or less, down to 1/4096. Each healthy step multiplies
+   it by `recovery`, up to 1.
 6. If the parameters are NaN, the run is given up at once.
 
 `rollback="host"` does the same with the snapshots in the memory of the host, so that
 the device has none. One travels there every 50 healthy steps and where a trial starts,
 and back in the steps of a trial, of non-finite gradients, and in up to 16 before a
-snapshot is due if the loss has risen. It needs JAX 0.10, and has
-been run on CPUs only. A state that is read from a checkpoint has to be put there too,
-or `update` raises an error that says how.
+snapshot is due if the loss has risen. It needs JAX 0.10, and has been run on CPUs only.
+A state that is read from a checkpoint has to be put there too, or `update` raises an
+error that says how.
 
 Without `rollback`, the third explosion in a row multiplies the updates by `cool_down`.
 

@@ -42,7 +42,8 @@ class Rise(NamedTuple):
     level: jax.Array
     """Moving average of the loss over healthy steps; +inf before the first."""
     older: jax.Array
-    """What it was when the older snapshot was taken; +inf before the first step."""
+    """What it was when the older snapshot was taken, or the last trial failed; +inf
+    before the first step."""
     newer: jax.Array
     """The same of the newer one."""
     pulls: jax.Array
