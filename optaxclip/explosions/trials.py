@@ -45,7 +45,7 @@ class Trial(NamedTuple):
 
 
 def next_trial(settings, seen, now, carried, is_change, is_away, has_risen) -> Trial:
-    """Starts a trial, ends it, or goes on: the table of phases above.
+    """Starts a trial, ends it, or goes on: the table of phases in `deciding`.
 
     `is_away`: the parameters of a trial are not those of the snapshot.
     """
