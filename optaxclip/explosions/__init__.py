@@ -96,10 +96,10 @@ With `rollback=True` also:
    this row and within 128 steps, requires one time more. Or ten steps in a row have
    non-finite gradients. The batches cannot be at fault each time, so the data have
    changed, or the parameters are bad. Or else, with `cool_down` and when a snapshot is
-   due, the loss has slowly risen by half or more since the older one, and the gradients
-   of at least 10 of the last 16 steps agree that it falls on the way back. Where the
-   targets move, as those of values that are learned from their own predictions, it
-   falls on the way on.
+   due, the loss has slowly risen by half or more since the older one, to at least half
+   of the first loss, and the gradients of at least 10 of the last 16 steps agree that
+   it falls on the way back. Where the targets move, as those of values that are learned
+   from their own predictions, it falls on the way on.
 3. To find out, the parameters go back to the older snapshot, from 50 to 100 healthy
    steps ago, or from the last return or the start of the run, and up to two batches are
    tried there.
@@ -239,8 +239,9 @@ snapshot is of what the first step is given.
 * It does not help where nothing explodes and training is merely bad, as after a poor
   initialization. There `max_norm=` adds a fixed clip.
 * It notices a loss that rises slowly only when a snapshot is due, if that was positive
-  at the older one, or at eight times its lowest level, if it was never negative. And it
-  does not notice a network that dies, whose loss goes back to where it began.
+  at the older one and is at half of the first loss, or at eight times its lowest level,
+  if it was never negative. And it does not notice a network that dies, whose loss goes
+  back to where it began.
 * It needs the loss. Without it, a rollback is judged by the norm alone.
 * A rollback keeps two copies of the parameters, on the device or on its host.
 * It raises false alarms: 8 in 10,000 healthy steps (1 to 21) of 72 recorded runs that

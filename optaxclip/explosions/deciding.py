@@ -83,12 +83,12 @@ class Carried(NamedTuple):
     rise: Rise
 
 
-FIRST = (1.0, *[math.inf] * 5, 0.0, 0.0)
+FIRST = (1.0, *[math.inf] * 6, 0.0, 0.0)
 """The numbers of a `Carried` before the first step."""
 
 
 def carried_of(numbers: jax.Array) -> Carried:
-    """What goes from step to step, of `[8]`."""
+    """What goes from step to step, of `[9]`."""
     scale, lowest_signal, to_beat, *rise = numbers
     return Carried(scale, lowest_signal, to_beat, Rise(*rise))
 

@@ -209,7 +209,7 @@ class SkipExplosionsState(NamedTuple):
     inner_state: Any
     """State of the wrapped transformation."""
     carried: jax.Array
-    """float32 `[8]`, the numbers of a `deciding.Carried`: the factor of the updates,
+    """float32 `[9]`, the numbers of a `deciding.Carried`: the factor of the updates,
     below 1 while they cool down; two signals, and what is known of the level of the
     loss. +inf for none."""
     snapshots: Snapshots | tuple[()]

@@ -338,7 +338,6 @@ SAVED = [
     # What rises too slowly for any rule.
     "filtering, too large steps",
     "equilibrium, too large steps",
-    "masked pixels, rising step",
 ]
 
 

@@ -1,6 +1,7 @@
 """A loss that rises too slowly for any rule: what is tried, and what is left alone."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import optaxclip
 from optaxclip.explosions.deciding import carried_of
-from optaxclip.explosions.rising import NUM_PULLS, RISE, SPAN
+from optaxclip.explosions.rising import NUM_PULLS, RISE, SPAN, Rise, is_at_fault
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -178,6 +179,27 @@ def test_what_the_steps_are_not_at_fault_for_is_left_alone(rate, loss):
     chex.assert_trees_all_close(first, second, rtol=1e-5)
     is_higher = np.mean(found.loss[DUE - SPAN : DUE]) > RISE * found.loss[0]
     assert is_higher == (loss is not bowl)
+
+
+@pytest.mark.parametrize(
+    ("first", "older", "level", "is_risen"),
+    [
+        (1.0, 0.5, 0.8, True),
+        (1.0, 0.5, 0.7, False),
+        (1.0, 0.1, 0.51, True),
+        (1.0, 0.1, 0.49, False),
+        (24.0, 0.005, 0.06, False),
+        (0.01, 0.001, 0.016, True),
+        (0.01, 0.001, 0.014, False),
+        (-5.0, -1.0, 2.0, False),
+        (-5.0, 1.0, 2.0, True),
+        (math.inf, math.inf, math.inf, False),
+    ],
+)
+def test_how_far_a_loss_has_risen(first, older, level, is_risen):
+    """By half, to half of the first loss at least, and from above zero."""
+    numbers = [jnp.float32(x) for x in (first, level, older, math.inf, 4, 1)]
+    assert is_at_fault(Rise(*numbers)) == is_risen
 
 
 def test_a_snapshot_that_is_no_better_costs_two_steps():
