@@ -12,8 +12,9 @@ from jax import lax
 from optaxclip.extras import Columns, num_parts
 from optaxclip.norms.names import AnyTree, Layout
 from optaxclip.numerics import root_sum_squares, saturating_cast
+from optaxclip.packing import Packing
 
-COLUMNS = ("loss", "loss_limit", "limit", "largest", "fired", "leaf")
+COLUMNS = Packing(floats=("loss", "loss_limit", "limit", "largest", "fired", "leaf"))
 """What a recorder keeps of a step besides the norms: the loss, `NO_LOSS` where not
 given; the limits of the loss and of the norm of all updates, +inf for none; the largest
 finite norm of all updates so far; as the bits of a whole number, which of the rules
@@ -76,7 +77,7 @@ class RecordState(NamedTuple):
     @property
     def num_others(self) -> int:
         """What stands in a row before the norms."""
-        return len(COLUMNS) + num_parts(self.columns) + self.num_ranks
+        return len(COLUMNS.names) + num_parts(self.columns) + self.num_ranks
 
     @property
     def num_ranks(self) -> int:
@@ -103,7 +104,7 @@ def empty(
     # Without leaves, as `optax.tree_map_params` makes one, it fits every other.
     kept = () if top is None else Top(top, num_scopes or AnyTree())
     num_norms = 2 * _num_ranks(kept) + 1 if _num_ranks(kept) else num_scopes
-    head = [jnp.inf if name.endswith("limit") else 0 for name in COLUMNS]
+    head = [jnp.inf if name.endswith("limit") else 0 for name in COLUMNS.names]
     row = jnp.asarray(head + [0] * (num_parts(own) + num_norms), jnp.float32)
     return RecordState(jnp.tile(row, (window, 1)), counts, layout, own, kept)
 
@@ -141,9 +142,8 @@ def append(
     columns["largest"] = jnp.where(is_larger, narrow, before["largest"])
     if state.num_ranks:
         norms = _largest(norms, state.num_ranks)
-    head = [*(columns[name] for name in COLUMNS), *tag]
-    head = jnp.stack([x.astype(norms.dtype) for x in head])
-    row = saturating_cast(jnp.concatenate([head, norms]), jnp.float32)
+    head = COLUMNS.pack(columns, tag)
+    row = jnp.concatenate([head, saturating_cast(norms, jnp.float32)])
     # One row in place. To shift the others would copy the record in each step.
     place = state.counts[0] % len(state.rows)
     rows = lax.dynamic_update_index_in_dim(state.rows, row, place, 0)
@@ -177,5 +177,4 @@ def rows_of(state: RecordState, steps: Any) -> tuple[dict[str, Any], Any]:
       (`{name: [...]}`, `[..., num_norms]`).
     """
     rows = state.rows[steps % len(state.rows)]
-    columns = {name: rows[..., i] for i, name in enumerate(COLUMNS)}
-    return columns, rows[..., state.num_others :]
+    return COLUMNS.unpack(rows), rows[..., state.num_others :]

@@ -14,6 +14,7 @@ FLOORS = [
     ["checks"],
     ["numerics"],
     ["xla", "extras"],
+    ["packing"],
     ["norms"],
     ["limits", "ring"],
     ["recording", "clipping"],

@@ -87,10 +87,16 @@ FIRST = (1.0, *[math.inf] * 6, 0.0, 0.0)
 """The numbers of a `Carried` before the first step."""
 
 
-def carried_of(numbers: jax.Array) -> Carried:
-    """What goes from step to step, of `[9]`."""
-    scale, lowest_signal, to_beat, *rise = numbers
-    return Carried(scale, lowest_signal, to_beat, Rise(*rise))
+def carried_of(numbers: dict[str, jax.Array]) -> Carried:
+    """What goes from step to step, of its numbers by their names."""
+    rise = Rise(**{name: numbers[name] for name in Rise._fields})
+    own = {name: x for name, x in numbers.items() if name not in Rise._fields}
+    return Carried(**own, rise=rise)
+
+
+def numbers_of(carried: Carried) -> dict[str, jax.Array]:
+    """Its numbers by their names."""
+    return carried._asdict() | carried.rise._asdict()
 
 
 class Decision(NamedTuple):

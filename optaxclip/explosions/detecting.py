@@ -36,11 +36,10 @@ from optaxclip.explosions.rules import (
 from optaxclip.explosions.state import (
     AFTER_SKIPPED,
     COUNTS,
+    EVENT,
     NUM_TOLD,
     DetectExplosionsState,
     Verdict,
-    as_bits,
-    count,
 )
 from optaxclip.extras import check_columns, num_parts, parts_of_tag
 from optaxclip.limits.limit import LimitLike, as_limit
@@ -48,6 +47,7 @@ from optaxclip.norms.measuring import measure_leaves
 from optaxclip.norms.names import Stacked, layout_of
 from optaxclip.norms.scopes import find_scopes
 from optaxclip.numerics import increment, saturating_cast
+from optaxclip.packing import bits_of
 from optaxclip.recording import WINDOW
 from optaxclip.ring import append, empty, rows_of
 from optaxclip.xla import stack_scalars
@@ -161,7 +161,7 @@ def make_detection(
         # As bits beside whole numbers, so that a step is one row of one array.
         numbers = np.array([0, 0, 0, np.inf, np.inf, np.inf], np.float32)
         step = [-1, -1, 0, *numbers.view(np.int32), *[0] * num_parts(own)]
-        counts = [-1 if name.startswith("last") else 0 for name in COUNTS]
+        counts = [-1 if name.startswith("last") else 0 for name in COUNTS.names]
         return DetectExplosionsState(
             events=jnp.asarray([step] * (NUM_TOLD + num_skipped), jnp.int32),
             rule_states=first_states(rules, sizes),
@@ -184,18 +184,18 @@ def make_detection(
         bounds, rule_states = apply_rules(rules, signals, state.rule_states)
         # The rows before this step are read before it is written, or XLA would copy
         # the record.
-        now = count(state, "steps")
+        now = state.counts.steps
         _, before = rows_of(state.record, now - STEPS_BEFORE)
         leaf = leading_leaf(signals.norms, before)
         # A share also rises when the other leaves fall.
         has_grown = (now >= STEPS_BEFORE[-1]) & have_grown(signals.norms, before)
         fired = fired_of(signals, bounds, has_grown)
-        bits = jnp.asarray(sum(jnp.where(x, 2**i, 0) for i, x in enumerate(fired)))
+        bits = bits_of(fired)
         row = _event(now, leaf, bits, signals, bounds, tag)
         has_loss_rule = value is not None and rules[2] is not None
         counts = _next_counts(state, signals, fired, has_loss_rule)
         if num_skipped:
-            was_skipped = (count(state, "last_skipped") == now - 1) & (now > 0)
+            was_skipped = (state.counts.last_skipped == now - 1) & (now > 0)
             bits += jnp.where(was_skipped, AFTER_SKIPPED, 0)
         columns = {
             "loss": signals.loss,
@@ -219,7 +219,8 @@ def _event(now, leaf, bits, signals: Signals, bounds: Bounds, tag) -> jax.Array:
         for x in (signals.shares, bounds.shares)
     )
     numbers = signals.norm, share, signals.loss, bounds.norm, share_limit, bounds.loss
-    return stack_scalars([now, leaf, bits, *map(as_bits, [*numbers, *tag])])
+    values = dict(zip(EVENT.names, (now, leaf, bits, *numbers), strict=True))
+    return EVENT.pack(values, tag)
 
 
 def _next_events(
@@ -230,9 +231,9 @@ def _next_events(
     max_gap: int,
 ) -> jax.Array:
     """Both steps that are told: this one in place of what it is later than."""
-    last = count(state, "last")
+    last = state.counts.last
     begins = fired.any() & ((last < 0) | (now - last > max_gap))
-    turns_nonfinite = fired.nonfinite & (count(state, "nonfinite_in_a_row") == 0)
+    turns_nonfinite = fired.nonfinite & (state.counts.nonfinite_in_a_row == 0)
     row = lax.broadcasted_iota(jnp.int32, (len(state.events), 1), 0)
     is_told = ((row == 0) & begins) | ((row == 1) & turns_nonfinite)
     return jnp.where(is_told, event, state.events)
@@ -261,7 +262,8 @@ def _next_counts(
 
 def _by_count(flags: dict[str, jax.Array]) -> jax.Array:
     """bool, one for each of the `COUNTS`."""
-    return stack_scalars([flags.get(name, jnp.zeros([], bool)) for name in COUNTS])
+    no = jnp.zeros([], bool)
+    return stack_scalars([flags.get(name, no) for name in COUNTS.names])
 
 
 def _is_bad(signals: Signals, fired: Fired) -> jax.Array:

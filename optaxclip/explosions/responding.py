@@ -28,7 +28,6 @@ from optaxclip.explosions.state import (
     SkipExplosionsState,
     Snapshots,
     Verdict,
-    count,
 )
 from optaxclip.explosions.trials import TRAINING, is_trial_in
 from optaxclip.norms.scopes import Scopes
@@ -83,7 +82,7 @@ def move_snapshots(
     """
     if not isinstance(state.snapshots, Snapshots):
         return decision.is_skipped, state.snapshots
-    num_steps = count(state.explosions, "steps")
+    num_steps = state.explosions.counts.steps
     done, snapshots = move(decision, num_steps, params, state.snapshots)
     return after(done, decision.is_skipped), snapshots
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
@@ -27,7 +26,13 @@ from optaxclip.checks import (
     with_extra_args,
 )
 from optaxclip.clipping.rescaling import limit_updates
-from optaxclip.explosions.deciding import FIRST, Settings, carried_of, decide
+from optaxclip.explosions.deciding import (
+    FIRST,
+    Settings,
+    carried_of,
+    decide,
+    numbers_of,
+)
 from optaxclip.explosions.detecting import make_detection
 from optaxclip.explosions.moments import mend_moments
 from optaxclip.explosions.responding import (
@@ -44,10 +49,10 @@ from optaxclip.explosions.snapshots import (
     empty_snapshots,
 )
 from optaxclip.explosions.state import (
+    CARRIED,
     COUNTS,
     NUM_SKIPPED,
     SkipExplosionsState,
-    count,
     with_skipped,
     with_values,
 )
@@ -55,7 +60,6 @@ from optaxclip.limits.limit import LimitLike
 from optaxclip.norms.names import Stacked
 from optaxclip.norms.scopes import find_scopes
 from optaxclip.recording import WINDOW
-from optaxclip.xla import stack_scalars
 
 
 def skip_explosions(
@@ -205,13 +209,13 @@ def skip_explosions(
         extra_args = {k: x for k, x in extra_args.items() if k not in refused}
         # Found anew in each trace: the updates may be wider than the parameters.
         scopes = find_scopes(updates, "leaf", specs=specs, stacked=stacked)
-        now = {name: count(explosions, name) for name in COUNTS}
-        carried = carried_of(state.carried)
+        now = COUNTS.unpack(explosions.record.counts)
+        carried = carried_of(CARRIED.unpack(state.carried))
         is_away, is_broken, pull = check_trial(
             state, seen, now, params, updates, scopes, carried.rise, settings
         )
         is_spoiled, kept = mend_moments(
-            count(state.explosions, "steps"), state.inner_state, updates, scopes
+            state.explosions.counts.steps, state.inner_state, updates, scopes
         )
         decision = decide(settings, seen, now, carried, is_away, is_spoiled, pull)
         explosions = unlearn(explosions, state.explosions, decision.is_skipped)
@@ -237,7 +241,7 @@ def skip_explosions(
         state = SkipExplosionsState(
             explosions=with_values(explosions, counts),
             inner_state=inner_state,
-            carried=stack_scalars(jax.tree.leaves(decision.carried)),
+            carried=CARRIED.pack(numbers_of(decision.carried)),
             snapshots=snapshots,
         )
         return updates, {label: state}

@@ -6,38 +6,60 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from optaxclip.explosions.rules import RULES
-from optaxclip.numerics import saturating_cast
+from optaxclip.packing import Packing, View, flags_of
 from optaxclip.ring import RecordState
-from optaxclip.xla import stack_scalars
 
-COUNTS = (
-    "steps",
-    *RULES,
-    "exploded",
-    "skipped",
-    "rollbacks",
-    "blocked_rollbacks",
-    "mended",
-    "in_a_row",
-    "nonfinite_in_a_row",
-    "nonfinite_updates_in_a_row",
-    "suspect_in_a_row",
-    "gave_up",
-    "phase",
-    "age",
-    "strikes",
-    "last_rollback",
-    "last_cut",
-    "last_outlier",
-    "last_outlier_but_one",
-    "last_skipped",
-    "last",
+COUNTS = Packing(
+    ints=(
+        "steps",
+        *RULES,
+        "exploded",
+        "skipped",
+        "rollbacks",
+        "blocked_rollbacks",
+        "mended",
+        "in_a_row",
+        "nonfinite_in_a_row",
+        "nonfinite_updates_in_a_row",
+        "suspect_in_a_row",
+        "gave_up",
+        "phase",
+        "age",
+        "strikes",
+        "last_rollback",
+        "last_cut",
+        "last_outlier",
+        "last_outlier_but_one",
+        "last_skipped",
+        "last",
+    )
 )
-"""What each element of `DetectExplosionsState.record.counts` is."""
+"""How `DetectExplosionsState.record.counts` is packed; `state.counts` reads it."""
+
+EVENT = Packing(
+    ints=("step", "leaf", "fired"),
+    floats=("norm", "share", "loss", "norm_limit", "share_limit", "loss_limit"),
+)
+"""How a row of `DetectExplosionsState.events` is packed; `event_of` reads it. The parts
+of the user's own numbers stand behind these."""
+
+CARRIED = Packing(
+    floats=(
+        "scale",
+        "lowest_signal",
+        "to_beat",
+        "first",
+        "level",
+        "older",
+        "newer",
+        "pulls",
+        "squares",
+    )
+)
+"""How `SkipExplosionsState.carried` is packed: a `deciding.Carried`."""
 
 NUM_SKIPPED = 64
 """The last so many skipped steps stay known, however long ago they were."""
@@ -61,10 +83,10 @@ class DetectExplosionsState(NamedTuple):
     one), and the first of the last non-finite ones in a row; and the last 64 that were
     skipped, of which the one after `i` others is in row `2 + i % 64`. Of each its index
     (-1 for none); the leading leaf (the first that was non-finite, or else the one that
-    had grown most, on average since 1, 9, 17, ... 57 steps before; -1 if none had); as
-    bits, which of the four rules fired; and, as the bits of a float32, the norm, the
-    share of the leading leaf, the loss (`NO_LOSS` where not given), the limits of these
-    (+inf for none), and the two parts of each number of the user's own."""
+    had grown most, on average since 1, 9, 17, ... 57 steps before; -1 if none had);
+    which of the four rules fired; the norm, the share of the leading leaf, the loss
+    (`NO_LOSS` where not given), the limits of these (+inf for none); and the two parts
+    of each number of the user's own. `began` and `first_nonfinite` read it."""
     rule_states: tuple[Any, Any, Any]
     """States of the limits on norm, share and loss."""
     record: RecordState
@@ -81,6 +103,21 @@ class DetectExplosionsState(NamedTuple):
     the last step that was skipped, and that exploded. -1 for none."""
 
     @property
+    def counts(self) -> View:
+        """The `COUNTS` by their names: int32 `[]` each."""
+        return View(COUNTS, self.record.counts)
+
+    @property
+    def began(self) -> Event:
+        """The step on which the last explosion began."""
+        return event_of(self.events[..., 0, :])
+
+    @property
+    def first_nonfinite(self) -> Event:
+        """The first of the last non-finite steps in a row."""
+        return event_of(self.events[..., 1, :])
+
+    @property
     def detection(self) -> DetectExplosionsState:
         """Itself, as `detection` of what holds one."""
         return self
@@ -91,19 +128,11 @@ class DetectExplosionsState(NamedTuple):
         return self._replace(rule_states=((), (), ()))
 
 
-def count(state: DetectExplosionsState, name: str) -> jax.Array:
-    """One of the `COUNTS`."""
-    return state.record.counts[..., COUNTS.index(name)]
-
-
 def with_values(
     state: DetectExplosionsState, values: dict[str, jax.Array]
 ) -> DetectExplosionsState:
     """The state with other `COUNTS`."""
-    counts = state.record.counts
-    # All in one array: each array of a state costs a small step microseconds.
-    new = [values.get(name, counts[i]) for i, name in enumerate(COUNTS)]
-    counts = stack_scalars([jnp.asarray(x, jnp.int32) for x in new])
+    counts = COUNTS.pack(COUNTS.unpack(state.record.counts) | values)
     return state._replace(record=state.record._replace(counts=counts))
 
 
@@ -113,6 +142,7 @@ class Event(NamedTuple):
     step: jax.Array
     leaf: jax.Array
     fired: jax.Array
+    """bool `[..., 4]`: which of the `RULES`."""
     norm: jax.Array
     share: jax.Array
     loss: jax.Array
@@ -123,18 +153,10 @@ class Event(NamedTuple):
     """The two parts of each number of the user's own."""
 
 
-NUM_OF_EVENT = len(Event._fields) - 1
-"""Numbers of an event before those of the user's own."""
-
-
-def read_step(state: DetectExplosionsState, which: str) -> Event:
-    """The step "began" or "nonfinite" of a state."""
-    # Rows of one array and not two states: each array costs microseconds.
-    row = state.events[("began", "nonfinite").index(which)]
-    step, leaf, fired = row[:3]
-    numbers = lax.bitcast_convert_type(row[3:], jnp.float32)
-    signals_and_limits, tag = jnp.split(numbers, [NUM_OF_EVENT - 3])
-    return Event(step, leaf, flags_of(fired), *signals_and_limits, tag=tag)
+def event_of(row: Any) -> Event:
+    """A row of `events`, or several: `[..., 9 + 2 * num_columns]`."""
+    event = Event(**EVENT.unpack(row), tag=EVENT.read_others(row))
+    return event._replace(fired=flags_of(event.fired, len(RULES)))
 
 
 def with_skipped(
@@ -158,11 +180,6 @@ def with_skipped(
     return state._replace(events=jnp.where(is_here, event, state.events))
 
 
-def flags_of(fired: Any) -> Any:
-    """Bool `[..., 4]`: which of the `RULES` fired, of the bits of whole numbers."""
-    return (fired[..., None] >> np.arange(len(RULES), dtype=np.int32)) % 2 == 1
-
-
 class Verdict(NamedTuple):
     """What is known of one step; all arrays are scalars but `event`."""
 
@@ -180,11 +197,6 @@ class Verdict(NamedTuple):
     """The step as a row of `events`, `[9 + 2 * num_columns]`."""
     has_loss_rule: bool
     """Whether the signal is the loss; known while tracing."""
-
-
-def as_bits(x: jax.Array) -> jax.Array:
-    """The bits of a float32, as a whole number."""
-    return lax.bitcast_convert_type(saturating_cast(x, jnp.float32), jnp.int32)
 
 
 class Snapshots(NamedTuple):
@@ -211,7 +223,7 @@ class SkipExplosionsState(NamedTuple):
     carried: jax.Array
     """float32 `[9]`, the numbers of a `deciding.Carried`: the factor of the updates,
     below 1 while they cool down; two signals, and what is known of the level of the
-    loss. +inf for none."""
+    loss. +inf for none. `scale` reads the first."""
     snapshots: Snapshots | tuple[()]
     """() without rollback."""
 
@@ -234,16 +246,16 @@ class SkipExplosionsState(NamedTuple):
     @property
     def scale(self) -> jax.Array:
         """Factor of the updates: float32 `[]`."""
-        return self.carried[..., 0]
+        return CARRIED.read(self.carried, "scale")
 
     @property
     def gave_up(self) -> jax.Array:
         """Whether it gave up, on non-finite steps or NaN in parameters: bool `[]`."""
-        return count(self.explosions, "gave_up") > 0
+        return self.explosions.counts.gave_up > 0
 
 
 def was_taken(state: SkipExplosionsState) -> jax.Array:
     """Whether the last step was not skipped; True before any. bool `[...]`."""
-    noticed = state.detection
-    last_step = count(noticed, "steps") - 1
-    return (count(noticed, "last_skipped") != last_step) | (last_step < 0)
+    counts = state.detection.counts
+    last_step = counts.steps - 1
+    return (counts.last_skipped != last_step) | (last_step < 0)

@@ -12,8 +12,6 @@ from optaxclip.explosions.state import (
     DetectExplosionsState,
     Event,
     SkipExplosionsState,
-    count,
-    read_step,
 )
 from optaxclip.extras import named_tags
 from optaxclip.reporting.growth import growth_of
@@ -127,7 +125,7 @@ def _sentences(kept: History, state: Any, params: Any) -> list[str]:
     else:
         noticed = state.detection
         found = [_counted(state)]
-        if count(noticed, "exploded"):
+        if noticed.counts.exploded:
             found += [story_of(noticed, kept, params), *_aftermath(state)]
         if len(kept.step) and np.isnan(kept.loss).all():
             found.append("No loss was given as value=, so the rule on it was silent.")
@@ -152,7 +150,7 @@ def _sentences(kept: History, state: Any, params: Any) -> list[str]:
 
 def _counted(state: Any) -> str:
     noticed = state.detection
-    numbers = {rule: int(count(noticed, rule)) for rule in RULES}
+    numbers = {rule: int(getattr(noticed.counts, rule)) for rule in RULES}
     words = ["non-finite", "by the norm", "by the share of a leaf", "by the loss"]
     reasons = [
         f"{number} {how}"
@@ -160,23 +158,23 @@ def _counted(state: Any) -> str:
         if number
     ]
     num_exploded, num_skipped = (
-        int(count(noticed, name)) for name in ("exploded", "skipped")
+        int(getattr(noticed.counts, name)) for name in ("exploded", "skipped")
     )
-    text = f"{num_exploded} of {count(noticed, 'steps')} steps exploded"
+    text = f"{num_exploded} of {noticed.counts.steps} steps exploded"
     text += f": {', '.join(reasons)}." if reasons else "."
     if isinstance(state, SkipExplosionsState) and num_exploded + num_skipped:
-        num_rollbacks = int(count(noticed, "rollbacks"))
+        num_rollbacks = int(noticed.counts.rollbacks)
         if not num_exploded:
             text += " But the loss had risen, and earlier parameters were tried."
         was = "was" if num_skipped == 1 else "were"
         text += f" {num_skipped} {was} skipped, and parameters went back "
         text += f"{_times(num_rollbacks)}."
-        if num_mended := int(count(noticed, "mended")):
+        if num_mended := int(noticed.counts.mended):
             text += (
                 f" {_times(num_mended)} the optimizer had made inf or NaN out of "
                 "finite gradients, and these moments were reset."
             )
-        if num_blocked := int(count(noticed, "blocked_rollbacks")):
+        if num_blocked := int(noticed.counts.blocked_rollbacks):
             text += (
                 f" {_times(num_blocked)} they did not go back where they should have: "
                 f"something changes the updates after {SKIPPING}, which has to stand "
@@ -192,9 +190,9 @@ def _times(num: int) -> str:
 def _aftermath(state: Any) -> list[str]:
     """Whether the run went on as a healthy one."""
     noticed = state.detection
-    num_since = int(count(noticed, "steps") - 1 - count(noticed, "last"))
+    num_since = int(noticed.counts.steps - 1 - noticed.counts.last)
     # After a rollback it was no false alarm, whatever came then.
-    if num_since < NUM_HEALTHY_AFTER or count(noticed, "rollbacks"):
+    if num_since < NUM_HEALTHY_AFTER or noticed.counts.rollbacks:
         return []
     return [
         f"The {num_since} steps since have been healthy, and nothing was rolled back: "
@@ -220,7 +218,7 @@ def _first_nonfinite(kept: History, first: int) -> str:
 def story_of(state: DetectExplosionsState, kept: History, params: Any) -> str:
     """How the last explosion began, and became non-finite if one did."""
     state = jax.device_get(state)
-    began, bad = (read_step(state, which) for which in ("began", "nonfinite"))
+    began, bad = state.began, state.first_nonfinite
 
     def leaf_of(step: Event) -> str:
         return _leaf_name(kept, 0, step.leaf, params)

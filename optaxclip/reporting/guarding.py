@@ -12,7 +12,6 @@ from optaxclip.explosions.state import (
     BROKEN,
     COUNTS,
     SkipExplosionsState,
-    count,
 )
 from optaxclip.numerics import is_gradient
 from optaxclip.reporting.explaining import SKIPPING, story_of
@@ -89,8 +88,7 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
             )
     counts = jax.device_get({label: x.record.counts for label, x in states.items()})
     num_nonfinite = {
-        label: int(values[COUNTS.index("nonfinite")])
-        for label, values in counts.items()
+        label: int(COUNTS.read(values, "nonfinite")) for label, values in counts.items()
     }
     num_skipped = max(
         (
@@ -116,14 +114,14 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
 
 def _check_skipping(label: str, state: SkipExplosionsState, params: Any) -> None:
     """Raises if `skip_explosions` could not save the run."""
-    is_broken = int(count(state.detection, "gave_up")) == BROKEN
+    is_broken = int(state.detection.counts.gave_up) == BROKEN
     if is_broken or _is_stuck(state, params):
         raise ExplosionError(
             f"{label}: the parameters hold NaN, which no update can mend. No "
             "step that was taken has made it: go back to a checkpoint."
         )
     if bool(state.gave_up):
-        num = int(count(state.detection, "nonfinite_updates_in_a_row"))
+        num = int(state.detection.counts.nonfinite_updates_in_a_row)
         kept = history({label: state}, params, label=label)
         story = story_of(state.detection, kept, params)
         raise ExplosionError(
@@ -151,7 +149,7 @@ def _is_stuck(state: SkipExplosionsState, params: Any) -> bool:
     """Whether the last step was non-finite since parameters are NaN."""
     leaves = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
     arrays = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
-    if not int(count(state.detection, "nonfinite_updates_in_a_row")):
+    if not int(state.detection.counts.nonfinite_updates_in_a_row):
         return False
     return any(bool(jnp.any(jnp.isnan(x))) for x in arrays)
 

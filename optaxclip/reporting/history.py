@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip.explosions.rules import MAX_GAP, RULES
-from optaxclip.explosions.state import flags_of
 from optaxclip.extras import NO_LOSS, named_tags, plain_number
 from optaxclip.norms.names import scope_names
 from optaxclip.numerics import root_sum_squares
+from optaxclip.packing import flags_of
 from optaxclip.reporting.states import (
     check_one_run,
     find_recorders,
@@ -159,7 +159,7 @@ def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> 
     window, num_steps = len(state.rows), int(state.counts[0])
     step = np.arange(max(0, num_steps - window), num_steps)
     columns, norms = rows_of(state, step)
-    parts = state.rows[step % window, len(COLUMNS) : state.num_others]
+    parts = state.rows[step % window, len(COLUMNS.names) : state.num_others]
     names = scope_names(state.layout, state.num_scopes, label, params_of(params))
     ranked = None
     if state.num_ranks:
@@ -171,7 +171,7 @@ def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> 
         loss_limit=columns["loss_limit"],
         norm=np.asarray(totals_of(norms)),
         limit=columns["limit"],
-        fired=flags_of(columns["fired"].astype(int)),
+        fired=flags_of(columns["fired"].astype(int), len(RULES)),
         leaf=columns["leaf"].astype(int),
         norms=norms,
         names=names,

@@ -11,12 +11,9 @@ import numpy as np
 from optaxclip.explosions.rules import RULES
 from optaxclip.explosions.state import (
     COUNTS,
-    NUM_OF_EVENT,
     NUM_SKIPPED,
     NUM_TOLD,
-    Event,
-    flags_of,
-    read_step,
+    event_of,
 )
 from optaxclip.extras import Columns, named_tags, plain_number
 from optaxclip.norms.names import scope_names
@@ -72,16 +69,14 @@ def _of_runs(
     if counts.ndim > 1:
         runs = zip(counts, events, strict=True)
         return [_of_runs(*run, columns) for run in runs]
-    num_skipped = int(counts[COUNTS.index("skipped")])
+    num_skipped = int(COUNTS.read(counts, "skipped"))
     order = np.arange(max(0, num_skipped - NUM_SKIPPED), num_skipped)
-    rows = events[NUM_TOLD + order % NUM_SKIPPED]
-    step, fired = (rows[:, Event._fields.index(name)] for name in ("step", "fired"))
-    parts = np.ascontiguousarray(rows[:, NUM_OF_EVENT:]).view(np.float32)
-    tags = named_tags(columns, parts)
+    skipped = jax.device_get(event_of(events[NUM_TOLD + order % NUM_SKIPPED]))
+    tags = named_tags(columns, skipped.tag)
     return [
-        {"step": int(step[i])}
+        {"step": int(skipped.step[i])}
         | {name: _for_json(values[i]) for name, values in tags.items()}
-        | {"rules": [RULES[rule] for rule in np.flatnonzero(flags_of(fired[i]))]}
+        | {"rules": [RULES[rule] for rule in np.flatnonzero(skipped.fired[i])]}
         for i in range(len(order))
     ]
 
@@ -142,5 +137,5 @@ def leading_leaf(
     check_one_run(label, state)
     record = state.record
     names = scope_names(record.layout, record.num_scopes, label, params_of(params))
-    leaf = int(read_step(jax.device_get(state.detection), "began").leaf)
+    leaf = int(jax.device_get(state.detection).began.leaf)
     return names[leaf] if leaf >= 0 else None

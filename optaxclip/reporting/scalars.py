@@ -14,8 +14,6 @@ from optaxclip.explosions.leading import fitted_growth
 from optaxclip.explosions.rules import RULES
 from optaxclip.explosions.state import (
     SkipExplosionsState,
-    count,
-    read_step,
     was_taken,
 )
 from optaxclip.extras import NO_LOSS
@@ -195,11 +193,11 @@ def _ratio(norm: jax.Array, unit: jax.Array) -> jax.Array:
 def _explosion_metrics(state: Any) -> dict[str, jax.Array]:
     result, noticed = {}, state.detection
     # Before the first step a share is 0, not NaN.
-    num_steps = jnp.maximum(count(noticed, "steps"), 1).astype(jnp.float32)
-    num_exploded = count(noticed, "exploded")
+    num_steps = jnp.maximum(noticed.counts.steps, 1).astype(jnp.float32)
+    num_exploded = noticed.counts.exploded
     if isinstance(state, SkipExplosionsState):
-        num_skipped = count(noticed, "skipped")
-        is_rolled_back = count(noticed, "last_rollback") == count(noticed, "steps")
+        num_skipped = noticed.counts.skipped
+        is_rolled_back = noticed.counts.last_rollback == noticed.counts.steps
         result = {
             "is_skipped": (~was_taken(state)).astype(jnp.int32),
             "is_rolled_back": is_rolled_back.astype(jnp.int32),
@@ -207,20 +205,20 @@ def _explosion_metrics(state: Any) -> dict[str, jax.Array]:
             "skipped_fraction": num_skipped.astype(jnp.float32) / num_steps,
             "gave_up": state.gave_up.astype(jnp.int32),
             "scale": state.scale,
-            "num_rollbacks": count(noticed, "rollbacks"),
-            "num_mended": count(noticed, "mended"),
-            "num_blocked_rollbacks": count(noticed, "blocked_rollbacks"),
+            "num_rollbacks": noticed.counts.rollbacks,
+            "num_mended": noticed.counts.mended,
+            "num_blocked_rollbacks": noticed.counts.blocked_rollbacks,
         }
-    last_step = count(noticed, "steps") - 1
+    last_step = noticed.counts.steps - 1
     last, _ = rows_of(noticed.record, last_step)
-    has_exploded = (count(noticed, "last") == last_step) & (last_step >= 0)
-    began = read_step(noticed, "began")
+    has_exploded = (noticed.counts.last == last_step) & (last_step >= 0)
+    began = noticed.began
     return {
         "is_exploded": has_exploded.astype(jnp.int32),
         "num_exploded": num_exploded,
         "exploded_fraction": num_exploded.astype(jnp.float32) / num_steps,
-        **{f"num_exploded/{rule}": count(noticed, rule) for rule in RULES},
-        "num_in_a_row": count(noticed, "in_a_row"),
+        **{f"num_exploded/{rule}": getattr(noticed.counts, rule) for rule in RULES},
+        "num_in_a_row": noticed.counts.in_a_row,
         "began": began.step,
         "leading_leaf": began.leaf,
         "growth": fitted_growth(noticed.record),

@@ -36,8 +36,8 @@ def windowed_metrics(state, norms: jax.Array, window: int | None) -> dict:
     # Of the last steps in time order; a step below 0 has not been.
     steps = record.counts[0] - num_kept + jnp.arange(num_kept, dtype=jnp.int32)
     norms = norms[steps % num_kept]
-    columns = record.rows[:, : len(COLUMNS)][steps % num_kept]
-    losses, fired = (columns[:, COLUMNS.index(name)] for name in ("loss", "fired"))
+    rows = record.rows[steps % num_kept]
+    losses, fired = (COLUMNS.read(rows, name) for name in ("loss", "fired"))
     last = slice(num_kept - length, None)
     found = _percentiles(norms[last], steps[last] >= 0)
     # Rows before the first step are zeros: no bit is set in them.

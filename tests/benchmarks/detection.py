@@ -27,7 +27,7 @@ import tyro
 import optaxclip
 from optaxclip.explosions.leading import fitted_growth
 from optaxclip.explosions.rules import RULES
-from optaxclip.explosions.state import flags_of
+from optaxclip.packing import flags_of
 from optaxclip.ring import rows_of
 
 DATA = Path(__file__).parents[1] / "data" / "traces"
@@ -281,7 +281,7 @@ def watcher(num_leaves: int, make: Callable[[], Any]) -> Callable[..., Any]:
         record = state["explosions"].record
         last, _ = rows_of(record, record.counts[0] - 1)
         leaf = last["leaf"].astype(jnp.int32)
-        fired = flags_of(last["fired"].astype(jnp.int32))
+        fired = flags_of(last["fired"].astype(jnp.int32), len(RULES))
         return state, Verdict(fired, leaf, fitted_growth(record))
 
     def watch_run(loss, norms):

@@ -43,6 +43,37 @@ CLIPS: dict[str, optax.GradientTransformation] = {
     ),
 }
 
+
+def plain_fields(optimizer: optax.GradientTransformation) -> Any:
+    """`stabilize` with each number that its state packs in an array of its own."""
+    guarded = optaxclip.stabilize(optimizer)
+
+    def with_fields(state, change):
+        state = state["explosions"]
+        record = state.explosions.record
+        record = record._replace(counts=change(record.counts))
+        explosions = state.explosions._replace(
+            events=change(state.explosions.events), record=record
+        )
+        carried = change(state.carried)
+        return {"explosions": state._replace(explosions=explosions, carried=carried)}
+
+    def split(packed):
+        return tuple(packed[..., i] for i in range(packed.shape[-1]))
+
+    def joined(fields):
+        return jnp.stack(fields, axis=-1)
+
+    def update(updates, state, params=None, **extra_args):
+        state = with_fields(state, joined)
+        updates, state = guarded.update(updates, state, params, **extra_args)
+        return updates, with_fields(state, split)
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: with_fields(guarded.init(params), split), update
+    )
+
+
 # What wraps Adam.
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "optax.apply_if_finite and clip": lambda adam: optax.apply_if_finite(
@@ -56,6 +87,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "optaxclip.stabilize, snapshots on the host": lambda adam: optaxclip.stabilize(
         adam, rollback="host"
     ),
+    "optaxclip.stabilize, plain fields": plain_fields,
 }
 
 # Each learned limit beside the fixed one over the same scopes, and the recorder with a

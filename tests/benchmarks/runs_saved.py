@@ -108,11 +108,11 @@ def ratio(end: Any, bare: Any, start: Any) -> np.ndarray:
 
 def story(found: Trained, seed: int) -> str:
     """What the state of a `stabilize` says in the end; "" of any other arm."""
-    counts = np.zeros(len(COUNTS), int)
+    counts = np.zeros(len(COUNTS.names), int)
     skips = find_skips(found.state)
     for skip in skips:
         counts += np.asarray(skip.explosions.record.counts)[seed]
-    now = dict(zip(COUNTS, counts.tolist(), strict=True))
+    now = COUNTS.unpack(counts)
     rules = ", ".join(f"{rule} {now[rule]}" for rule in RULES if now[rule])
     return (
         f"{rules or 'nothing noticed'}; {now['skipped']} skipped, {now['rollbacks']} "

@@ -17,7 +17,7 @@ import optaxclip
 from optaxclip import limits
 from optaxclip.explosions.leading import fitted_growth
 from optaxclip.explosions.rules import RULES
-from optaxclip.explosions.state import COUNTS, count, read_step
+from optaxclip.explosions.state import COUNTS
 from optaxclip.explosions.trials import PHASES
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -125,7 +125,7 @@ def test_a_layer_that_explodes_under_a_larger_one():
         grads["b"] = grads_of(4e-2)["b"]
         _, state, _ = run(DETECT, [grads], state=state)
         assert fired(state) == (["share"] if step == 2 else [])
-    last = read_step(state["explosions"], "began")
+    last = state["explosions"].began
     assert last.leaf == 1
     np.testing.assert_allclose(last.share, 4e-2, rtol=1e-3)
 
@@ -135,12 +135,12 @@ def test_the_leaf_that_led():
     for leaf, name in enumerate(("a", "b")):
         grads = grads_of(1.0) | {name: grads_of(100.0)[name]}
         _, after, _ = run(DETECT, [grads], state=state)
-        assert read_step(after["explosions"], "began").leaf == leaf
+        assert after["explosions"].began.leaf == leaf
         # Beside one that is non-finite no growth counts.
         other = "ba"[leaf]
         grads = grads | {other: grads_of(math.nan)[other]}
         _, after, _ = run(DETECT, [grads], state=state)
-        assert read_step(after["explosions"], "began").leaf == 1 - leaf
+        assert after["explosions"].began.leaf == 1 - leaf
 
 
 def naive_leaf(norms, step) -> int:
@@ -193,7 +193,7 @@ def test_counts_and_the_step_at_which_it_began():
     sizes = [*healthy(20), 50, 1, math.nan, math.nan, *healthy(11), 900, 1]
     _, state, _ = run(DETECT, sizes)
     state = state["explosions"]
-    counts = dict(zip(COUNTS, np.asarray(state.record.counts), strict=True))
+    counts = COUNTS.unpack(np.asarray(state.record.counts))
     assert counts == {
         "steps": 37,
         "nonfinite": 2,
@@ -220,11 +220,11 @@ def test_counts_and_the_step_at_which_it_began():
         "last_skipped": -1,
         "last": 35,
     }
-    assert read_step(state, "nonfinite").step == 22
+    assert state.first_nonfinite.step == 22
     # 22 and 23 belong to the explosion of 20, 35 comes more than ten steps later.
-    assert read_step(state, "began").step == 35
+    assert state.began.step == 35
     _, state, _ = run(DETECT, sizes[:30])
-    assert read_step(state["explosions"], "began").step == 20
+    assert state["explosions"].began.step == 20
 
 
 def test_the_growth_of_the_norm():
@@ -289,7 +289,7 @@ def test_100_000_heavy_tailed_steps():
     state = tx.init({"a": jnp.ones(1)})
     rows = np.stack([norms, losses], axis=1)
     state, counts = jax.jit(lambda *args: lax.scan(step, *args))(state, rows)
-    counts = {name: np.asarray(counts)[-1, i] for i, name in enumerate(COUNTS)}
+    counts = COUNTS.unpack(np.asarray(counts)[-1])
     assert counts["steps"] == 100_000
     assert counts["exploded"] <= 100  # 10 in 10,000
     assert counts["share"] == counts["nonfinite"] == 0
@@ -486,7 +486,7 @@ def test_batches_of_a_rare_kind_are_learned():
     sizes[64::8] *= 6
     _, state, found = run(SKIP_PLAIN, sizes)
     assert [i for i, updates in enumerate(found) if is_zero(updates)] == [64, 72]
-    assert count(state["explosions"].explosions, "last") < 200
+    assert state["explosions"].explosions.counts.last < 200
 
 
 def test_what_explodes_and_passes_makes_a_trial_less_likely():
@@ -495,7 +495,7 @@ def test_what_explodes_and_passes_makes_a_trial_less_likely():
     params, state, _ = explode(STABILIZE, before)
     for num, phase in [(4, "training"), (1, "first trial")]:
         params, state, _ = explode(STABILIZE, [1e3] * num, state, params)
-        assert PHASES[count(state["explosions"].explosions, "phase")] == phase
+        assert PHASES[state["explosions"].explosions.counts.phase] == phase
 
 
 @pytest.mark.parametrize("tx", [SKIP_PLAIN, STABILIZE], ids=["skip", "rollback"])
@@ -544,7 +544,7 @@ def test_what_is_accepted_may_grow_tenfold_and_not_further():
     last_skipped = []
     for size in [1e3, 3e3, 9e3, *[27e3] * 3]:
         params, state, _ = explode(STABILIZE, [size], state, params)
-        last_skipped.append(int(count(state["explosions"].explosions, "last_skipped")))
+        last_skipped.append(int(state["explosions"].explosions.counts.last_skipped))
     assert last_skipped == [23, 23, 23, 27, 28, 28]
     assert optaxclip.metrics(state)["explosions/num_rollbacks"] == 0
 
@@ -609,7 +609,7 @@ def test_a_number_is_a_limit_for_norms_beyond_float32(x64, bad):
     params = {"a": jnp.ones(2, jnp.float64)}
     for size, expected in ((0.1 * bad, 0), (10 * bad, 1)):
         _, state = jax.jit(tx.update)({"a": jnp.full(2, size)}, tx.init(params))
-        assert count(state["explosions"], "norm") == expected
+        assert state["explosions"].counts.norm == expected
 
 
 @pytest.mark.slow
@@ -819,7 +819,7 @@ def test_how_many_until_a_rollback_and_until_it_gives_up():
 def test_how_far_apart_explosions_are_one_and_how_many_steps_are_kept():
     tx = optaxclip.detect_explosions(max_gap=30, window=64)
     _, state, _ = run(tx, [*healthy(20), 50, *healthy(20), 900])
-    assert read_step(state["explosions"], "began").step == 20
+    assert state["explosions"].began.step == 20
     assert len(run(tx, healthy(80))[1]["explosions"].record.rows) == 64
 
 
@@ -914,7 +914,7 @@ def test_the_rules_learn_nothing_of_a_step_whose_moments_are_mended():
     before = state["explosions"].explosions
     _, state, found = run(tx, [1.0], state=state)
     after = state["explosions"].explosions
-    assert count(after, "mended") - count(before, "mended") == 1
+    assert after.counts.mended - before.counts.mended == 1
     assert is_zero(found[0])
     assert jax.tree.leaves(after.rule_states)
     chex.assert_trees_all_equal(after.rule_states, before.rule_states)
@@ -981,8 +981,8 @@ def test_bad_types(arguments):
 
 def test_count_reads_by_name():
     _, state, _ = run(DETECT, [1.0, math.nan])
-    assert count(state["explosions"], "steps") == 2
-    assert count(state["explosions"], "nonfinite_in_a_row") == 1
+    assert state["explosions"].counts.steps == 2
+    assert state["explosions"].counts.nonfinite_in_a_row == 1
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optaxclip
 from optaxclip.explosions import snapshots
-from optaxclip.explosions.state import count
 from optaxclip.explosions.trials import PHASES
 
 needs_host_memory = pytest.mark.skipif(
@@ -74,7 +73,7 @@ def kinds_of(tree: Any) -> set[str]:
 def test_the_run_is_that_of_snapshots_on_the_device():
     carry = train("host")
     assert optaxclip.metrics(carry[1])["explosions/num_rollbacks"] == 1
-    assert PHASES[count(carry[1]["explosions"].explosions, "phase")] == "accepting"
+    assert PHASES[carry[1]["explosions"].explosions.counts.phase] == "accepting"
     chex.assert_trees_all_equal(as_numbers(carry), train_on_device())
 
 

@@ -20,7 +20,6 @@ import optaxclip
 from conftest import stores_no_squares
 from optaxclip.explosions import skipping
 from optaxclip.explosions.selecting import update_or_keep
-from optaxclip.explosions.state import count
 from optimizers import assert_same_bits, bits, make_optimizer, op_by_op, optimizers_of
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -845,7 +844,7 @@ def run_all(tx, gradients):
             told = (
                 params,
                 state.inner_state,
-                count(state.explosions, "skipped"),
+                state.explosions.counts.skipped,
                 updates,
             )
             return carry, told
@@ -914,8 +913,8 @@ def test_a_bad_loss_alone_is_counted_and_its_step_is_taken():
     for (found, state), step in zip(history, expected, strict=True):
         assert_same_bits((found, state["explosions"].inner_state), step)
     explosions = history[-1][1]["explosions"].explosions
-    assert int(count(explosions, "nonfinite")) == len(BAD)
-    assert int(count(explosions, "skipped")) == 0
+    assert int(explosions.counts.nonfinite) == len(BAD)
+    assert int(explosions.counts.skipped) == 0
 
 
 def test_a_nan_made_by_the_inner_transformation_stops():
@@ -925,7 +924,7 @@ def test_a_nan_made_by_the_inner_transformation_stops():
     updates, state = jax.jit(tx.update)(gradients, tx.init(gradients))
     np.testing.assert_array_equal(updates["w"], [0, 2, 0])
     np.testing.assert_array_equal(updates["b"], [3])
-    assert int(count(state["explosions"].explosions, "skipped")) == 0
+    assert int(state["explosions"].explosions.counts.skipped) == 0
 
 
 @pytest.mark.parametrize(

@@ -328,7 +328,7 @@ def is_detector(x) -> bool:
 
 
 def decoded(x) -> Any:
-    """`told`, which holds floats as the bits of integers, in two parts."""
+    """`events`, which hold floats as the bits of integers, in two parts."""
     if not is_detector(x):
         return x
     events = np.asarray(x.events)
