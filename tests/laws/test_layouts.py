@@ -146,8 +146,6 @@ ROWS: dict[str, Callable] = {
 # Run by default: the others share their code with one of these.
 # The rows of the cell that is not slow, and those whose metrics are compared in others.
 FEW = (
-    "clip_by_norm, per unit",
-    "clip_by_norm, stacked group",
     "agc, limits.params",
     "skip_explosions, rollback",
     "record, per group",
