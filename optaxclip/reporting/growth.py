@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from optaxclip.explosions.leading import STEPS_BEFORE, leading_leaf
 from optaxclip.reporting.history import History
+
+_leading_leaf = jax.jit(leading_leaf)
 
 
 def growth_of(kept: History, began: int) -> list[str]:
@@ -14,19 +18,29 @@ def growth_of(kept: History, began: int) -> list[str]:
     nonfinite = np.flatnonzero(kept.fired[began:, 0])
     end = began + int(nonfinite[0] if len(nonfinite) else 0)
     whole = _grown(kept.norm, kept.limit, began, end)
-    unknown = np.full_like(kept.limit, np.inf)
-    scopes = [_grown(norms, unknown, began, end) for norms in kept.norms.T]
     found = [("The norm had grown by", whole)]
-    if len(scopes) > 1 and kept.ranked is None:
-        most = int(np.argmax([grown.rise if grown else 0 for grown in scopes]))
+    most = _leading_at(kept.norms, end)
+    if kept.norms.shape[1] > 1 and kept.ranked is None and most >= 0:
+        unknown = np.full_like(kept.limit, np.inf)
         what = f"In the end that of {kept.names[most]!r} had grown most, by"
-        found.append((what, scopes[most]))
+        found.append((what, _grown(kept.norms[:, most], unknown, began, end)))
     return [
         f"{what} {grown.rate:.3g}x per step since step {kept.step[grown.start]}, "
         f"from {grown.low:.3g} to {grown.high:.3g}."
         for what, grown in found
         if grown
     ]
+
+
+def _leading_at(norms: np.ndarray, row: int) -> int:
+    """As on the device, of the last row up to this one without a non-finite norm."""
+    finite = np.flatnonzero(np.isfinite(norms[: row + 1]).all(axis=1))
+    if not len(finite):
+        return -1
+    before = finite[-1] - STEPS_BEFORE
+    # Of a row before the first nothing is known.
+    known = np.where(before[:, None] >= 0, norms[np.maximum(before, 0)], 0)
+    return int(_leading_leaf(norms[finite[-1]], known))
 
 
 class Grown(NamedTuple):

@@ -1,0 +1,46 @@
+"""What `explain` says of the growth before an explosion."""
+
+import numpy as np
+import pytest
+
+from optaxclip.explosions.leading import STEPS_BEFORE, leading_leaf
+from optaxclip.reporting.growth import growth_of
+from optaxclip.reporting.history import History
+
+NUM_STEPS, BEGAN = 150, 140
+
+
+@pytest.fixture
+def kept() -> History:
+    """A leaf that rose long ago and stays there, and one that rises now."""
+    early = np.where(np.arange(NUM_STEPS) < 60, 1, 50)
+    late = np.ones(NUM_STEPS)
+    late[BEGAN:] = 1.4 ** np.arange(1, NUM_STEPS - BEGAN + 1)
+    norms = np.stack([early, late], axis=1).astype(np.float32)
+    fired = np.zeros((NUM_STEPS, 4), bool)
+    fired[BEGAN:, 1] = True
+    norms[-1], fired[-1, 0] = np.nan, True
+    unknown = np.full(NUM_STEPS, np.inf, np.float32)
+    return History(
+        step=np.arange(NUM_STEPS),
+        loss=np.full(NUM_STEPS, np.nan, np.float32),
+        loss_limit=unknown,
+        norm=np.linalg.norm(norms, axis=1),
+        limit=unknown,
+        fired=fired,
+        leaf=np.full(NUM_STEPS, 1),
+        norms=norms,
+        names=["early", "late"],
+    )
+
+
+def test_the_leaf_that_had_grown_most_is_that_of_the_device(kept):
+    last = NUM_STEPS - 2  # of the last step no growth can be told
+    before = kept.norms[last - STEPS_BEFORE]
+    assert leading_leaf(kept.norms[last], before) == 1
+    assert "that of 'late' had grown most" in growth_of(kept, BEGAN)[-1]
+
+
+def test_where_no_step_is_finite_no_leaf_is_named(kept):
+    norms, norm = (np.full_like(x, np.nan) for x in (kept.norms, kept.norm))
+    assert growth_of(kept._replace(norms=norms, norm=norm), BEGAN) == []
