@@ -115,3 +115,8 @@ def reshard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     is_explicit = AxisType.Explicit in mesh.axis_types
     return jax.sharding.reshard(x, spec) if is_explicit else x
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """The whole array, on each device of a mesh with explicit axes; else as it is."""
+    return reshard(x, PartitionSpec(*[None] * x.ndim))

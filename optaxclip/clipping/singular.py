@@ -57,7 +57,8 @@ def largest_singular_value(x: jax.Array) -> jax.Array:
     tiny = jnp.finfo(x.real.dtype).tiny
     # Of random elements, which no gradient is orthogonal to but by chance.
     start = np.random.default_rng(0).standard_normal(x.shape[1])
-    v = jnp.asarray(start / np.linalg.norm(start), x.dtype)
+    # A sum, so that under `vmap` it is sharded as the matrices are.
+    v = jnp.zeros_like(x[0]) + jnp.asarray(start / np.linalg.norm(start), x.dtype)
 
     def normalize(vector):
         # Zero, once the process has found all there is.
@@ -99,17 +100,19 @@ def orthogonalize(x: jax.Array, smallest: jax.Array) -> jax.Array:
     floors, *coefficients = jnp.asarray(POLYNOMIALS.T, x.real.dtype)
     # As the next one's interval begins where this one's image does.
     following = jnp.append(floors[1:], 1)
+    places = jnp.arange(len(floors))
 
     def step(carry):
         x, smallest = carry
         place = jnp.maximum(jnp.sum(smallest >= floors) - 1, 0)
-        a, b, c = (column[place].astype(x.dtype) for column in coefficients)
+        # An index, where `vmap` runs over devices, would need to be told a sharding.
+        chosen = (places == place).astype(floors.dtype)
+        *factors, end = (jnp.sum(chosen * row) for row in (*coefficients, following))
+        a, b, c = (factor.astype(x.dtype) for factor in factors)
         gram = matmul(adjoint(x), x)
         factor = b * gram + c * matmul(gram, gram)
         grown = a.real * smallest
-        return a * x + matmul(x, factor), where(
-            smallest < floors[0], grown, following[place]
-        )
+        return a * x + matmul(x, factor), where(smallest < floors[0], grown, end)
 
     return lax.while_loop(lambda carry: carry[1] < 1, step, (x, smallest))[0]
 

@@ -33,7 +33,7 @@ from optaxclip.numerics import (
     where,
     widen,
 )
-from optaxclip.xla import reshard, run_if, tie
+from optaxclip.xla import replicate, reshard, run_if, tie
 
 
 def clip_by_spectral_norm(
@@ -58,7 +58,8 @@ def clip_by_spectral_norm(
     The norm is the largest singular value, at most 0.5 % too small. Of norms up to
     10,000 times the limit, results are within 0.3 % of the limit of the formula; of
     larger ones, what is below 1e-6 of the Frobenius norm shrinks with it. Of a sharded
-    matrix, each device works on the whole.
+    matrix, each device works on the whole; of stacked ones that lie on several devices,
+    each works on its own.
 
     Args:
       max_norm: The limit, as in `clip_by_norm`; a `Limit` learns from each matrix.
@@ -192,8 +193,9 @@ def _measure(
         if not _is_matrix(leaf):
             parts.append(jnp.zeros(leaf.part_shape, frobenius.dtype))
             continue
-        share = jax.vmap(largest_singular_value)(_units(x, axes, size, extra))
-        size, extra = size.reshape(-1), extra.reshape(-1)
+        matrices = _units(x, axes, size, extra)
+        share = replicate(_each(largest_singular_value, matrices))
+        size, extra = size[..., 0, 0], extra[..., 0, 0]
         norm = jnp.minimum(share * extra * size, jnp.finfo(size.dtype).max)
         parts.append(where(jnp.isfinite(size), norm, size))
     # They are of whole matrices: nothing is left to combine over devices.
@@ -202,14 +204,14 @@ def _measure(
 
 
 def _units(x: Any, axes: MeshAxes, size: jax.Array, extra: jax.Array) -> jax.Array:
-    """The matrices `[num_matrices, m, n]`, m >= n, each with a Frobenius norm of 1.
+    """The matrices `[..., m, n]`, m >= n, each with a Frobenius norm of 1.
 
     In the dtype of `size`; zeros for one that is zero or holds inf or NaN.
     """
-    x = _replicate(join_shards(widen(jnp.asarray(x), size.dtype), axes))
+    x = _whole(join_shards(widen(jnp.asarray(x), size.dtype), axes))
     is_known = jnp.isfinite(size) & (size > 0)
     x = divide(divide(x, where(is_known, size, 1)), extra)
-    x = jnp.where(is_known, x, jnp.zeros_like(x)).reshape(-1, *x.shape[-2:])
+    x = jnp.where(is_known, x, jnp.zeros_like(x))
     return x.mT if x.shape[-2] < x.shape[-1] else x
 
 
@@ -227,13 +229,14 @@ def _clip(
         least = 8 * jnp.finfo(size.dtype).eps
         cut = divide(divide(limit, where(size > 0, size, 1)), extra)
         cut = jnp.clip(where(fits | is_bad, 1, cut), least)
-        clipped = jax.vmap(function)(_units(known, axes, size, extra), cut.reshape(-1))
+        matrices = _units(known, axes, size, extra)
+        clipped = _each(function, matrices, cut[..., 0, 0])
         shape = whole_shape(leaf.shape, axes)
-        clipped = (clipped.mT if shape[-2] < shape[-1] else clipped).reshape(shape)
+        clipped = clipped.mT if shape[-2] < shape[-1] else clipped
         clipped = own_shard(clipped, leaf.shape, axes)
         clipped = scale(clipped, where(is_bad, 0, limit)).astype(x.dtype)
         # Zero times inf or NaN is NaN, which stays visible.
-        known = _replicate(known)
+        known = _whole(known)
         clipped = jnp.where(jnp.isfinite(size), clipped, known * 0)
         clipped = jnp.where(fits, known, clipped)
         return reshard(clipped, jax.typeof(x).sharding.spec)
@@ -241,7 +244,18 @@ def _clip(
     return run_if(~jnp.all(fits), clip, x)[1]
 
 
-def _replicate(x: jax.Array) -> jax.Array:
-    """The whole array, on each device of a mesh with explicit axes."""
+def _each(function: Callable, matrices: jax.Array, *numbers: jax.Array) -> jax.Array:
+    """The function of each matrix, and of the numbers that belong to it."""
+    spec = jax.typeof(matrices).sharding.spec[:-2]
+    numbers = tuple(reshard(x, PartitionSpec(*spec)) for x in numbers)
+    # Axis by axis: joined into one, experts would have to lie on one device.
+    for _ in range(matrices.ndim - 2):
+        function = jax.vmap(function)
+    return function(matrices, *numbers)
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """Whole matrices, on a mesh with explicit axes; layers and experts stay apart."""
     # There a product does not choose by itself what it sums over the devices.
-    return reshard(x, PartitionSpec(*[None] * x.ndim))
+    spec = jax.typeof(x).sharding.spec[:-2]
+    return reshard(x, PartitionSpec(*spec, None, None))

@@ -21,6 +21,7 @@ from optaxclip.norms.names import (
     stacked_shape,
 )
 from optaxclip.norms.units import UnitAxis, default_unit_axes, find_unit_axis
+from optaxclip.xla import replicate
 
 # XLA makes a chain of additions of a sum of numbers that lie apart, and on CPU takes
 # time cubic in their number to fuse it. Of more than so many it stays a sum.
@@ -128,6 +129,10 @@ class Scopes(NamedTuple):
             return tuple(parts)
         if not parts:
             parts = [numpy.zeros(0, np.float32)]
+        if numpy is jnp:
+            # On a mesh with explicit axes, experts spread over devices cannot be joined
+            # with layers. What travels is one number for each.
+            parts = [replicate(part) for part in parts]
         flat = numpy.concatenate([part.reshape(-1) for part in parts])
         if self.kind == "leaf":
             return flat

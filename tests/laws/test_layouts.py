@@ -487,10 +487,87 @@ def test_all_reduces_of_a_healthy_step(layout, mode, subtests):
             assert "all-gather" not in program
 
 
+# Layers and experts, `[layers, experts, in, out]`, with the experts on eight devices.
+EXPERTS = {"bias": (8,), "experts": (3, 8, 4, 6)}
+EXPERT_SPECS = {"bias": P(), "experts": P(None, "x")}
+STACKED_ROWS: dict[str, Any] = {
+    "clip_by_norm, per leaf": functools.partial(
+        optaxclip.clip_by_norm, 2.0, per="leaf"
+    ),
+    "clip_by_norm, per group": functools.partial(
+        optaxclip.clip_by_norm, 9.0, per=lambda name: name[:9]
+    ),
+    "clip_by_norm, set": functools.partial(
+        optaxclip.clip_by_norm, 2.0, respond="set", per="leaf", ord=3
+    ),
+    "clip_by_norm, limits.with_global": functools.partial(
+        optaxclip.clip_by_norm, limits.with_global(4.0, 6.0), per="leaf"
+    ),
+    "clip_by_spectral_norm": functools.partial(optaxclip.clip_by_spectral_norm, 2.0),
+    "clip_by_spectral_norm, smooth": functools.partial(
+        optaxclip.clip_by_spectral_norm, 2.0, smooth=True
+    ),
+    "agc": optaxclip.agc,
+    "block_rms": functools.partial(optaxclip.block_rms, 0.5),
+    "detect_explosions": optaxclip.detect_explosions,
+    "record, top": functools.partial(optaxclip.record, top=2, window=8),
+}
+
+
+@pytest.mark.usefixtures("quick_to_compile")
+@pytest.mark.parametrize(
+    ("mode", "names"),
+    [
+        pytest.param("explicit", ("record, top",), id="explicit-few"),
+        pytest.param("explicit", tuple(STACKED_ROWS), marks=pytest.mark.slow),
+        pytest.param("auto", tuple(STACKED_ROWS), marks=pytest.mark.slow),
+    ],
+)
+def test_experts_on_eight_devices(mode, names, subtests):
+    rng = np.random.default_rng(0)
+    updates = {
+        name: rng.standard_normal(shape).astype(np.float32)
+        for name, shape in EXPERTS.items()
+    }
+    rows = {
+        name: STACKED_ROWS[name](stacked=lambda leaf: 2 if leaf == "experts" else 0)
+        for name in names
+    }
+
+    def step(updates):
+        return {
+            name: tx.update(updates, tx.init(updates), updates)
+            for name, tx in rows.items()
+        }
+
+    expected = jax.jit(step)(updates)
+    mesh = mesh_of("data", mode)
+    with jax.set_mesh(mesh):
+        given = place(mesh, updates, EXPERT_SPECS)
+        compiled = jax.jit(step).lower(given).compile()
+        found = compiled(given)
+    shardings = shardings_of(mesh, EXPERT_SPECS)
+    for name in rows:
+        with subtests.test(name):
+            if mode == "explicit":
+                assert_placed(found[name][0], shardings, mode)
+            rtol = 1e-4 if "spectral" in name else 1e-6
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=rtol, atol=rtol),
+                found[name],
+                expected[name],
+            )
+    # What travels is numbers, one for each expert; no matrices.
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", str(compiled.as_text()))
+    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in gathered]
+    assert sizes
+    assert max(sizes) <= 3 * 8 * 6
+
+
 def test_every_transformation_and_every_limit_has_a_row():
     words = set(re.findall(r"[\w.]+", " ".join(ROWS)))
-    # Products of matrices gather them: see `test_spectral.py`. The other one measures
-    # nothing.
+    # Products of sharded matrices gather them: see `test_spectral.py`. The other one
+    # measures nothing.
     words |= {"clip_by_spectral_norm", "scale_params"}
     returned = ("GradientTransformationExtraArgs", "Limit")
     for prefix, module in {"": optaxclip, "limits.": limits}.items():
