@@ -104,7 +104,7 @@ def clip_by_norm(
         a leaf's name (`"rnn/hh/kernel"`) to the name of its group: each group.
       where: True for the names of the leaves to measure and clip; others pass through.
       unit_axis: For "unit", the axis that counts output units, or a function of names;
-        without stacked axes. By default the last, in layers of Equinox the first.
+        without stacked axes. By default that of `unit_norms`.
       ord: Order of the norm: any number >= 1, or `math.inf`.
       specs: Inside `jax.shard_map`, the tree (or prefix) of `PartitionSpec`s that the
         parameters have.

@@ -179,7 +179,7 @@ def agc(
     `clip_by_norm(limits.params(max_ratio, eps=eps), per="unit")`: the limit is
     `max_ratio * max(norm of the weights, eps)`. A unit is what the last axis of a Flax
     kernel counts, and the first of a layer's weights in Equinox, over all other axes; a
-    vector is one unit.
+    vector is one unit, and so is a bias in Equinox.
 
     Unlike `optax.adaptive_grad_clip`, it sums a kernel of any rank over all axes but
     the last (optax: rank 3 over the first alone, and `[1, out]` is one unit), takes the

@@ -80,12 +80,14 @@ def unit_norms(
 ) -> Any:
     """Gives the norm of each output unit: over all axes of a leaf but one.
 
-    Vectors and scalars are one unit each (Brock et al., arXiv:2102.06171, section 4.1).
+    Vectors and scalars are one unit each (Brock et al., arXiv:2102.06171, section 4.1),
+    as is the bias of a convolution in Equinox.
 
     Args:
       tree: As in `global_norm`.
       unit_axis: The axis that counts output units, or a function of names; without
-        stacked axes. By default the last, in layers of Equinox the first.
+        stacked axes. By default the last, in layers of Equinox but embeddings the
+        first.
       ord: As in `global_norm`.
       specs: As in `global_norm`. The result is sharded as that axis is.
       stacked: As in `leaf_norms`; the norms of such a leaf have shape

@@ -189,7 +189,8 @@ def find_scopes(
             kept = tuple(range(len(stacked_shape(name, shape, stacked))))
             if per == "unit" and len(shape) - len(kept) > 1:
                 axis = default if unit_axis is None or not is_measured else unit_axis
-                kept += (find_unit_axis(name, shape, len(kept), axis),)
+                if axis is not None:
+                    kept += (find_unit_axis(name, shape, len(kept), axis),)
         entries = tuple(spec) + (None,) * (len(shape) - len(spec))
         kept_mesh_axes = _sorted_axes([entries[axis] for axis in kept])
         if per != "unit" and kept_mesh_axes:

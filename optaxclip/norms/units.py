@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from optaxclip.checks import STATIC
+from optaxclip.norms.names import path_name
 
 UnitAxis = int | Callable[[str], int]
 """The axis that counts output units; a function gives that of the leaf of a name."""
@@ -44,22 +45,32 @@ def _is_axis(axis: Any) -> bool:
     return isinstance(axis, numbers.Integral) and not isinstance(axis, bool)
 
 
-def default_unit_axes(tree: Any) -> list[int]:
-    """For each leaf 0 in a layer of Equinox, whose weights are `[out, in]`; else -1."""
+def default_unit_axes(tree: Any) -> list[int | None]:
+    """For each leaf, the axis that counts output units; None where it is one unit.
+
+    0 in a layer of Equinox, whose weights are `[out, in]`, but for the bias of a
+    convolution, `[out, 1, 1]`, which is one unit, and embeddings; else the last.
+    """
 
     def walk(structure, axis):
         if jax.tree_util.treedef_is_leaf(structure):
             return [axis] * structure.num_leaves  # `None` has none
         kind, _ = structure.node_data()
-        # By its name: Equinox need not be installed. A module of the user's own, which
-        # may hold arrays of any layout, is none of its layers unless it inherits one.
-        if issubclass(kind, tuple | list | dict):
-            child_axis = axis
-        else:
-            bases = [base.__module__ for base in kind.__mro__]
-            child_axis = 0 if any(x.startswith("equinox.nn") for x in bases) else -1
-        return [
-            found for child in structure.children() for found in walk(child, child_axis)
-        ]
+        if not issubclass(kind, tuple | list | dict):
+            axis = _axis_in(kind)
+        return [found for child in structure.children() for found in walk(child, axis)]
 
-    return walk(jax.tree.structure(tree), -1)
+    axes = walk(jax.tree.structure(tree), -1)
+    paths = [path for path, _ in jax.tree.leaves_with_path(tree)]
+    return [
+        None if axis == 0 and path_name(path[-1:]).startswith("bias") else axis
+        for path, axis in zip(paths, axes, strict=True)
+    ]
+
+
+def _axis_in(kind: type) -> int:
+    """The axis that counts output units in a module of some kind."""
+    # By its name: Equinox need not be installed. A module of the user's own, which may
+    # hold arrays of any layout, is none of its layers unless it inherits one.
+    layers = [x.__name__ for x in kind.__mro__ if x.__module__.startswith("equinox.nn")]
+    return 0 if layers and "Embedding" not in layers else -1

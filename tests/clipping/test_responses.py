@@ -400,6 +400,30 @@ class TestUnitAxis:
         for found, other in zip(jax.tree.leaves(after), expected, strict=True):
             np.testing.assert_array_equal(found, other.T)
 
+    @pytest.mark.parametrize(
+        ("layer", "axes"),
+        [
+            (eqx.nn.Conv2d(3, 4, 2, key=jax.random.key(0)), (2, 3, 1, 0)),
+            (eqx.nn.ConvTranspose1d(3, 4, 2, key=jax.random.key(0)), (2, 1, 0)),
+            (eqx.nn.Embedding(5, 3, key=jax.random.key(0)), (0, 1)),
+        ],
+        ids=["Conv2d", "ConvTranspose1d", "Embedding"],
+    )
+    def test_agc_on_an_equinox_layer_is_agc_on_that_of_flax(self, layer, axes):
+        params = eqx.filter(layer, eqx.is_array)
+        grads = jax.tree.map(lambda x: 10 * x.at[0].set(30.0), params)
+
+        def as_flax(layer):
+            kernel = {"kernel": layer.weight.transpose(axes)}
+            has_bias = hasattr(layer, "bias")
+            return kernel | ({"bias": layer.bias.reshape(-1)} if has_bias else {})
+
+        after, _ = _agc(params, grads)
+        expected, _ = _agc(as_flax(params), as_flax(grads))
+        found = as_flax(after)
+        for name, x in expected.items():
+            np.testing.assert_allclose(found[name], x, rtol=1e-6, err_msg=name)
+
     def test_an_array_of_a_module_of_ones_own_keeps_the_last_axis(self):
         class Own(eqx.Module):
             weight: jax.Array
