@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from optaxclip.checks import check_number
 from optaxclip.limits.limit import Limit, LimitLike, as_limit, cast_like
-from optaxclip.numerics import normalize_norms, root_sum_squares
+from optaxclip.numerics import divide, normalize_norms, root_sum_squares
 
 
 class RmsState(NamedTuple):
@@ -189,12 +189,23 @@ def with_global(limit: LimitLike, max_norm: LimitLike) -> Limit:
         limits = jnp.broadcast_to(limits, norms.shape).astype(norms.dtype)
         # Without the scopes that are non-finite, which the clip contains.
         clipped = jnp.minimum(norms, jnp.maximum(limits, 0))
-        shares, total = normalize_norms(jnp.where(norms < jnp.inf, clipped, 0))
+        clipped = jnp.where(norms < jnp.inf, clipped, 0)
+        shares, total = normalize_norms(clipped)
         param_norm = None if param_norms is None else root_sum_squares(param_norms)
         bound, state = together.update(total, state[1], param_norm)
         # Not `total > bound`: a bad bound gives zeros, as everywhere.
-        is_bound = ~(total <= bound) & (shares > 0)
-        joint = jnp.where(is_bound, shares * bound.astype(norms.dtype), jnp.inf)
+        is_over = ~(total <= bound)
+        # A bound of +inf would make NaN of a derivative of 0.
+        bound = jnp.where(is_over, bound, 1).astype(norms.dtype)
+        # bound / total, which itself may be beyond the largest float.
+        largest = jnp.max(clipped, initial=0)
+        factor = divide(
+            bound * jnp.max(shares, initial=0), jnp.where(largest > 0, largest, 1)
+        )
+        # Where a share underflows, the factor does not, or what both give does.
+        is_normal = shares >= jnp.finfo(shares.dtype).tiny
+        joint = jnp.where(is_normal, shares * bound, clipped * factor)
+        joint = jnp.where(is_over & (clipped > 0), joint, jnp.inf)
         return jnp.minimum(limits, joint), (own_state, state)
 
     return Limit(init, update, own.needs_params or together.needs_params)

@@ -276,6 +276,29 @@ class TestWithGlobal:
             found, _ = clipped(optaxclip.clip_by_norm(limit, per="leaf"), updates)
             np.testing.assert_array_equal(np.concatenate(found), [0, 0])
 
+    @pytest.mark.parametrize("bound", [1e-3, 1e10, 1e30])
+    @pytest.mark.parametrize("large", [[1e38], [3e38, 3e38]])
+    def test_a_small_scope_beside_a_huge_one_is_scaled_too(self, large, bound):
+        norms = [*large, 1.0, 1e-3]
+        clip = optaxclip.clip_by_norm(limits.with_global(math.inf, bound), per="leaf")
+        found, _ = clipped(clip, [jnp.array([x]) for x in norms])
+        norms = np.asarray(norms, np.float32).astype(float)
+        expected = norms * (bound / np.linalg.norm(norms))
+        # What ends below the smallest normal float may become 0.
+        found = np.concatenate(found)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1.2e-38)
+
+    def test_derivative_where_nothing_is_bound(self):
+        clip = optaxclip.clip_by_norm(limits.with_global(1.0, math.inf), per="leaf")
+
+        def after(x):
+            leaves = [x[:1], x[1:]]
+            return jnp.concatenate(clip.update(leaves, clip.init(leaves))[0])
+
+        for jacobian in (jax.jacfwd, jax.jacrev):
+            found = jax.jit(jacobian(after))(jnp.array([3.0, 0.5]))
+            np.testing.assert_allclose(found, [[0, 0], [0, 1]], atol=1e-7)
+
     def test_not_per_unit(self):
         clip = optaxclip.clip_by_norm(limits.with_global(1.0, 1.0), per="unit")
         with pytest.raises(ValueError, match="per leaf or group, not per unit"):
