@@ -28,13 +28,38 @@ def cap(norm: jax.Array, excess: jax.Array, limit: jax.Array) -> jax.Array:
 def soft(norm: jax.Array, excess: jax.Array, limit: jax.Array) -> jax.Array:
     """A little less than the norm far below the limit, nearly the limit far above."""
     limit = limit.astype(norm.dtype)
+    is_limit = (limit > 0) & (limit < jnp.inf)
+    target = where(is_limit, _soften(norm, excess, limit), limit)
+    return set_to(norm, excess, target)
+
+
+@jax.custom_jvp
+def _soften(norm: jax.Array, excess: jax.Array, limit: jax.Array) -> jax.Array:
+    """`n * c / (n + c)` for the true norm n, `norm * excess`, and the limit c."""
+    is_large, ratio = _smaller_to_larger(norm, excess, limit)
+    return where(is_large, limit, norm) / (1 + ratio)
+
+
+@_soften.defjvp
+def _soften_jvp(primals, tangents):
+    # By hand, (c / (n + c))^2 and (n / (n + c))^2: that of a ratio leaves the range of
+    # floats early.
+    d_norm, _, d_limit = tangents
+    is_large, ratio = _smaller_to_larger(*primals)
+    smaller, larger = ratio / (1 + ratio), 1 / (1 + ratio)
+    by_norm = jnp.square(where(is_large, smaller, larger))
+    by_limit = jnp.square(where(is_large, larger, smaller))
+    return _soften(*primals), by_norm * d_norm + by_limit * d_limit
+
+
+def _smaller_to_larger(
+    norm: jax.Array, excess: jax.Array, limit: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Whether the norm is above the limit, and the ratio of the two, at most 1."""
     is_large = norm > limit
-    # n * c / (n + c) by the ratio of the smaller to the larger: the sum may overflow.
     smaller, larger = where(is_large, limit, norm), where(is_large, norm, limit)
     ratio = divide(smaller, where(larger > 0, larger, 1))
-    target = smaller / (1 + where(is_large, divide(ratio, excess), ratio))
-    is_limit = (limit > 0) & (limit < jnp.inf)
-    return set_to(norm, excess, where(is_limit, target, limit))
+    return is_large, where(is_large, divide(ratio, excess), ratio)
 
 
 def set_to(norm: jax.Array, excess: jax.Array, limit: jax.Array) -> jax.Array:

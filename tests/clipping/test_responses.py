@@ -1,5 +1,6 @@
 """What each response makes of a norm, against float64 NumPy; bands; `where`."""
 
+import functools
 import math
 from typing import Any
 
@@ -16,7 +17,14 @@ from optaxclip import limits
 
 pytestmark = pytest.mark.usefixtures("quick_by_default")
 
-RESPONSES = ("cap", "soft", "set")
+RESPONSES = ("cap", "soft", "set", "band")
+
+
+def make(respond, limit, **options):
+    """A clip with a response, or with a band from half of the limit."""
+    if respond == "band":
+        return optaxclip.clip_by_norm(limit, min_norm=limit / 2, **options)
+    return optaxclip.clip_by_norm(limit, respond=respond, **options)
 
 
 def target_of(respond, norm, limit):
@@ -25,6 +33,8 @@ def target_of(respond, norm, limit):
         return 0.0
     if respond == "soft":
         return norm * limit / (norm + limit)
+    if respond == "band":
+        return min(max(norm, limit / 2), limit)
     return limit if respond == "set" else min(norm, limit)
 
 
@@ -50,7 +60,7 @@ LIMITS = [1e-37, 1e-12, 0.5, 1.0, 1e30, 3e38]
     ],
 )
 def test_target_of_every_finite_norm(respond, limit):
-    clip = optaxclip.clip_by_norm(limit, respond=respond, per="leaf")
+    clip = make(respond, limit, per="leaf")
     # Of the later leaves every sum of squares is that of two elements.
     updates = [jnp.array([x]) for x in NORMS]
     updates += [jnp.array([0.6 * x, -0.8 * x]) for x in NORMS]
@@ -81,7 +91,7 @@ def test_target_in_every_dtype(respond, dtype):
         rng = np.random.default_rng(0)
         updates = {"w": jnp.asarray(rng.normal(size=(4, 3)), dtype)}
         for limit in (0.5, 20.0):
-            clip = optaxclip.clip_by_norm(limit, respond=respond)
+            clip = make(respond, limit)
             after = clipped(clip, updates)[0]["w"]
             x = np.asarray(updates["w"], np.float64)
             norm = np.linalg.norm(x)
@@ -95,7 +105,7 @@ def test_a_norm_beyond_the_largest_float():
     updates = {"w": jnp.full(16, 3e38)}
     norm = 4 * np.float64(np.float32(3e38))
     for respond in RESPONSES:
-        clip = optaxclip.clip_by_norm(1e38, respond=respond)
+        clip = make(respond, 1e38)
         after = np.asarray(clipped(clip, updates)[0]["w"], np.float64)
         expected = target_of(respond, norm, 1e38)
         np.testing.assert_allclose(np.sqrt(np.sum(after**2)), expected, rtol=1e-6)
@@ -104,7 +114,7 @@ def test_a_norm_beyond_the_largest_float():
 def test_without_a_limit_a_norm_beyond_the_largest_float_stays():
     updates = {"w": jnp.full(4, 3e38)}
     for respond in RESPONSES:
-        clip = optaxclip.clip_by_norm(math.inf, respond=respond)
+        clip = make(respond, math.inf)
         np.testing.assert_array_equal(clipped(clip, updates)[0]["w"], updates["w"])
 
 
@@ -158,7 +168,7 @@ def test_derivative(respond):
     x = np.array([0.3, -1.2, 2.0])
 
     def clip(x, limit):
-        clip = optaxclip.clip_by_norm(limit, respond=respond)
+        clip = make(respond, limit)
         return clip.update(x, clip.init(x))[0]
 
     for limit in (0.7, 9.0):
@@ -181,9 +191,40 @@ def test_derivative(respond):
         np.testing.assert_allclose(found[1], x / norm * slope, atol=1e-8)
 
 
+# Norms and limits, and pairs whose ratio is a float.
+EXTREMES = [(1e-19, 1e-19), (1e-25, 1e-25), (1e-22, 1e-25), (1e-25, 1e-22)]
+EXTREMES += [(1e-30, 1e-10), (3e38, 3e38), (3e38, 1e38), (1e38, 3e38), (3e38, 1.0)]
+
+
+@pytest.mark.parametrize("jacobian", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("respond", RESPONSES)
+def test_derivative_at_the_ends_of_the_range(respond, jacobian):
+    def clip(x, limit):
+        clip = make(respond, limit)
+        return clip.update(x, clip.init(x))[0]
+
+    derivative = jax.jit(jacobian(clip, argnums=(0, 1)))
+    # Its own norm is exactly the first number.
+    direction = np.array([1.0, 0.0])
+    for norm, limit in np.float32(EXTREMES):
+        found = derivative(direction.astype(np.float32) * norm, limit)
+        # One step in each, and in units of the limit no number is extreme.
+        ratio, step = float(norm) / float(limit), 1e-4
+        at = functools.partial(target_of, respond)
+        if abs(ratio - 1) < step and respond != "soft":
+            continue  # a kink
+        by_norm = (at(ratio * (1 + step), 1) - at(ratio * (1 - step), 1)) / (
+            2 * ratio * step
+        )
+        by_limit = (at(ratio, 1 + step) - at(ratio, 1 - step)) / (2 * step)
+        expected = np.diag([by_norm, at(ratio, 1) / ratio]), by_limit * direction
+        for x, y in zip(found, expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("respond", RESPONSES)
 def test_derivative_at_zero_is_the_identity(respond):
-    clip = optaxclip.clip_by_norm(1.0, respond=respond)
+    clip = make(respond, 1.0)
     x = jnp.zeros(2)
     jacobian = jax.jit(jax.jacobian(lambda x: clip.update(x, clip.init(x))[0]))
     np.testing.assert_array_equal(jacobian(x), np.eye(2))
