@@ -25,6 +25,7 @@ NUM_STEPS = 500
 SPIKES = {40: 30, 101: 10, 137: 1000, 223: 10, 224: 100, 311: 300, 402: 1000, 490: 20}
 ZCLIP_CAP, AGC_RATIO = 3.0, 0.5
 AGGC_BAND = 0.5, 2.0
+HISTORY = 32  # of Levanter's 128 norms, most would hold a spike
 
 Tree = dict[str, np.ndarray]
 """Leaves by name, sorted; of gradients, axis 0 runs over the steps."""
@@ -209,6 +210,23 @@ def aggc(model):
     return step
 
 
+def historical_norm(model):
+    """A port of the rule in Levanter, `optim/clip_update_norm.py`, to NumPy."""
+    norms = []
+
+    def step():
+        norm = sum(p.grad.norm().item() ** 2 for p in model) ** 0.5
+        known, limit = norms[-HISTORY:], np.inf
+        if len(known) >= max(2, HISTORY // 2):
+            limit = np.mean(known) + 3 * max(np.std(known), 1e-6)
+        norms.append(norm)
+        for p in model:
+            p.grad = p.grad * min(1.0, limit / norm)
+        return [limit]
+
+    return step
+
+
 def spam(model):
     # Without momentum the first moment is the clipped gradient.
     optimizer = importlib.import_module("pytorch_optimizer").SPAM(
@@ -254,6 +272,7 @@ REFERENCES = {
         "gradient_stabilizer", "leaf", gradient_stabilizer
     ),
     "aggc": Reference("grad_clip", "leaf", aggc),
+    "historical_norm": Reference("torch", "tree", historical_norm),
 }
 # Of these only what comes out is compared: they have no limit on a norm.
 OPTIMIZERS = {

@@ -74,7 +74,9 @@ def clip_by_historical_norm(
     optimizer, so that it sees updates.
 
     Unlike the reference, what is non-finite is forgotten (there one NaN ends the
-    clipping for `window` steps).
+    clipping for `window` steps), and so are norms of zero (there learned, so that steps
+    without updates lower the limit); and the standard deviation counts as at least 1 %
+    of the mean (there as 1e-6, so that after a flat stretch any rise is clipped).
 
     Args:
       sigmas: The limit, in standard deviations above the mean, > 0.

@@ -15,6 +15,7 @@ from optaxclip import limits
 from record_references import (
     AGC_RATIO,
     AGGC_BAND,
+    HISTORY,
     NUM_STEPS,
     OPTIMIZERS,
     REFERENCES,
@@ -54,6 +55,7 @@ METHODS = {
     "agc": optaxclip.agc(AGC_RATIO),
     "gradient_stabilizer": optaxclip.gradient_stabilizer(),
     "aggc": optaxclip.aggc(*AGGC_BAND),
+    "historical_norm": optaxclip.clip_by_historical_norm(window=HISTORY),
 }
 
 
