@@ -36,35 +36,35 @@ snapshot and temporarily reduces the updates. A clip is one line:
 
 ## Which one do I want?
 
-**The run must survive, and I know no threshold.** `stabilize(optimizer)`. It keeps two
-copies of the parameters; `rollback="host"` keeps them in the memory of the host.
+| situation | use |
+|---|---|
+| The run must survive, and I know no threshold. | `stabilize(optimizer)` |
+| I want to know when a run became NaN, and where. | `detect_explosions()` |
+| I want to skip bad steps, and nothing else. | `skip_explosions(optimizer)` |
+| I know how large the gradients may be. | `clip_by_norm(1.0)`, or a schedule |
+| I do not know how large they may be. | `zclip()`, `autoclip()`, `adagc()` |
+| Each layer needs a limit of its own. | `clip_by_norm(1.0, per="leaf")` |
+| Each expert does, of `[layers, experts, in, out]`. | `stacked=lambda name: 2` |
+| Each layer does, and all together need another. | `limits.with_global(1.0, 5.0)` |
+| The limit should be in proportion to the weights. | `agc()` |
+| Single elements are too large. | `clip_by_value(1.0)`, `spam()` |
+| Small gradients are a problem as well. | `min_norm=`, `gradient_stabilizer()` |
+| Every update should have one norm. | `clip_by_norm(1.0, respond="set")` |
+| The clip should be smooth. | `clip_by_norm(1.0, respond="soft")` |
+| I train with Muon. | `clip_by_norm(1.0, where=...)`, without its matrices |
+| Updates need a bounded spectral norm. | `clip_by_spectral_norm(1.0)` |
+| Attention logits grow. | `scale_params()`, for QK-clip |
+| I want to see what happened. | `record("gradients")`, `metrics`, `explain`, `plot` |
 
-**I want to know when a run became NaN, and where that began.** `detect_explosions()` in
-the chain, and `raise_if_exploded(opt_state, params)` in the loop.
-
-**I want to skip bad steps, and nothing else.** `skip_explosions(optimizer)`. It takes
-the place of `optax.apply_if_finite`, which applies the NaN in the end.
-
-**I know how large the gradients may be.** `clip_by_norm(1.0)`, or a schedule for the
-limit.
-
-**I do not know how large they may be.** `zclip()`, `autoclip()` or `adagc()`, or one of
-the `limits`.
-
-**Each layer needs a limit of its own.** `clip_by_norm(1.0, per="leaf")`; for layers
-that `lax.scan` stacks, `stacked=`; in proportion to the weights, `agc()`.
-
-**Single elements are too large.** `clip_by_value(1.0)`.
-
-**My state has more than parameters, as batch statistics or a moving average.**
-`new = keep(opt_state, new, old)`, after the update.
-
-**I want to see what happened.** `record("gradients")` in the chain; then `metrics` for
-a dashboard, `explain` and `history` for the last steps, and `plot` for a picture.
+`stabilize` keeps two copies of the parameters; `rollback="host"` keeps them in the
+memory of the host. `raise_if_exploded(opt_state, params)` in the loop ends a run that
+cannot survive. `skip_explosions` takes the place of `optax.apply_if_finite`, which
+applies the NaN in the end. For state other than parameters, as batch statistics or a
+moving average: `new = keep(opt_state, new, old)`, after the update.
 
 ## Common arguments
 
-These mean the same wherever they appear:
+These mean the same in each function that has them:
 
 | argument | meaning |
 |---|---|
@@ -72,14 +72,16 @@ These mean the same wherever they appear:
 | `ord` | order of the norm: a number >= 1, or `math.inf`; 2 by default |
 | `specs` | inside `jax.shard_map`, the `PartitionSpec`s of the parameters |
 | `stacked` | for a leaf's name, how many leading axes run over layers; true is 1 |
-| `where` | true for the names of the leaves that are measured and clipped |
+| `where` | of a clip: true for the names of the leaves that it measures and clips |
 | `columns` | names of numbers of yours that are recorded; "batch", for example |
 | `label` | the name of the state, `{label: state}`, and of its metrics; not empty |
 | `value` | of `update`: the loss, a real number, reduced over the devices |
 | `tag` | of `update`: `{name: number}` for all `columns`; other names may be in it |
 
-`help(optaxclip.norms)` explains the first four. The default label is `"clip"`,
-`"explosions"` or `"gradients"`; two transformations of a chain need different ones.
+`help(optaxclip.norms)` explains the first four. `where` is an argument of all clips but
+`clip_by_value` and `scale_params`; norms, detectors and recorders take all leaves. The
+default label is `"clip"`, `"explosions"` or `"gradients"`; two transformations of a
+chain need different ones.
 
 Errors come as early as they can. Where something is made, an argument of the wrong type
 is a `TypeError`, and one that is out of range a `ValueError`; so is a limit that

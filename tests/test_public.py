@@ -123,6 +123,21 @@ def test_a_docstring_has_every_section(name):
         assert section in value.__doc__, section
 
 
+def test_the_guide_names_where_it_is_no_argument():
+    clips = {
+        name
+        for name, function in inspect.getmembers(optaxclip, inspect.isfunction)
+        if function.__module__.startswith("optaxclip.clipping")
+    }
+    functions = {name for name, value in TOP.items() if inspect.isfunction(value)}
+    taken = {
+        name for name in functions if "where" in inspect.signature(TOP[name]).parameters
+    }
+    assert taken == clips - {"clip_by_value", "scale_params"}
+    guide = " ".join((optaxclip.__doc__ or "").split())
+    assert "all clips but `clip_by_value` and `scale_params`; norms" in guide
+
+
 def test_the_registry_holds_every_transformation_and_every_limit():
     transformations = {name.split()[0] for name in REGISTRY}
     functions = {name for name, value in TOP.items() if inspect.isfunction(value)}

@@ -22,8 +22,21 @@ scope, and every transformation that measures takes the scope as `per=`.
 | `"unit"` | each output unit | `unit_norms` | one array per leaf |
 | a function | each group of leaves | `group_norms` | `[num_groups]` |
 
-An output unit is one index of the last axis of a leaf, over all other axes. A vector or
-a scalar is a single unit. A function maps the name of a leaf to the name of its group:
+An output unit is one index of the last axis of a leaf, over all other axes; in a layer
+of Equinox, whose weights are `[out, in]`, of the first, except for embeddings. A
+vector, a scalar or a bias of Equinox is a single unit. `unit_axis=` gives another axis,
+for all leaves or for the name of each:
+
+```python
+>>> tree = {"w": jnp.array([[3.0, 0.0], [4.0, 0.0]])}
+>>> print(optaxclip.unit_norms(tree)["w"])
+[5. 0.]
+>>> print(optaxclip.unit_norms(tree, unit_axis=lambda name: 0)["w"])
+[3. 4.]
+
+```
+
+A function as `per=` maps the name of a leaf to the name of its group:
 
 ```python
 >>> params = {"rnn": {"hh": jnp.ones((2, 2)), "ih": jnp.ones(5)}, "head": jnp.ones(4)}
@@ -60,9 +73,11 @@ variables is left out, and a tree that is a single array is called `"array"`.
 `leaf_names` gives the names in the order of `jax.tree.leaves`. `group_names` gives the
 names of the groups, sorted, which is the order of every array `[num_groups]`.
 
-`stacked=` is true for the names of leaves whose axis 0 runs over layers, as `lax.scan`
-stacks them. Each layer then is a leaf of its own, called `"layers/kernel[0]"` and so
-on.
+`stacked=` gives for the name of a leaf how many of its leading axes run over layers, as
+`lax.scan` stacks them, or over layers and experts; True is 1. Each layer or expert then
+is a leaf of its own, called `"layers/kernel[0]"` or `"experts/kernel[0, 5]"`, and
+`unit_axis=` counts the axes behind these. Under `jit`, experts may lie on different
+devices; inside `shard_map`, only per unit.
 
 A state holds no names. Functions that read a state take `params`, or any tree of its
 structure, to name the leaves; without it they number them. They number groups always.
