@@ -120,6 +120,12 @@ REGISTRY: dict[str, Row] = {
         ),
         slow=True,
     ),
+    "clip_by_norm with_global": Row(
+        lambda: optaxclip.clip_by_norm(
+            limits.with_global(limits.quantile(), 1.0), per="leaf"
+        ),
+        slow=True,
+    ),
     "clip_by_norm minimum": Row(
         lambda: optaxclip.clip_by_norm(
             limits.minimum(limits.window_sigma(1.0, window=2), limits.quantile()),

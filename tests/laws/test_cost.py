@@ -33,6 +33,11 @@ CLIPS = {
     "zclip": optaxclip.zclip(),
     "autoclip": optaxclip.autoclip(),
     "adagc": optaxclip.adagc(),
+    "gradient_stabilizer": optaxclip.gradient_stabilizer(),
+    "aggc": optaxclip.aggc(0.5, 2.0),
+    "clip_by_historical_norm": optaxclip.clip_by_historical_norm(),
+    "spam": optaxclip.spam(),
+    "stable_adam": optax.identity(),
     "record": optax.chain(optaxclip.record(), optaxclip.clip_by_norm(1.0)),
 }
 
@@ -61,6 +66,8 @@ def make_shapes(
 @functools.cache
 def cost(clip_name: str, gradient_dtype: Any = jnp.float32, **sizes: int) -> Cost:
     clip, adam = CLIPS[clip_name], optax.adam(1e-3)
+    if clip_name == "stable_adam":
+        adam = optaxclip.stable_adam(adam)
     shapes = make_shapes(**sizes)
 
     def like(dtype):
@@ -130,15 +137,38 @@ def test_norm_reads_the_gradients_once():
         ("soft", "norm"),
         *(pytest.param(x, "norm", marks=pytest.mark.slow) for x in ("set", "band")),
         pytest.param("global", "leaf", marks=pytest.mark.slow),
+        pytest.param("gradient_stabilizer", "leaf", marks=pytest.mark.slow),
+        pytest.param("aggc", "leaf", marks=pytest.mark.slow),
+        pytest.param("clip_by_historical_norm", "norm", marks=pytest.mark.slow),
     ],
 )
-def test_every_response_costs_what_a_cap_does(name, like):
+def test_a_response_or_a_method_costs_what_a_cap_does(name, like):
     found, cap = cost(name), cost(like)
     assert abs(found.accessed - cap.accessed) < 1e-3
     assert abs(found.temporaries - cap.temporaries) < 1e-3
-    if like == "norm":  # per leaf the limits themselves are made in such loops
+    # Limits per leaf, and those that learn, are themselves made in such loops.
+    if name in ("soft", "set", "band"):
         for op in ("divide", "select", "compare"):
             assert num_in_loops(op, found.hlo) == num_in_loops(op, cap.hlo)
+
+
+@pytest.mark.slow
+def test_spam_costs_its_state_and_stores_nothing():
+    # Its state is as large as the gradients, and is read and written; what else there
+    # is, the loops of Adam read again.
+    spam, none = cost("spam"), cost("none")
+    assert spam.accessed - none.accessed < 5.01
+    assert spam.temporaries - none.temporaries < 0.001
+
+
+@stores_no_squares
+@pytest.mark.slow
+def test_stable_adam_stores_the_updates_that_it_scales():
+    # The norm is known only once Adam has its second moments: the updates wait for it.
+    stable, none = cost("stable_adam"), cost("none")
+    assert stable.accessed - none.accessed < 5.01
+    assert stable.temporaries - none.temporaries < 1.01
+    assert stable.aliased == pytest.approx(none.aliased, abs=1e-3)
 
 
 def test_norm_of_many_leaves_is_not_one_chain_of_additions():
