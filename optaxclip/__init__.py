@@ -102,6 +102,7 @@ what else raises.
 | `optaxclip.recording` | the flight recorder |
 | `optaxclip.reporting` | metrics, history, reports, pictures, the rest of the state |
 | `optaxclip.trainers` | recipes for Flax, Equinox, loops that are not yours, GANs |
+| `optaxclip.tracking` | checkpoints, and a line for each tracker |
 
 ## Many devices
 
@@ -191,6 +192,7 @@ from optaxclip import (
     norms,
     recording,
     reporting,
+    tracking,
     trainers,
 )
 from optaxclip.clipping import (
@@ -227,10 +229,7 @@ from optaxclip.norms import (
     leaf_norms,
     unit_norms,
 )
-from optaxclip.recording import (
-    RecordState,
-    record,
-)
+from optaxclip.recording import RecordState, record
 from optaxclip.reporting import (
     ExplosionError,
     History,
@@ -254,6 +253,7 @@ __all__ = [  # noqa: RUF022
     "recording",
     "reporting",
     "trainers",
+    "tracking",
     "stabilize",
     "skip_explosions",
     "detect_explosions",

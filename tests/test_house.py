@@ -20,7 +20,7 @@ FLOORS = [
     ["recording", "clipping"],
     ["explosions"],
     ["reporting"],
-    ["trainers"],
+    ["trainers", "tracking"],
 ]
 FLOOR_OF = {name: i for i, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)

@@ -18,7 +18,7 @@ from registry import LIMITS, REGISTRY
 pytestmark = pytest.mark.usefixtures("quick_by_default")
 
 GUIDES = ["", ".norms", ".limits", ".clipping", ".explosions", ".recording"]
-GUIDES += [".reporting", ".trainers"]
+GUIDES += [".reporting", ".trainers", ".tracking"]
 # What is neither a transformation nor a limit, but measures or reads.
 READERS = {"keep", "taken", "skipped_steps", "leading_leaf"} | {
     "explain",

@@ -86,7 +86,7 @@ the share of steps that were clipped. Of each recorder it gives for the last ste
 norm of each leaf, its share in the sum of the squares, its ratio to the parameters, and
 whether it has vanished. Of each detector it gives whether the last step exploded, how
 often each rule has fired, and what was done about it. `help(optaxclip.metrics)` lists
-all names.
+all names, and `help(optaxclip.tracking)` hands them to each tracker.
 
 A loss that was not given reads as +inf in `metrics`, and as NaN in `history`.
 
@@ -175,34 +175,6 @@ part of the network explodes under another:
 `python tests/benchmarks/detection.py --explain` prints it. Of the six recorded runs of
 this kind, `explain` names a leaf of the exploding part in all six, and the step in
 five. In the sixth the explosion began before the steps that are kept.
-
-## Dashboards
-
-Fetch the dictionary from the device, every step or every few steps. Every tracker
-takes it in one line.
-
-```python
->>> metrics = jax.device_get(optaxclip.metrics(opt_state, params))
-
-```
-
-```python
-for name, value in metrics.items():  # TensorBoard, by tensorboardX
-    writer.add_scalar(name, value, step)
-wandb.log(metrics, step=step)  # Weights & Biases
-mlflow.log_metrics(metrics, step=step)  # MLflow
-writer.write_scalars(step, metrics)  # clu, a writer of clu.metric_writers
-trackio.log({name: float(x) for name, x in metrics.items()}, step=step)  # trackio
-```
-
-All of them take names with slashes.
-
-* TensorBoard: `flush` of tensorboardX does not wait for its queue. The last ten scalars
-  may be lost if the process is killed.
-* MLflow refuses the brackets of stacked layers, as in `clip/norm/layers/kernel[0]`. Use
-  `name.replace("[", "/").replace("]", "")`. It gives +inf back as 1.8e308.
-* trackio takes floats. It leaves out NumPy arrays, with a warning.
-* Neptune, which older tutorials use, closed its hosted service in 2026.
 
 ## Several runs at once
 

@@ -2,9 +2,11 @@
 
 import functools
 import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import PurePosixPath
 from typing import Any
 
 import chex
@@ -187,6 +189,38 @@ def test_what_was_flushed_outlives_a_killed_process(tmp_path):
     for name in ("gradients/norm", "gradients/norm/w"):
         norms = {i: pytest.approx(2**0.5 * i) for i in read[name]}
         assert read[name] == norms
+
+
+# --- MLflow
+
+
+def for_mlflow(found: dict[str, Any]) -> dict[str, Any]:
+    """By the line of the guide."""
+    (line,) = re.findall(r"(\{re\.sub.*\})\n", optaxclip.tracking.__doc__ or "")
+    return eval(line, {"re": re, "found": found})
+
+
+def folders_that_are_files(names) -> set[str]:
+    """Of a store that has a file for each name."""
+    return {str(x) for name in names for x in PurePosixPath(name).parents} & set(names)
+
+
+def test_names_for_mlflow_are_files_of_their_own():
+    params = initial_params() | {"layers": {"bias": jnp.ones((2, 3))}, "~": jnp.ones(1)}
+    clip = optaxclip.clip_by_norm(
+        1.0, per="leaf", stacked=lambda name: "layers" in name
+    )
+    tx = optax.chain(clip, optaxclip.record())
+    names = jax.eval_shape(optaxclip.metrics, tx.init(params), params)
+    assert "clip/norm/layers/bias[0]" in names
+    assert "gradients/norm" in folders_that_are_files(names)
+    found = for_mlflow(names)
+    assert len(found) == len(names)
+    assert not folders_that_are_files(found)
+    for name in found:
+        # As `mlflow.utils.validation` checks them.
+        assert re.fullmatch(r"[/\w.\- :]*", name)
+        assert os.path.normpath(name) == name
 
 
 # --- Checkpoints
