@@ -70,8 +70,13 @@ class Packing:
         x = saturating_cast(x, dtype) if is_float else x.astype(dtype)
         return x if dtype == self._kept else lax.bitcast_convert_type(x, self._kept)
 
-    def _from_kept(self, x: jax.Array, dtype: Any) -> jax.Array:
-        return x if dtype == self._kept else lax.bitcast_convert_type(x, dtype)
+    def _from_kept(self, x: Any, dtype: Any) -> Any:
+        if dtype == self._kept:
+            return x
+        # On the host without a program of its own.
+        if isinstance(x, np.ndarray | np.generic):
+            return np.ascontiguousarray(x).view(dtype).reshape(x.shape)
+        return lax.bitcast_convert_type(x, dtype)
 
 
 class View:
