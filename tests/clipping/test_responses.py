@@ -206,7 +206,7 @@ def test_derivative_at_the_ends_of_the_range(respond, jacobian):
     derivative = jax.jit(jacobian(clip, argnums=(0, 1)))
     # Its own norm is exactly the first number.
     direction = np.array([1.0, 0.0])
-    for norm, limit in np.float32(EXTREMES):
+    for norm, limit in np.asarray(EXTREMES, np.float32):
         found = derivative(direction.astype(np.float32) * norm, limit)
         # One step in each, and in units of the limit no number is extreme.
         ratio, step = float(norm) / float(limit), 1e-4
@@ -330,7 +330,8 @@ class TestWithGlobal:
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1.2e-38)
 
     def test_derivative_where_nothing_is_bound(self):
-        clip = optaxclip.clip_by_norm(limits.with_global(1.0, math.inf), per="leaf")
+        limit = limits.with_global(1.0, math.inf)
+        clip: Any = optaxclip.clip_by_norm(limit, per="leaf")
 
         def after(x):
             leaves = [x[:1], x[1:]]
