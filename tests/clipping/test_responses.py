@@ -206,7 +206,7 @@ def test_derivative_at_the_ends_of_the_range(respond, jacobian):
     derivative = jax.jit(jacobian(clip, argnums=(0, 1)))
     # Its own norm is exactly the first number.
     direction = np.array([1.0, 0.0])
-    for norm, limit in np.asarray(EXTREMES, np.float32):
+    for norm, limit in np.array(EXTREMES, np.float32):
         found = derivative(direction.astype(np.float32) * norm, limit)
         # One step in each, and in units of the limit no number is extreme.
         ratio, step = float(norm) / float(limit), 1e-4
@@ -330,12 +330,12 @@ class TestWithGlobal:
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1.2e-38)
 
     def test_derivative_where_nothing_is_bound(self):
-        limit = limits.with_global(1.0, math.inf)
-        clip: Any = optaxclip.clip_by_norm(limit, per="leaf")
+        clip = optaxclip.clip_by_norm(limits.with_global(1.0, math.inf), per="leaf")
 
         def after(x):
             leaves = [x[:1], x[1:]]
-            return jnp.concatenate(clip.update(leaves, clip.init(leaves))[0])
+            updates: Any = clip.update(leaves, clip.init(leaves))[0]
+            return jnp.concatenate(updates)
 
         for jacobian in (jax.jacfwd, jax.jacrev):
             found = jax.jit(jacobian(after))(jnp.array([3.0, 0.5]))
