@@ -94,9 +94,10 @@ A dashboard needs few names that stay the same. Of up to ten scopes each has its
 `gradients/norm/rnn/kernel`. Of more, there are names for the ten largest:
 `gradients/top/1/index` and `gradients/top/1/norm`. Which leaf has the rank is a value
 and no name, since a name that depends on values would come and go, and cannot be made
-in `jit`: `leaf_names(params)[index]` is that leaf. A model of 723 leaves, with
-`stabilize` and a clip per leaf, has 62 names. `top=` sets another number, and
-`top=None` names every scope. A `record(top=k)` keeps no more than the k largest.
+in `jit`: `leaf_names(params)[index]` is that leaf. A clip has such names only where no
+recorder or detector has them. A model of 723 leaves, with `stabilize` and a clip per
+leaf, has 62 names. `top=` sets another number, and `top=None` names every scope. A
+`record(top=k)` keeps no more than the k largest.
 
 Of the last steps, as many as are kept or `window=`, there are percentiles of the norm
 and the shares of steps that exploded and that were skipped, beside those of the run;

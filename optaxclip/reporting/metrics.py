@@ -46,10 +46,12 @@ def metrics(
     | `clip/limit` | the limit; +inf for none, as in a warm-up |
     | `clip/clipped_fraction` | the share of all steps so far that were clipped |
     | `clip/num_nonfinite` | the number of steps so far with inf or NaN |
+    | `clip/top/<rank>/index`, `norm` | of more than `top` scopes, as a `record` below |
 
     With more than one scope a clip gives the largest of them, and, of up to `top`, each
     scope its own under its name: `clip/norm/rnn/hh/kernel`; per unit, a leaf's largest.
-    Groups have the names that `per=` gave them.
+    Groups have the names that `per=` gave them. Ranks are given only where no recorder
+    or detector gives its own, so that names are few.
 
     Each `detect_explosions` and `skip_explosions` gives, under its label:
 

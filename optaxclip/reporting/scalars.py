@@ -60,13 +60,15 @@ def scalars_of(
     if structure is not None:
         params = structure.unflatten(leaves or [0] * structure.num_leaves)
     found = []
+    # A recorder ranks the scopes; ranks of each clip as well would be many names.
+    is_recorded = any(not isinstance(x, ClipByNormState) for x in states.values())
     for label, state in states.items():
         kept = getattr(state, "record", state)
         runs, layout = kept.runs, kept.layout
 
         def read(state, params, label=label):
             if not hasattr(state, "record"):
-                return _clip_metrics(state, top)
+                return _clip_metrics(state, top, is_ranked=not is_recorded)
             parts = _record_metrics(label, state, params, top, window)
             if hasattr(state, "detection"):
                 parts.append(_explosion_metrics(state))
@@ -130,11 +132,15 @@ def _record_metrics(
         result["ratio"] = _ratio(root_sum_squares(norms), unit)
         columns["ratio"] = _ratio(norms, units)
     if len(norms) > top:
-        # The order of the shares; what is non-finite is larger than all, and NaN too.
-        sizes, index = lax.top_k(jnp.where(norms < jnp.inf, norms, jnp.inf), top)
-        sizes = jnp.where(sizes < jnp.inf, sizes, norms[index])
-        columns = {f"{TOP}index": index, f"{TOP}norm": sizes}
+        columns = _largest(norms, top)  # the order of the shares
     return [result, columns]
+
+
+def _largest(norms: jax.Array, top: int) -> dict[str, jax.Array]:
+    """The largest norms and whose they are; non-finite ones, also NaN, come first."""
+    sizes, index = lax.top_k(jnp.where(norms < jnp.inf, norms, jnp.inf), top)
+    sizes = jnp.where(sizes < jnp.inf, sizes, norms[index])
+    return {f"{TOP}index": index, f"{TOP}norm": sizes}
 
 
 def _ranked_metrics(
@@ -227,7 +233,9 @@ def _explosion_metrics(state: Any) -> dict[str, jax.Array]:
     } | result
 
 
-def _clip_metrics(state: ClipByNormState, top: int) -> list[dict[str, jax.Array]]:
+def _clip_metrics(
+    state: ClipByNormState, top: int, *, is_ranked: bool
+) -> list[dict[str, jax.Array]]:
     fields = state.norm, state.limit, state.num_clipped, state.num_nonfinite
     norm, limit, num_clipped, num_nonfinite = map(jax.tree.leaves, fields)
     (num_steps,) = jax.tree.leaves(state.num_steps)
@@ -249,8 +257,9 @@ def _clip_metrics(state: ClipByNormState, top: int) -> list[dict[str, jax.Array]
         column: _per_name(values, state.layout) for column, values in columns.items()
     }
     largest = {name: jnp.max(values, initial=0) for name, values in columns.items()}
-    # It has no shares by which to choose some; a recorder beside it does.
-    return [largest] if len(columns["norm"]) > top else [largest, columns]
+    if len(columns["norm"]) <= top:
+        return [largest, columns]
+    return [largest, _largest(columns["norm"], top)] if is_ranked else [largest]
 
 
 def _norm_after(norm: jax.Array, target: jax.Array) -> jax.Array:

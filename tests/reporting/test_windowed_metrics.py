@@ -64,6 +64,20 @@ def test_the_largest_are_ranked_by_their_share_and_named_by_index():
         assert not [name for name in found if "top/4" in name or "layer" in name]
 
 
+def test_a_clip_alone_ranks_its_largest_scopes():
+    norms = {NAMES[7]: 5.0, NAMES[700]: math.nan, NAMES[0]: 3.0}
+    clip = optaxclip.clip_by_norm(1.0, per="leaf")
+    _, state = jax.jit(clip.update)(grads_with(norms), clip.init(MANY))
+    found = optaxclip.metrics(state, MANY, top=3)
+    ranks = range(1, 4)
+    assert [found[f"clip/top/{k}/index"] for k in ranks] == [700, 7, 0]
+    sizes = [found[f"clip/top/{k}/norm"] for k in ranks]
+    np.testing.assert_allclose(sizes, [np.nan, 5, 3], rtol=1e-6)
+    assert len(found) == 5 + 2 * 3
+    beside = optaxclip.metrics((state, optaxclip.record().init(MANY)), MANY, top=3)
+    assert not [name for name in beside if name.startswith("clip/top")]
+
+
 @pytest.mark.slow
 def test_what_is_nonfinite_comes_first():
     tx = optaxclip.record()
