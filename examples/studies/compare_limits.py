@@ -38,8 +38,9 @@ CLIPS = {
     "SPAM": optax.chain(optaxclip.record("clip", window=1), optaxclip.spam()),
     "Levanter": optaxclip.clip_by_historical_norm(),
 }
-# Not here, since this is SGD: `gradient_stabilizer` takes the size of the gradients
-# away, and `stable_adam` is for Adam.
+# Not here, since this is SGD: `gradient_stabilizer` and "set" take the size of the
+# gradients away, "soft" is a smaller learning rate as well, and `stable_adam` is for
+# Adam. AGGC is a band, `with_global` two of these; the spectral clip is in `muon.py`.
 BEHIND = {"Levanter"}  # sees the updates, and so stands behind the optimizer
 COLORS = dict(zip(CLIPS, ("#000000", *curves.COLORS[:-1], "#999999"), strict=True))
 MEASURES = ("clip/norm", "clip/limit", "clip/clipped_fraction")
