@@ -17,6 +17,7 @@ import optaxclip
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 NUM_STEPS = 50
+BAD_STEPS = 0, 30
 TX = optaxclip.stabilize(optax.adam(1e-2))
 
 
@@ -35,8 +36,10 @@ def batches() -> Any:
     return x, x.sum(-1, keepdims=True)
 
 
+@functools.cache
 def start() -> Any:
-    variables = Network().init(jax.random.key(0), jnp.ones((8, 3)), train=False)
+    init = jax.jit(functools.partial(Network().init, train=False))
+    variables = init(jax.random.key(0), jnp.ones((8, 3)))
     params, statistics = variables["params"], variables["batch_stats"]
     return params, (statistics, params), TX.init(params)
 
@@ -79,6 +82,20 @@ def test_a_bad_batch_at_any_step_leaves_nothing():
         chex.assert_tree_all_finite(found)
         chex.assert_trees_all_equal(found, expected)
         assert np.flatnonzero(~taken).tolist() == [bad]
+
+
+def test_bad_batches_at_two_steps_leave_nothing():
+    """The same in a loop, which compiles less."""
+    run, found, expected, taken = jax.jit(step), start(), start(), []
+    for i, (x, y) in enumerate(zip(*batches(), strict=True)):
+        if i in BAD_STEPS:
+            found, was_taken = run(found, (x * np.nan, y))
+            taken.append(bool(was_taken))
+        found, _ = run(found, (x, y))
+        expected, _ = run(expected, (x, y))
+    assert taken == [False] * len(BAD_STEPS)
+    chex.assert_tree_all_finite(found[:2])
+    chex.assert_trees_all_equal(found[:2], expected[:2])
 
 
 @pytest.mark.slow
