@@ -90,4 +90,7 @@ images shows the whole record:
 ...     writer.add_figure("run", optaxclip.plot(kept), step)
 
 ```
+
+`tests/benchmarks/tensorboard_page.py` writes such a page, of 300 leaves;
+`tests/benchmarks/README.md` shows it.
 """
