@@ -54,12 +54,13 @@ def initial_weights():
     }
 
 
-def batches(num: int = 8):
+def batches(num: int = 8, bad: int | None = None):
     """Fresh data on each step, from a teacher far away: every gradient is large."""
     rng = np.random.default_rng(1)
-    for _ in range(num):
+    for step in range(num):
         x = rng.normal(size=(16, 4)).astype(np.float32)
-        yield jnp.asarray(x), jnp.asarray(x @ np.full((4, 3), 3.0, np.float32) + 2)
+        y = x @ np.full((4, 3), 3.0, np.float32) + 2
+        yield jnp.asarray(x), jnp.asarray(y * np.nan if step == bad else y)
 
 
 def squared_error(prediction, y):
@@ -296,6 +297,27 @@ def test_every_framework_trains_as_plain_jax_does(name):
     np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
     chex.assert_trees_all_close(found.weights, expected.weights, rtol=1e-5, atol=1e-6)
     assert expected.losses[-1] < expected.losses[0]
+
+
+# The recipes of `help(optaxclip.trainers)` do so as well; it has none for Haiku.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[] if x == "haiku" else pytest.mark.slow) for x in RUNS],
+)
+def test_every_framework_skips_a_bad_batch(name, monkeypatch):
+    bad = functools.partial(batches, bad=3)
+    monkeypatch.setitem(globals(), "batches", bad)
+    tx = optaxclip.stabilize(optax.adam(0.3))
+    losses, weights, opt_state = RUNS[name](tx, with_value=True)
+    assert np.flatnonzero(np.isnan(losses)).tolist() == [3]
+    pairs = itertools.pairwise(weights)
+    assert [(x["w"] != y["w"]).all() for x, y in pairs] == [True] * 3 + [False] + [
+        True
+    ] * 4
+    chex.assert_trees_all_equal(weights[4], weights[3])
+    chex.assert_tree_all_finite(weights)
+    skipped = optaxclip.skipped_steps(opt_state)
+    assert skipped == [{"step": 3, "rules": ["nonfinite"]}]
 
 
 # --- Optax's wrappers
