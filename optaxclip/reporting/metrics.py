@@ -111,8 +111,9 @@ def metrics(
     `record(window=10128)` over 10,000, as in OLMo-core.
 
     `gradients/squared_share` is the largest of them, `gradients/num_vanished` their
-    number. Ratios are known per leaf, where `params` holds the parameters; +inf for one
-    that is zero.
+    number. Of a rank the squared share is (`gradients/top/<rank>/norm` /
+    `gradients/norm`)**2. Ratios are known per leaf, where `params` holds the
+    parameters; +inf for one that is zero.
 
     Outside `jit` it compiles one program for each structure of states and parameters.
 

@@ -39,7 +39,7 @@ def test_723_leaves_have_at_most_64_names_which_stay_the_same():
 
     first = jax.eval_shape(both().init, MANY)
     found = names_of(first, MANY)
-    assert len(found) <= 64
+    assert len(found) == 62
     assert len(found) == len(set(found))
     assert set(names_of(first)) == {x for x in found if "ratio" not in x}
     every = jax.eval_shape(functools.partial(optaxclip.metrics, top=None), first, MANY)
@@ -48,6 +48,15 @@ def test_723_leaves_have_at_most_64_names_which_stay_the_same():
         assert f"clip/norm/{name}" in every
     none = jax.eval_shape(functools.partial(optaxclip.metrics, top=0), first, MANY)
     assert not [name for name in none if "/top/" in name or "layer" in name]
+
+
+def test_one_recorder_more_and_the_zeros_add_as_many_as_the_guide_says():
+    few = {name: jnp.ones(2) for name in NAMES[:11]}
+    state = optaxclip.record().init(few)
+    found = jax.eval_shape(optaxclip.metrics, state, few)
+    with_zeros = jax.eval_shape(lambda x: optaxclip.metrics(state, x, zeros=x), few)
+    assert len(found) == 33
+    assert len(with_zeros) == 33 + 21
 
 
 @pytest.mark.slow
@@ -61,6 +70,8 @@ def test_the_largest_are_ranked_by_their_share_and_named_by_index():
         assert [NAMES[i] for i in index] == [NAMES[700], NAMES[7], NAMES[0]]
         sizes = [found[f"gradients/top/{i}/norm"] for i in (1, 2, 3)]
         np.testing.assert_allclose(sizes, [9, 5, 3], rtol=1e-6)
+        share = (sizes[0] / found["gradients/norm"]) ** 2
+        np.testing.assert_allclose(share, found["gradients/squared_share"], rtol=1e-6)
         assert not [name for name in found if "top/4" in name or "layer" in name]
 
 
