@@ -16,6 +16,9 @@ from optaxclip.numerics import promote, saturating_cast
 NO_LOSS = -(2.0**96)
 """Stands for a loss that was not given. Not NaN, which `jax_debug_nans` refuses; and a
 sum of 2**30 of them is still finite."""
+NAN, MINUS_INF = -(2.0**95), -(2.0**94)
+"""Stand for these in a record, as `NO_LOSS` does, so that the sum of a state is not NaN
+as long as it has no such large numbers of its own."""
 RESERVED = ("step", "loss", "loss_limit", "norm", "limit", "rules", "nonfinite")
 RESERVED += ("norm_exploded", "share_exploded", "loss_exploded")
 """What else of a step is read by name."""
@@ -48,6 +51,19 @@ def loss_of(value: Any, dtype: Any) -> jax.Array:
         )
     wide = value.astype(promote(value.dtype, jnp.float32))
     return saturating_cast(wide, dtype)
+
+
+def marked(row: jax.Array) -> jax.Array:
+    """Numbers with marks for NaN and -inf; +inf may stay."""
+    row = jnp.where(jnp.isnan(row), NAN, row)
+    return jnp.where(row == -jnp.inf, MINUS_INF, row)
+
+
+def unmarked(rows: Any) -> Any:
+    """What `marked` made them of: NumPy of NumPy, else JAX."""
+    where = np.where if isinstance(rows, np.ndarray) else jnp.where
+    rows = where(rows == NAN, np.float32(np.nan), rows)
+    return where(rows == MINUS_INF, np.float32(-np.inf), rows)
 
 
 def num_parts(columns: Columns | tuple[()]) -> int:

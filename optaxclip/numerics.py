@@ -93,6 +93,11 @@ def saturating_cast(norm: jax.Array, dtype: Any) -> jax.Array:
     return saturated.astype(dtype)
 
 
+def without_nan(norm: jax.Array) -> jax.Array:
+    """+inf in place of NaN: a state that holds no NaN adds up to none."""
+    return where(jnp.isnan(norm), jnp.inf, norm)
+
+
 def safe_unit(largest: jax.Array) -> jax.Array:
     """What to divide norms by: XLA multiplies with 1 / x, which must not underflow."""
     return jnp.minimum(largest, jnp.finfo(largest.dtype).max / 4)

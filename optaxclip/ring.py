@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optaxclip.extras import Columns, num_parts
+from optaxclip.extras import Columns, marked, num_parts, unmarked
 from optaxclip.norms.names import AnyTree, Layout
 from optaxclip.numerics import root_sum_squares, saturating_cast
 from optaxclip.packing import Packing
@@ -42,8 +42,9 @@ class RecordState(NamedTuple):
     rows: jax.Array
     """float32 `[window, 6 + 2 * num_columns + num_scopes]`: the `COLUMNS`, two parts of
     each number of the user's own, and the norm of each scope. Of the `top` largest: the
-    scope of each rank, the norm of each, and that of all other scopes together. One
-    array, since every array of a state costs a small step some microseconds."""
+    scope of each rank, the norm of each, and that of all other scopes together. NaN and
+    -inf are marked, see `extras.marked`; `rows_of` gives them back. One array, since
+    every array of a state costs a small step some microseconds."""
     counts: jax.Array
     """int32 `[2]`: number of steps so far, and of those that were non-finite;
     `detect_explosions` appends what it counts."""
@@ -57,7 +58,7 @@ class RecordState(NamedTuple):
     @property
     def norms(self) -> jax.Array:
         """`[window, num_norms]`; the root of their sum of squares is that of all."""
-        return self.rows[..., self.num_others :]
+        return unmarked(self.rows[..., self.num_others :])
 
     @property
     def record(self) -> RecordState:
@@ -143,7 +144,7 @@ def append(
     if state.num_ranks:
         norms = _largest(norms, state.num_ranks)
     head = COLUMNS.pack(columns, tag)
-    row = jnp.concatenate([head, saturating_cast(norms, jnp.float32)])
+    row = marked(jnp.concatenate([head, saturating_cast(norms, jnp.float32)]))
     # One row in place. To shift the others would copy the record in each step.
     place = state.counts[0] % len(state.rows)
     rows = lax.dynamic_update_index_in_dim(state.rows, row, place, 0)
@@ -166,6 +167,12 @@ def _largest(norms: jax.Array, num: int) -> jax.Array:
     return jnp.concatenate([scopes.astype(norms.dtype), norms[scopes], rest[None]])
 
 
+def tags_of(state: RecordState, steps: Any) -> Any:
+    """The parts of the user's own numbers: `[..., 2 * num_columns]`."""
+    rows = _unmarked_rows(state, steps)
+    return rows[..., len(COLUMNS.names) : state.num_others - state.num_ranks]
+
+
 def rows_of(state: RecordState, steps: Any) -> tuple[dict[str, Any], Any]:
     """Each of the `COLUMNS` by its name, and the norms, of steps that are kept.
 
@@ -176,5 +183,9 @@ def rows_of(state: RecordState, steps: Any) -> tuple[dict[str, Any], Any]:
     Returns:
       (`{name: [...]}`, `[..., num_norms]`).
     """
-    rows = state.rows[steps % len(state.rows)]
+    rows = _unmarked_rows(state, steps)
     return COLUMNS.unpack(rows), rows[..., state.num_others :]
+
+
+def _unmarked_rows(state: RecordState, steps: Any) -> Any:
+    return unmarked(state.rows[steps % len(state.rows)])

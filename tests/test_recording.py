@@ -89,6 +89,21 @@ def test_what_is_not_finite_is_kept_and_counted():
     assert metrics["gradients/largest_norm"] == 5
 
 
+def test_history_and_metrics_give_back_what_stands_as_a_mark_in_the_state():
+    norms = [(1, 1), (math.inf, math.nan), (math.nan, 3)]
+    losses = [-math.inf, math.nan, -math.inf]
+    state = run(optaxclip.record(), norms, losses)
+    rows = np.asarray(state["gradients"].rows)
+    assert not np.isnan(rows).any()
+    assert not (rows == -math.inf).any()
+    found = optaxclip.history(state)
+    np.testing.assert_array_equal(found.norms, np.asarray(norms, np.float32))
+    np.testing.assert_array_equal(found.loss, losses)
+    metrics = optaxclip.metrics(state)
+    assert metrics["gradients/loss"] == -math.inf
+    assert math.isnan(metrics["gradients/norm"])
+
+
 @pytest.mark.slow
 def test_before_the_first_step_there_is_no_limit():
     found = optaxclip.metrics(optaxclip.detect_explosions().init(PARAMS))

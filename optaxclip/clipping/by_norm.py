@@ -25,7 +25,7 @@ from optaxclip.norms.measuring import check_ord, measure
 from optaxclip.norms.names import Layout, Per, Stacked, Where, layout_of
 from optaxclip.norms.scopes import Scopes, check_per, find_scopes
 from optaxclip.norms.units import UnitAxis, check_unit_axis
-from optaxclip.numerics import increment, next_count, saturating_cast
+from optaxclip.numerics import increment, next_count, saturating_cast, without_nan
 
 
 class ClipByNormState(NamedTuple):
@@ -38,7 +38,8 @@ class ClipByNormState(NamedTuple):
     num_steps: jax.Array
     """int32 `[]`: the number of steps so far."""
     norm: Any
-    """float32 (float64 if a parameter is): norms of the last step, before the clip."""
+    """float32 (float64 if a parameter is): norms of the last step, before the clip;
+    +inf where the scope held inf or NaN."""
     limit: Any
     """As `norm`: the limits of the last step; +inf before the first."""
     num_clipped: Any
@@ -195,7 +196,7 @@ def clip_by_norm(
         fits = jax.tree.map(fits_limit, norms, excess, limits)
         state = ClipByNormState(
             num_steps=next_count(state.num_steps),
-            norm=seen,
+            norm=jax.tree.map(without_nan, seen),
             limit=limits,
             num_clipped=jax.tree.map(
                 lambda total, fit, n: increment(total, ~fit & jnp.isfinite(n)),
@@ -209,7 +210,7 @@ def clip_by_norm(
                 norms,
             ),
             limit_state=limit_state,
-            target=() if is_cap else _cast(targets, seen),
+            target=() if is_cap else jax.tree.map(without_nan, _cast(targets, seen)),
             layout=state.layout,
         )
         updates = rescale_scopes(updates, scopes, norms, excess, targets)

@@ -31,6 +31,7 @@ from optaxclip.numerics import (
     next_count,
     saturating_cast,
     widen,
+    without_nan,
 )
 
 
@@ -124,7 +125,7 @@ def stable_adam(
         target = cap(rms, excess, limit)
         state = ClipByNormState(
             num_steps=next_count(before.num_steps),
-            norm=saturating_cast(rms, before.norm.dtype),
+            norm=without_nan(saturating_cast(rms, before.norm.dtype)),
             limit=limit.astype(before.limit.dtype),
             num_clipped=increment(
                 before.num_clipped, jnp.isfinite(rms) & (target < jnp.inf)

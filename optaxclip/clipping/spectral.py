@@ -32,6 +32,7 @@ from optaxclip.numerics import (
     scale,
     where,
     widen,
+    without_nan,
 )
 from optaxclip.xla import replicate, reshard, run_if, tie
 
@@ -132,12 +133,12 @@ def clip_by_spectral_norm(
         fits = fits_limit(norms, excess, limits)
         state = ClipByNormState(
             num_steps=next_count(state.num_steps),
-            norm=seen,
+            norm=without_nan(seen),
             limit=limits,
             num_clipped=increment(state.num_clipped, ~fits & jnp.isfinite(norms)),
             num_nonfinite=increment(state.num_nonfinite, ~jnp.isfinite(norms)),
             limit_state=limit_state,
-            target=_soften(seen, limits) if smooth else (),
+            target=without_nan(_soften(seen, limits)) if smooth else (),
             layout=state.layout,
         )
         limits = limits.astype(norms.dtype)

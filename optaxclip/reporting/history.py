@@ -20,7 +20,7 @@ from optaxclip.reporting.states import (
     find_recorders,
     params_of,
 )
-from optaxclip.ring import COLUMNS, rows_of, scopes_of_ranks
+from optaxclip.ring import rows_of, scopes_of_ranks, tags_of
 
 
 class History(NamedTuple):
@@ -159,7 +159,6 @@ def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> 
     window, num_steps = len(state.rows), int(state.counts[0])
     step = np.arange(max(0, num_steps - window), num_steps)
     columns, norms = rows_of(state, step)
-    parts = state.rows[step % window, len(COLUMNS.names) : state.num_others]
     names = scope_names(state.layout, state.num_scopes, label, params_of(params))
     ranked = None
     if state.num_ranks:
@@ -175,7 +174,7 @@ def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> 
         leaf=columns["leaf"].astype(int),
         norms=norms,
         names=names,
-        tags=named_tags(state.columns, parts),
+        tags=named_tags(state.columns, tags_of(state, step)),
         ranked=ranked,
     )
 

@@ -41,8 +41,8 @@ def metrics(
 
     | name | value |
     |---|---|
-    | `clip/norm` | the norm before the clip, in the last step |
-    | `clip/norm_after` | the norm after it; inf or NaN where the update was |
+    | `clip/norm` | the norm before the clip, in the last step; +inf if non-finite |
+    | `clip/norm_after` | the norm after it; +inf where the update was non-finite |
     | `clip/limit` | the limit; +inf for none, as in a warm-up |
     | `clip/clipped_fraction` | the share of all steps so far that were clipped |
     | `clip/num_nonfinite` | the number of steps so far with inf or NaN |

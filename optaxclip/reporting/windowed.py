@@ -9,7 +9,7 @@ import numpy as np
 from optaxclip.explosions.state import AFTER_SKIPPED, SkipExplosionsState, was_taken
 from optaxclip.extras import NO_LOSS
 from optaxclip.numerics import safe_unit
-from optaxclip.ring import COLUMNS, RecordState
+from optaxclip.ring import RecordState, rows_of
 
 PERCENTILES = (50, 90, 99)
 
@@ -36,8 +36,8 @@ def windowed_metrics(state, norms: jax.Array, window: int | None) -> dict:
     # Of the last steps in time order; a step below 0 has not been.
     steps = record.counts[0] - num_kept + jnp.arange(num_kept, dtype=jnp.int32)
     norms = norms[steps % num_kept]
-    rows = record.rows[steps % num_kept]
-    losses, fired = (COLUMNS.read(rows, name) for name in ("loss", "fired"))
+    columns, _ = rows_of(record, steps)
+    losses, fired = columns["loss"], columns["fired"]
     last = slice(num_kept - length, None)
     found = _percentiles(norms[last], steps[last] >= 0)
     # Rows before the first step are zeros: no bit is set in them.

@@ -272,6 +272,16 @@ def test_leaves_may_be_numbers_and_what_is_no_array(other):
 HEALTHY_STEPS = 0, 1, 2, 4, 5  # of `updates_at`, of any size and zero
 
 
+def has_sum(tree):
+    """Whether no NaN comes of adding up all floats, as a check of replicas does."""
+    floats = [
+        np.asarray(x, np.float32)
+        for x in jax.tree.leaves(tree)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    return not np.isnan(sum(map(np.sum, floats)))
+
+
 def test_what_comes_of_healthy_steps_has_a_sum(name, transformation):
     # +inf may stand for no limit; NaN or -inf beside it stand for nothing.
     params, state = updates_at(0), transformation.init(updates_at(0))
@@ -279,12 +289,23 @@ def test_what_comes_of_healthy_steps_has_a_sum(name, transformation):
     for step in (None, *HEALTHY_STEPS * 2):
         if step is not None:
             updates, state = compiled(name)(updates_at(step), state, params)
-        floats = [
-            np.asarray(x, np.float32)
-            for x in jax.tree.leaves((updates, state))
-            if jnp.issubdtype(x.dtype, jnp.floating)
-        ]
-        assert not np.isnan(sum(map(np.sum, floats))), step
+        assert has_sum((updates, state)), step
+
+
+# The moments of an optimizer are its own: NaN in its gradients is NaN in them.
+OPTIMIZERS = {"spam", "stable_adam"}
+
+
+@pytest.mark.parametrize(
+    "name", names(among=[x for x in REGISTRY if x not in OPTIMIZERS])
+)
+def test_the_state_has_a_sum_after_any_step_and_loss(name, transformation):
+    params, state = updates_at(0), transformation.init(updates_at(0))
+    losses = 1.0, -jnp.inf, 2.0, jnp.nan, jnp.inf
+    for step in range(14):
+        loss = {"value": jnp.asarray(losses[step % 5])}
+        _, state = compiled(name)(updates_at(step), state, params, **loss)
+        assert has_sum(state), step
 
 
 @pytest.mark.parametrize("name", names(set(REGISTRY) - {"clip_by_norm", "record"}))
