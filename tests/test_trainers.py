@@ -227,6 +227,28 @@ def test_specs_of_the_parameters_are_those_of_the_snapshots(masks):
     assert found == ["spec of b", "spec of w"]
 
 
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_hyperparameter_set_inside_jit_may_be_a_python_number(bad):
+    tx = stabilize(optax.inject_hyperparams(optax.sgd)(0.1))
+    grads = {
+        name: jnp.full_like(x, jnp.nan if bad else 1) for name, x in PARAMS.items()
+    }
+
+    @jax.jit
+    def step(state):
+        state["explosions"].inner_state.hyperparams["learning_rate"] = 0.01
+        return tx.update(grads, state, PARAMS, value=jnp.array(1.0))
+
+    state = tx.init(PARAMS)
+    updates, found = step(state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, state)
+    rate = found["explosions"].inner_state.hyperparams["learning_rate"]
+    assert rate == jnp.float32(0.01)
+    assert not rate.weak_type
+    for x in jax.tree.leaves(updates):
+        np.testing.assert_array_equal(x, jnp.float32(0 if bad else -0.01))
+
+
 # What a rollback takes back.
 
 

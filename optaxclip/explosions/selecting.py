@@ -43,6 +43,8 @@ def update_or_keep(
     if not is_traced:
         updates, new = update(state)
         return updates, jax.tree.map(lambda x, y: _select(keep, x, y), kept, new)
+    # Numbers that the user puts into a state have no type to compare.
+    state, kept = (jax.tree.map(_as_array, tree) for tree in (state, kept))
     old, structure = jax.tree.flatten(state)
     other: list = []  # what is no array, and so cannot leave a traced function
 
@@ -138,6 +140,10 @@ def _is_plain_jit(eqn: Any) -> bool:
         *eqn.params.get("out_shardings", ["none"]),
     ]
     return all(str(x) == "UnspecifiedValue" for x in shardings)
+
+
+def _as_array(x: Any) -> Any:
+    return x if hasattr(x, "dtype") else jnp.asarray(x)
 
 
 def _select(keep: jax.Array, old: Any, new: Any) -> jax.Array:
