@@ -20,16 +20,26 @@ def known_value(name: str, value: Any) -> float | None:
 
     Raises the error of an argument that is not a single real number.
     """
-    is_array = isinstance(value, np.ndarray | jax.Array)
-    # True is a number for Python, and as a limit surely a mistake.
-    if isinstance(value, bool) or not (
-        is_real(value.dtype) if is_array else isinstance(value, numbers.Real)
-    ):
+    if not _is_number(value):
         raise TypeError(f"{name} must be a number, not {value!r}")
-    if is_array and value.ndim:
+    if isinstance(value, np.ndarray | jax.Array) and value.ndim:
         raise ValueError(f"{name} must be a single number, not {value!r}")
     # To read a JAX array would wait for the device, and fail under `jit`.
     return None if isinstance(value, jax.Array) else float(value)
+
+
+def check_scheduled(value: Any) -> None:
+    """Raises the error of what a schedule gave, if that is no number."""
+    if not _is_number(value):
+        raise TypeError(f"a schedule must give a number, not {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a real number, or an array of these."""
+    if isinstance(value, np.ndarray | jax.Array):
+        return is_real(value.dtype)
+    # True is a number for Python, and as a limit surely a mistake.
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_number(
@@ -88,13 +98,23 @@ def check_transformation(name: str, value: Any) -> None:
 def with_extra_args(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer that takes any extra arguments, and gets those that it can take.
+    """An optimizer that takes any extra arguments.
 
-    Optax goes by the type alone, and so would drop those of `optax.MultiSteps`.
+    It gets all but those that are for us, `value=` and `tag=`, where it does not name
+    them: it would refuse them, as `optax.contrib.sam` does.
     """
+    # Optax goes by the type alone, and so would drop those of `optax.MultiSteps`.
     if _takes_any(inner.update):
         return optax.GradientTransformationExtraArgs(inner.init, inner.update)
-    return optax.with_extra_args_support(inner)
+    taking = optax.with_extra_args_support(inner)
+    known = inspect.signature(inner.update).parameters
+    refused = {"value", "tag"} - set(known)
+
+    def update(updates, state, params=None, **extra_args):
+        extra_args = {k: x for k, x in extra_args.items() if k not in refused}
+        return taking.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def own_state(state: Any, label: str, kind: type[State]) -> State:
@@ -146,12 +166,6 @@ def check_structure(old: Any, new: Any) -> None:
             "does in its first step, so a skipped step cannot keep the old one: put it "
             f"outside; from {old} to {new}"
         )
-
-
-def takes(update: Callable, name: str) -> bool:
-    """Whether an optimizer's `update` can be called with an argument of this name."""
-    # Optax refuses what an optimizer does not name, so not every one can have the loss.
-    return _takes_any(update) or name in inspect.signature(update).parameters
 
 
 def _takes_any(update: Callable) -> bool:

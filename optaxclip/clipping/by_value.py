@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip.checks import known_value
+from optaxclip.checks import check_scheduled, known_value
 from optaxclip.clipping.by_norm import Bound
 from optaxclip.norms.names import leaf_names
 from optaxclip.numerics import is_gradient, next_count, where
@@ -75,16 +75,23 @@ def clip_by_value(
             if is_gradient(leaf) and jnp.iscomplexobj(leaf):
                 raise ValueError(f"clip_by_value cannot order complex values: {name!r}")
 
+    has_schedule = any(map(callable, bounds))
+
     def init(params):
         refuse_complex(params)
-        if any(map(callable, bounds)):
+        if has_schedule:
             return ClipByValueState(num_steps=jnp.zeros([], jnp.int32))
         return optax.EmptyState()
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         refuse_complex(updates)
-        values = [b(state.num_steps) if callable(b) else b for b in bounds]
+        if has_schedule and not isinstance(state, ClipByValueState):
+            raise ValueError(
+                "state must be what init gave, a ClipByValueState, not "
+                f"{type(state).__name__}"
+            )
+        values = [_value_of(bound, state) for bound in bounds]
         high = values[0]
         low = values[1] if min_value is not None else -jnp.asarray(high)
 
@@ -99,6 +106,15 @@ def clip_by_value(
         return jax.tree.map(clip, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _value_of(bound, state):
+    """A bound on this step."""
+    if not callable(bound):
+        return bound
+    value = bound(state.num_steps)
+    check_scheduled(value)
+    return value
 
 
 def _bound_for(bound, dtype):

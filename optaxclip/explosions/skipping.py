@@ -22,7 +22,6 @@ from optaxclip.checks import (
     check_structure,
     check_transformation,
     own_state,
-    takes,
     with_extra_args,
 )
 from optaxclip.clipping.rescaling import limit_updates
@@ -178,7 +177,6 @@ def skip_explosions(
     on_host = rollback == "host"
     check_label(label)
     check_transformation("inner", inner)
-    refused = [x for x in ("value", "tag") if not takes(inner.update, x)]
     inner = with_extra_args(inner)
 
     def init(params):
@@ -205,8 +203,6 @@ def skip_explosions(
         explosions, seen = detection.update(
             updates, extra_args, state.explosions, params
         )
-        # What an inner optimizer does not name it would refuse.
-        extra_args = {k: x for k, x in extra_args.items() if k not in refused}
         # Found anew in each trace: the updates may be wider than the parameters.
         scopes = find_scopes(updates, "leaf", specs=specs, stacked=stacked)
         now = COUNTS.unpack(explosions.record.counts)

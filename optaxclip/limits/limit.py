@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip.checks import check_number
+from optaxclip.checks import check_number, check_scheduled
 
 
 class Limit(NamedTuple):
@@ -127,6 +127,7 @@ def schedule(max_norm: Callable[[jax.Array], ArrayLike]) -> Limit:
         # As `lambda count: limits.zscore()`, whose error would come from deep inside.
         if isinstance(limit, Limit):
             raise TypeError("a schedule gave a Limit, and not a number: call it first")
+        check_scheduled(limit)
         limits = jax.tree.map(lambda n: jnp.full_like(n, limit), norms)
         return limits, ScheduleState(
             num_steps=jnp.asarray(optax.safe_increment(state.num_steps))

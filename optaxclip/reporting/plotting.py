@@ -72,8 +72,8 @@ def plot(
         raise ImportError(
             'optaxclip.plot needs matplotlib: pip install "optaxclip[report]"'
         ) from error
-    for drawn in (history, after):
-        if drawn is not None and not isinstance(drawn, History):
+    for drawn in (history,) if after is None else (history, after):
+        if not isinstance(drawn, History):
             raise TypeError(
                 "plot draws a History: plot(optaxclip.history(opt_state, params)), not "
                 f"of a {type(drawn).__name__}"

@@ -210,6 +210,22 @@ MISTAKES: dict[str, Any] = {
         ),
         "a schedule gave a Limit, and not a number: call it first",
     ),
+    "a schedule that gives a flag": (
+        lambda: one_step(package.clip_by_norm(lambda count: True)),
+        "a schedule must give a number, not True",
+    ),
+    "a schedule that gives a text": (
+        lambda: one_step(package.zclip(max_norm=lambda count: "1.0")),
+        "a schedule must give a number, not '1.0'",
+    ),
+    "a schedule of values that gives a flag": (
+        lambda: one_step(package.clip_by_value(lambda count: count > 1)),
+        "a schedule must give a number, not ",
+    ),
+    "a schedule of least values that gives nothing": (
+        lambda: one_step(package.clip_by_value(1.0, min_value=lambda count: None)),
+        "a schedule must give a number, not None",
+    ),
     "a list for a response": (
         lambda: package.clip_by_norm(1.0, respond=["cap"]),
         "respond must be one of ('cap', 'soft', 'set'), not ['cap']",
@@ -234,6 +250,7 @@ MISTAKES: dict[str, Any] = {
         lambda: package.history([package.record().init(SMALL)["gradients"]]),
         "a RecordState has lost its label",
     ),
+    "no history": (lambda: package.plot(None), PLOTTED),
     "a state for a history": (
         lambda: package.plot(package.record().init(SMALL)),
         PLOTTED,
@@ -261,6 +278,10 @@ MISTAKES: dict[str, Any] = {
     "the state of another optimizer, in an update": (
         lambda: one_step(package.clip_by_norm(1.0), SGD.init(SMALL)),
         "state must be what init gave, {'clip': ClipByNormState}, not tuple",
+    ),
+    "the state of another optimizer, in an update of values": (
+        lambda: one_step(package.clip_by_value(lambda count: 1.0), SGD.init(SMALL)),
+        "state must be what init gave, a ClipByValueState, not tuple",
     ),
     "parameters and state in the wrong order": (
         lambda: one_step(package.record(), SMALL),
@@ -368,6 +389,8 @@ def test_an_optimizer_that_takes_no_loss_is_given_none():
     """`optax.contrib.sam` would raise, and the loss is for the rules."""
     inner = optax.contrib.sam(SGD, SGD, sync_period=2)
     one_step(package.stabilize(inner), value=1.0)
+    one_step(package.stabilize(inner, max_norm=1.0), value=1.0)
+    one_step(package.stabilize(inner, max_norm=1.0, columns=["a"]), tag={"a": 1.0})
 
 
 # --- Leaves that are not those of `init`, or no arrays.
