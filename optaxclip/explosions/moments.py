@@ -1,8 +1,8 @@
-"""Moments that the inner optimizer has made non-finite: finds and resets them."""
+"""What the inner optimizer has made non-finite in its state: finds and resets it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from optaxclip.clipping.by_value import ClipByValueState
 from optaxclip.explosions.state import DetectExplosionsState, SkipExplosionsState
 from optaxclip.limits.limit import ScheduleState
 from optaxclip.norms.scopes import Scopes
-from optaxclip.numerics import accumulator, add, is_gradient, widen
+from optaxclip.numerics import accumulator, add, is_gradient, where, widen
 from optaxclip.ring import RecordState
 from optaxclip.xla import materialize, run_if, tie
 
@@ -38,34 +38,77 @@ _LEAF = jax.tree.structure(0)
 
 
 def mend_moments(
-    num_steps: jax.Array, inner_state: Any, updates: Any, scopes: Scopes
+    num_steps: jax.Array,
+    inner_state: Any,
+    updates: Any,
+    params: Any,
+    scopes: Scopes,
+    init: Callable[[Any], Any],
 ) -> tuple[jax.Array, Any]:
-    """Whether moments were found to be non-finite, and the state with 0 for those.
+    """Whether the optimizer has made its state non-finite, and the state without that.
 
-    It looks on every third step, by their number before this one.
+    Moments become 0 there, and all other arrays what they were at the start. It looks
+    on every third step, by their number before this one.
+
+    Args:
+      num_steps: Before this step.
+      inner_state: That of the optimizer.
+      updates: The gradients.
+      params: The parameters; None where they are not known.
+      scopes: The leaves of the updates.
+      init: That of the optimizer.
     """
     is_due = num_steps % CHECK_EVERY == CHECK_EVERY - 1
     # By their places among the leaves: a state may hold anything beside its moments.
     leaves, structure = jax.tree.flatten(inner_state)
-    places = find_moments(inner_state, updates)
-    moments = [jnp.asarray(leaves[i]) for i in places]
-    is_spoiled = are_spoiled(is_due, moments, list(places.values()), scopes)
-    for i, moment in zip(places, moments, strict=True):
+    of = find_moments(inner_state, updates)
+    others = find_others(inner_state, updates)
+    moments = [jnp.asarray(leaves[i]) for i in of]
+    like = updates if params is None else params
+
+    def at_start(flag):
+        tied = jax.tree.map(lambda x: _tied(flag, x), like)
+        first = jax.tree.leaves(init(tied))
+        return [jnp.asarray(first[i]) for i in others]
+
+    is_spoiled, found = look(
+        is_due,
+        moments,
+        list(of.values()),
+        [jnp.asarray(leaves[i]) for i in others],
+        at_start,
+        scopes,
+    )
+    for i, moment in zip(of, moments, strict=True):
         leaves[i] = mended(is_spoiled, moment)
+    for i, other in zip(others, found, strict=True):
+        leaves[i] = other
     return materialize(is_spoiled), jax.tree.unflatten(structure, leaves)
 
 
-def are_spoiled(
-    when: jax.Array, moments: Sequence[jax.Array], of: Sequence[int], scopes: Scopes
-) -> jax.Array:
-    """Whether a moment is non-finite. Costs nothing unless `when`.
+def look(
+    when: jax.Array,
+    moments: Sequence[jax.Array],
+    of: Sequence[int],
+    others: Sequence[jax.Array],
+    at_start: Callable[[jax.Array], Sequence[jax.Array]],
+    scopes: Scopes,
+) -> tuple[jax.Array, Sequence[jax.Array]]:
+    """Whether any is non-finite, and the others mended. Costs nothing unless `when`.
 
-    `of`: for each moment, of which leaf it is.
+    Args:
+      when: Whether it looks.
+      moments: The moments.
+      of: For each of them, of which leaf it is.
+      others: What else may have become non-finite.
+      at_start: Flag of the loop -> the others before the first step.
+      scopes: The leaves.
     """
     # A flag has no derivative, and reverse mode would need one through the loop.
-    moments = lax.stop_gradient(moments)
+    moments, others = lax.stop_gradient((moments, others))
 
-    def highest_level(flag, _):
+    def highest_level(flag, carry):
+        _, others = carry
         found: list[Any] = [
             jnp.zeros(leaf.part_shape, jnp.float32) for leaf in scopes.leaves
         ]
@@ -78,13 +121,30 @@ def are_spoiled(
         for i, x in sums.items():
             axes = tuple(set(range(x.ndim)) - set(scopes.leaves[i].kept))
             found[i] = jnp.isnan(jnp.sum(x, axes)).astype(jnp.float32)
-        level: Any = scopes.collapse(found, "max")
-        return jnp.max(level, initial=0)
+        pairs = list(zip(others, at_start(flag), strict=True)) if others else []
+        flags = [jnp.any(are_spoiled(*pair)) for pair in pairs]
+        others = [where(are_spoiled(x, first), first, x) for x, first in pairs]
+        levels: Any = scopes.collapse(found, "max")
+        level = jnp.max(levels, initial=0)
+        if flags:
+            is_bad = scopes.on_any_device(jnp.any(jnp.stack(flags)))
+            level = jnp.maximum(level, is_bad.astype(level.dtype))
+        return level, others
 
-    if not of:
-        return jnp.zeros([], bool)
-    _, level = run_if(when, highest_level, jnp.zeros([], jnp.float32))
-    return level > 0
+    if not of and not others:
+        return jnp.zeros([], bool), others
+    _, (level, others) = run_if(
+        when, highest_level, (jnp.zeros([], jnp.float32), others)
+    )
+    return level > 0, others
+
+
+def are_spoiled(x: jax.Array, first: jax.Array) -> jax.Array:
+    """Which elements became non-finite; none that was so at the start.
+
+    +inf at the start stays: it may be the best loss before any.
+    """
+    return ~jnp.isfinite(x) & (x != first) & ~jnp.isnan(first)
 
 
 def mended(when: jax.Array, moment: jax.Array) -> jax.Array:
@@ -130,6 +190,40 @@ def find_moments(state: Any, updates: Any) -> dict[int, int]:
 
     visit(state, 0)
     return found
+
+
+def find_others(state: Any, updates: Any) -> list[int]:
+    """Leaves of a state that are floating, and no moments, by their places.
+
+    None of what we keep of a run, and no hyperparameter: that is the user's. Nor what
+    is larger than every leaf of the updates, such as the memory of L-BFGS: to replace
+    it could cost a pass over it in every step.
+    """
+    largest = max((np.size(x) for x in jax.tree.leaves(updates)), default=0)
+    moments = find_moments(state, updates)
+
+    def flags(tree):
+        return jax.tree.map(lambda _: isinstance(tree, OURS), tree)
+
+    are_ours = jax.tree.map(flags, state, is_leaf=lambda x: isinstance(x, OURS))
+    return [
+        place
+        for place, ((path, x), is_ours) in enumerate(
+            zip(
+                jax.tree.leaves_with_path(state), jax.tree.leaves(are_ours), strict=True
+            )
+        )
+        if is_gradient(x)
+        and not is_ours
+        and place not in moments
+        and np.size(x) <= largest
+        and all(getattr(key, "name", None) != "hyperparams" for key in path)
+    ]
+
+
+def _tied(flag: jax.Array, x: Any) -> Any:
+    """As `tie`, of an array alone: parameters may be numbers and functions too."""
+    return tie(flag, lax.stop_gradient(x)) if isinstance(x, jax.Array) else x
 
 
 def _split_node(tree: Any) -> tuple[list, Any]:

@@ -211,7 +211,12 @@ def skip_explosions(
             state, seen, now, params, updates, scopes, carried.rise, settings
         )
         is_spoiled, kept = mend_moments(
-            state.explosions.counts.steps, state.inner_state, updates, scopes
+            state.explosions.counts.steps,
+            state.inner_state,
+            updates,
+            params,
+            scopes,
+            inner.init,
         )
         decision = decide(settings, seen, now, carried, is_away, is_spoiled, pull)
         explosions = unlearn(explosions, state.explosions, decision.is_skipped)

@@ -89,14 +89,19 @@ class Scopes(NamedTuple):
         ]
 
     def anywhere(self, flag):
-        """Whether a flag is set on any device. Only norms per unit can differ."""
-        if not any(leaf.kept_mesh_axes for leaf in self.leaves):
-            return flag
+        """Whether a flag of the norms is set on any device; only per unit can it be."""
+        is_kept = any(leaf.kept_mesh_axes for leaf in self.leaves)
+        return self.on_any_device(flag) if is_kept else flag
+
+    def on_any_device(self, flag):
+        """Whether a flag is set on any device of those over which a leaf is sharded."""
         axes = {
             axis
             for leaf in self.leaves
             for axis in leaf.kept_mesh_axes + leaf.mesh_axes
         }
+        if not axes:
+            return flag
         return jax.lax.psum(flag.astype(jnp.int32), tuple(sorted(axes))) > 0
 
     def any_of(self, flags: list[bool]):
