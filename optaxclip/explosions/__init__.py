@@ -84,8 +84,11 @@ ten steps apart count as one explosion (`max_gap`).
    read every update once more can cost more than the step. To see it, put
    `detect_explosions(label="updates")` behind the optimizer, inside.
 6. Where the optimizer makes its own moments non-finite out of finite gradients, they
-   are reset to 0 within 3 steps. That step is skipped, and counted as an explosion
-   (`explosions/num_mended`).
+   are reset to 0 within 3 steps, and other numbers of its state to what `init` gave;
+   one that is +inf there, such as a best loss, may be so again. That step is skipped,
+   and counted as an explosion (`explosions/num_mended`). Hyperparameters stay, and so
+   does an array larger than every leaf, such as the memory of L-BFGS, of which
+   `raise_if_exploded` tells.
 
 With `rollback=True` also:
 
@@ -144,7 +147,7 @@ Without `rollback`, the third explosion in a row multiplies the updates by `cool
 | the parameters hold NaN | an earlier checkpoint |
 | the optimizer's state holds NaN or inf | larger constants in its denominators |
 | `explosions/num_blocked_rollbacks` above 0 | put `stabilize` around everything else |
-| `optax.MultiSteps` has accumulated NaN | put `stabilize` around it |
+| `optax.MultiSteps` has accumulated NaN | put `stabilize` around it, or see below |
 
 `raise_if_exploded` is for the training loop, outside of `jit`. It raises only where the
 run cannot go on: on a non-finite step that nothing skipped, on a run that was given up,
@@ -154,9 +157,20 @@ that. It waits for the step, so call it every few steps.
 
 ## In your trainer
 
-**Order.** `stabilize` goes around everything that makes the update. A rollback is an
-update, so nothing may change it afterward. `metrics` counts those that something
-changed as `explosions/num_blocked_rollbacks`.
+| what | how |
+|---|---|
+| order | `stabilize` around everything that makes the update, or averages gradients |
+| the loss | `tx.update(grads, opt_state, params, value=loss)` |
+| accumulation | `stabilize(optax.MultiSteps(optimizer, 4))` |
+| masks | around `optax.masked` it watches all leaves, inside the chosen ones |
+| schedules | inside: they count the steps that were taken |
+| hyperparameters by hand | `optax.inject_hyperparams` inside: a rollback leaves them |
+
+**Order.** A rollback is an update, so nothing may change it afterward. `metrics` counts
+those that something changed as `explosions/num_blocked_rollbacks`. What averages
+gradients in front, as `optax.trace`, `ema` and `apply_every` do, holds the NaN of one
+bad batch for good: every later step is skipped, and `raise_if_exploded` is silent until
+the 100th.
 
 ```python
 >>> def train(tx, sizes, state=None):  # gradients and losses of these sizes
@@ -167,57 +181,55 @@ changed as `explosions/num_blocked_rollbacks`.
 ...         updates, state = update(grads, state, params, value=jnp.array(abs(size)))
 ...         params = optax.apply_updates(params, updates)
 ...     return params, state
+>>> def count(state, name):
+...     return int(optaxclip.metrics(state)["explosions/" + name])
 >>> returns = [1.0] * 4 + [1e3] * 3 + [1.0] * 3  # three explosions, two trials
 >>> _, state = train(optaxclip.stabilize(optax.adam(1e-3)), returns)
->>> print(optaxclip.metrics(state)["explosions/num_rollbacks"])
-1
+>>> assert count(state, "num_rollbacks") == 1
 >>> behind = optax.chain(optaxclip.stabilize(optax.scale_by_adam()), optax.scale(-1e-3))
 >>> _, state = train(behind, returns)
->>> print(optaxclip.metrics(state)["explosions/num_blocked_rollbacks"])
-1
+>>> assert count(state, "num_blocked_rollbacks") == 1
+>>> in_front = optax.chain(optax.trace(0.9), optaxclip.stabilize(optax.sgd(0.1)))
+>>> params, state = train(in_front, [jnp.nan, 1.0, 1.0])
+>>> assert count(state, "num_skipped") == 3
+>>> optaxclip.raise_if_exploded(state, params)  # silent
 
 ```
 
-**The loss.** Give it as `tx.update(grads, opt_state, params, value=loss)`. Where a
-framework calls `update(grads, state)` itself, use
+**The loss.** Where a framework calls `update(grads, state)` itself, use
 `stabilize(optimizer, rollback=False)`: it needs neither the loss nor the parameters.
 
-**Accumulation.** `stabilize(optax.MultiSteps(optimizer, 4))` loses one bad micro-batch
-alone. Within `optax.MultiSteps`, NaN would stay in the accumulated gradients, which
-`raise_if_exploded` reports.
+**Accumulation, masks, schedules.** Around `optax.MultiSteps` one bad micro-batch alone
+is lost. Inside, NaN would stay in the accumulated gradients, which `raise_if_exploded`
+reports, unless `optax.skip_not_finite` keeps it out.
 
 ```python
 >>> around = optaxclip.stabilize(optax.MultiSteps(optax.sgd(0.1), 4))
->>> params, _ = train(around, [1.0, jnp.nan, 1.0, 1.0, 1.0])
->>> print(params["w"])
+>>> inside = optax.MultiSteps(
+...     optaxclip.stabilize(optax.sgd(0.1)), 4,
+...     should_skip_update_fn=optax.skip_not_finite,
+... )
+>>> for tx in (around, inside):
+...     print(train(tx, [1.0, jnp.nan, 1.0, 1.0, 1.0])[0]["w"])
 [-0.1 -0.1]
+[-0.1 -0.1]
+>>> optimizer, bad = optax.sgd(lambda count: 0.1 / (1 + count)), [1.0, jnp.nan, 1.0]
+>>> _, state = train(optaxclip.stabilize(optax.masked(optimizer, {"w": False})), bad)
+>>> assert count(state, "num_skipped") == 1
+>>> assert optax.tree.get(state, "count") == 2
+>>> _, state = train(optax.masked(optaxclip.stabilize(optimizer), {"w": False}), bad)
+>>> assert count(state, "num_skipped") == 0
 
 ```
 
-**Masks.** `stabilize(optax.masked(optimizer, mask))` watches all leaves, and
-`optax.masked(stabilize(optimizer), mask)` the chosen ones.
-
-```python
->>> masked = optaxclip.stabilize(optax.masked(optax.sgd(0.1), {"w": False}))
->>> params, state = train(masked, [1.0, jnp.nan])
->>> print(params["w"], optaxclip.metrics(state)["explosions/num_skipped"])
-[1. 1.] 1
-
-```
-
-**Schedules.** Put them inside. They count the steps that were taken, and a rollback
-leaves their counts as they are, as it does all of the optimizer's state.
-
-**Hyperparameters by hand.** Use
-`stabilize(optax.inject_hyperparams(optax.adam)(1e-3))`. A rollback leaves what was set.
+**Hyperparameters by hand.** Number or array, a rollback leaves what was set.
 
 ```python
 >>> by_hand = optaxclip.stabilize(optax.inject_hyperparams(optax.sgd)(0.1))
 >>> _, state = train(by_hand, [1.0] * 4)
->>> state["explosions"].inner_state.hyperparams["learning_rate"] = jnp.array(0.01)
+>>> state["explosions"].inner_state.hyperparams["learning_rate"] = 0.01
 >>> _, state = train(by_hand, returns[4:], state)
->>> print(optaxclip.metrics(state)["explosions/num_rollbacks"])
-1
+>>> assert count(state, "num_rollbacks") == 1
 >>> print(state["explosions"].inner_state.hyperparams["learning_rate"])
 0.01
 

@@ -34,7 +34,8 @@ def stabilize(
     steps whose norm, share of a leaf or loss is unusual for the run; where that
     persists and earlier parameters are better, returns to them with smaller steps. Give
     the loss as `value=`, of either sign: it shows best whether the parameters are bad,
-    and alone what diverges slowly.
+    and alone what diverges slowly. The update of a rollback has to be applied as it is,
+    so nothing may stand behind `stabilize` in a chain, or around it.
 
     Args:
       inner: The optimizer; it gets all extra arguments.
