@@ -107,6 +107,8 @@ For each scope by itself, the first row that fits decides the result of `clip_by
   + 2^-8 in bfloat16 and 1 + 2^-11 in float16.
 * A norm that exceeds its limit by a few roundings (4 x 1.2e-7 in float32) is left
   alone. So a second clip changes nothing.
+* Beyond the limit each element is rounded to within 2 units in the last place for a few
+  elements, 3 for 17 and 4 for 1000 (float32, CPU): the sum of squares has no more bits.
 * A norm beyond the largest float reads as the largest float.
 * `clip_by_value` turns +inf and -inf into the bounds, and NaN stays NaN.
 * Leaves that are no gradients pass through untouched: integers, bools, keys, `None`,

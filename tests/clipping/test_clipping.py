@@ -276,6 +276,18 @@ def test_a_clip_is_within_two_units_in_the_last_place(limit):
     assert worst <= 2
 
 
+@pytest.mark.parametrize(("size", "bound"), [(17, 3), (1000, 4), (100_000, 4)])
+def test_the_rounding_of_a_clip_by_the_number_of_elements(size, bound):
+    update = jax.jit(lambda x: run(clip_by_norm(1.0), [x])[0][0])
+    for seed in range(20):
+        values = np.random.default_rng(seed).standard_normal(size).astype(np.float32)
+        exact = values / np.linalg.norm(values.astype(np.float64))
+        unit = np.spacing(abs(exact).astype(np.float32))
+        assert (
+            np.max(abs(np.asarray(update(values), np.float64) - exact) / unit) <= bound
+        )
+
+
 def test_negative_zero_and_tiny_elements_beside_large_ones():
     leaves = [jnp.asarray([3e30, -0.0, 1e-12])]
     updates, _ = run(clip_by_norm(3e29), leaves)
