@@ -13,6 +13,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+import optaxclip
 import reference
 from optaxclip.numerics import is_gradient
 from registry import REGISTRY
@@ -248,6 +249,25 @@ def test_vmap_equals_a_loop_over_the_runs(name, transformation):
         assert_close_states(
             jax.tree.map(lambda x, i=i: x[i], found_state), expected_state
         )
+
+
+HAS_METRICS = [x for x in REGISTRY if not x.startswith(("clip_by_value", "scale_"))]
+SLOW_TO_STACK = set(HAS_METRICS) - {"clip_by_norm", "record"}
+
+
+@pytest.mark.parametrize("name", names(SLOW_TO_STACK, HAS_METRICS))
+def test_metrics_of_stacked_states_are_those_of_each_run(name, transformation):
+    state = transformation.init(updates_at(0))
+    runs = [compiled(name)(updates_at(i), state, updates_at(0))[1] for i in range(4)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)
+    # Ratios need the parameters of each run.
+    params = jax.tree.map(lambda x: jnp.stack([x] * 4), updates_at(0))
+    found = optaxclip.metrics(stacked, params)
+    expected = [optaxclip.metrics(run, updates_at(0)) for run in runs]
+    assert set(found) == set(expected[0])
+    for key, values in found.items():
+        of_runs = [float(metrics[key]) for metrics in expected]
+        np.testing.assert_allclose(values, of_runs, rtol=1e-6, err_msg=key)
 
 
 @pytest.mark.parametrize(

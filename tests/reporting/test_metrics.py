@@ -467,6 +467,21 @@ def test_two_labels_side_by_side():
     assert float(found["second/clipped_fraction"]) == 0, "the first has clipped already"
 
 
+@pytest.mark.slow
+def test_two_stabilized_optimizers_side_by_side():
+    """Those of a generator and its discriminator."""
+    params, sizes = {"w": jnp.ones(2)}, {"generator": 1.0, "discriminator": jnp.nan}
+    states = {}
+    for label, size in sizes.items():
+        tx = optaxclip.stabilize(optax.sgd(0.1), label=label)
+        grads = {"w": jnp.full(2, size)}
+        _, states[label] = jax.jit(tx.update)(grads, tx.init(params), params)
+    found = optaxclip.metrics(states, params)
+    assert {name.split("/")[0] for name in found} == set(sizes)
+    assert found["generator/num_skipped"] == 0
+    assert found["discriminator/num_skipped"] == 1
+
+
 @pytest.mark.parametrize(
     "tx",
     [
