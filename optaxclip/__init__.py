@@ -179,10 +179,12 @@ all of this, and goes back to an earlier checkpoint where a rollback does not he
 
 ## Versions of JAX
 
-optaxclip needs JAX 0.7.2 or later. Before 0.10.2, on a CPU, XLA stores the squares of
-the gradients before it adds them up. A clip by norm then needs memory for a float32
-copy of the gradients, and `stabilize` for two; and the norm of 10 million equal numbers
-may be wrong by 5e-6 of itself.
+| before JAX | this is missing |
+|---|---|
+| 0.7.2 | all: optaxclip needs that or later |
+| 0.10 | `rollback="host"` |
+| 0.10.2, CPU | memory: a clip takes a float32 copy of the gradients, `stabilize` two |
+| 0.10.2, CPU | precision: of 10 million equal numbers 5e-6 of the norm |
 """
 
 from optaxclip import (

@@ -60,7 +60,8 @@ def clip_by_spectral_norm(
     10,000 times the limit, results are within 0.3 % of the limit of the formula; of
     larger ones, what is below 1e-6 of the Frobenius norm shrinks with it. Of a sharded
     matrix, each device works on the whole; of stacked ones that lie on several devices,
-    each works on its own.
+    each works on its own. Derivatives through the clip are forward ones (`jax.jvp`): in
+    reverse mode JAX raises an error of `while_loop`.
 
     Args:
       max_norm: The limit, as in `clip_by_norm`; a `Limit` learns from each matrix.
