@@ -26,7 +26,9 @@ def scale_by_second_moment() -> Any:
 
     def init(params):
         def zeros(x):
-            return jnp.zeros(jnp.shape(x) if is_gradient(x) else [], jnp.float32)
+            if not is_gradient(x):
+                return jnp.zeros([], jnp.float32)
+            return jnp.zeros_like(x, jnp.float32)  # sharded as the parameters are
 
         return SecondMoment(jnp.zeros([], jnp.int32), jax.tree.map(zeros, params))
 

@@ -534,18 +534,22 @@ def test_experts_on_eight_devices(mode, names, subtests):
         for name in names
     }
 
-    def step(updates):
+    def init(params):
+        return {name: tx.init(params) for name, tx in rows.items()}
+
+    def step(updates, states):
         return {
-            name: tx.update(updates, tx.init(updates), updates)
-            for name, tx in rows.items()
+            name: tx.update(updates, states[name], updates) for name, tx in rows.items()
         }
 
-    expected = jax.jit(step)(updates)
+    expected = jax.jit(step)(updates, init(updates))
     mesh = mesh_of("data", mode)
     with jax.set_mesh(mesh):
         given = place(mesh, updates, EXPERT_SPECS)
-        compiled = jax.jit(step).lower(given).compile()
-        found = compiled(given)
+        # Not in the program of the step, where old versions of JAX confuse meshes.
+        states = jax.jit(init)(given)
+        compiled = jax.jit(step).lower(given, states).compile()
+        found = compiled(given, states)
     shardings = shardings_of(mesh, EXPERT_SPECS)
     for name in rows:
         with subtests.test(name):
