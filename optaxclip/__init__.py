@@ -88,8 +88,7 @@ is a `TypeError`, and one that is out of range a `ValueError`; so is a limit tha
 learns, such as `limits.zscore`, per unit, in `init`. In `update`, leaves or a state
 that `init` did not make are a `ValueError`, as is a loss with axes. A complex loss, or
 one given as `loss=` in place of `value=`, is a `TypeError`. Where there are `columns`,
-no `tag` is a `TypeError`, and one that lacks a name a `ValueError`. Docstrings name
-what else raises.
+no `tag` is a `TypeError`, and one that lacks a name a `ValueError`.
 
 ## Guides
 
@@ -106,14 +105,10 @@ what else raises.
 
 ## Many devices
 
-There is one norm, one decision and one state, however the arrays are sharded.
-
-### Under jit
-
-Under `jit`, sharded arrays need no configuration. Norms are global, a step is skipped
-by all devices or by none, and what limits, rules and recorders keep is the same on
-each. What a state holds per unit is sharded as the units are, and snapshots as the
-parameters.
+There is one norm, one decision and one state, however the arrays are sharded. Under
+`jit` they need no configuration. Norms are global, a step is skipped by all devices or
+by none, and what limits, rules and recorders keep is the same on each. What a state
+holds per unit is sharded as the units are, and snapshots as the parameters.
 
 ### Inside shard_map
 

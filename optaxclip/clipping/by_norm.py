@@ -210,7 +210,7 @@ def clip_by_norm(
                 norms,
             ),
             limit_state=limit_state,
-            target=() if is_cap else jax.tree.map(without_nan, _cast(targets, seen)),
+            target=() if is_cap else jax.tree.map(known_target, _cast(targets, seen)),
             layout=state.layout,
         )
         updates = rescale_scopes(updates, scopes, norms, excess, targets)
@@ -222,6 +222,11 @@ def clip_by_norm(
 def _cast(norms: Any, like: Any) -> Any:
     """The norms in the dtypes of others; finite ones stay finite."""
     return jax.tree.map(lambda n, other: saturating_cast(n, other.dtype), norms, like)
+
+
+def known_target(target: jax.Array) -> jax.Array:
+    """0 where the limit is NaN: the clip gives zeros. No state is to hold NaN."""
+    return jnp.where(jnp.isnan(target), 0, target)
 
 
 def _broadcast(limits: Any, norms: Any) -> Any:

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from optaxclip.checks import check_by_name, check_label, check_leaves, own_state
-from optaxclip.clipping.by_norm import ClipByNormState
+from optaxclip.clipping.by_norm import ClipByNormState, known_target
 from optaxclip.clipping.rescaling import fits_limit
 from optaxclip.clipping.shards import (
     MeshAxes,
@@ -139,7 +139,7 @@ def clip_by_spectral_norm(
             num_clipped=increment(state.num_clipped, ~fits & jnp.isfinite(norms)),
             num_nonfinite=increment(state.num_nonfinite, ~jnp.isfinite(norms)),
             limit_state=limit_state,
-            target=without_nan(_soften(seen, limits)) if smooth else (),
+            target=known_target(_soften(seen, limits)) if smooth else (),
             layout=state.layout,
         )
         limits = limits.astype(norms.dtype)

@@ -569,7 +569,7 @@ def test_minimum_is_elementwise_also_per_unit():
 
 
 def test_the_count_of_a_schedule_saturates():
-    limit = limits.schedule(lambda count: count > 0)
+    limit = limits.schedule(lambda count: jnp.where(count > 0, 1.0, 0.0))
     most = jnp.asarray(jnp.iinfo(jnp.int32).max)
     state = limit.init(jnp.ones(()))._replace(num_steps=most)
     for _ in range(2):
