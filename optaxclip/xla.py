@@ -64,7 +64,8 @@ def tie(flag: jax.Array, tree: Any) -> Any:
 
     XLA would otherwise compute what depends on it alone before the loop, on each step.
     """
-    return lax.optimization_barrier((flag, tree))[1]
+    # Each array by itself: together all would vary over the mesh axes of any.
+    return jax.tree.map(lambda x: lax.optimization_barrier((flag, x))[1], tree)
 
 
 def replace_where(when, new, old):
