@@ -418,7 +418,7 @@ def test_a_change_of_regime_is_accepted_within_max_consecutive(max_consecutive):
 @pytest.mark.parametrize(
     ("gap", "size", "is_taken"),
     [
-        (5, 20.0, True),
+        pytest.param(5, 20.0, True, marks=pytest.mark.slow),
         (125, 20.0, True),
         (126, 20.0, False),
         (5, 28.0, True),

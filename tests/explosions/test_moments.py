@@ -45,7 +45,13 @@ def take_steps(name, sizes, params: Any, state: Any) -> Any:
     return params, state
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name.startswith("dog") else pytest.mark.slow)
+        for name in CASES
+    ],
+)
 def test_whatever_of_the_state_a_square_made_inf_is_mended(name):
     params = CASES[name][1]
     params, state = take_steps(name, [1.0], params, update_of(name)[0].init(params))
