@@ -68,7 +68,8 @@ def num_passed(now: dict[str, Any]) -> jax.Array:
     """
     began = _step(now) - now["in_a_row"] + 1
     steps = jnp.stack([now["last_outlier"], now["last_outlier_but_one"]])
-    return jnp.sum((steps >= 0) & (steps < began) & (_step(now) - steps <= MEMORY))
+    is_one = (steps >= 0) & (steps < began) & (_step(now) - steps <= MEMORY)
+    return jnp.sum(is_one, dtype=jnp.int32)
 
 
 def _step(now: dict[str, Any]) -> jax.Array:
