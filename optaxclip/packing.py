@@ -48,6 +48,15 @@ class Packing:
         others = [self._to_kept(x, jnp.float32) for x in others]
         return stack_scalars(numbers + others)
 
+    def pack_known(
+        self, values: Mapping[str, float], others: Sequence[float] = ()
+    ) -> np.ndarray:
+        """As `pack`, of numbers that are known, without a program of its own."""
+        ints = [values[name] for name in self.names if name in self._ints]
+        floats = [values[name] for name in self.names if name not in self._ints]
+        bits = np.asarray([*floats, *others], np.float32).view(self._kept)
+        return np.concatenate([np.asarray(ints, self._kept), bits])
+
     def read(self, packed: Any, name: str) -> jax.Array:
         """One number of each array in `[..., num_names + num_others]`: `[...]`."""
         number = packed[..., self.names.index(name)]

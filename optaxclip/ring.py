@@ -158,10 +158,17 @@ def scopes_of_ranks(state: RecordState, steps: Any) -> Any:
     return rows[..., first : state.num_others].astype(jnp.int32)
 
 
+def largest_scopes(norms: jax.Array, num: int) -> jax.Array:
+    """Those of the largest norms, in their order: int `[num]`.
+
+    What is non-finite is larger than all, and NaN too.
+    """
+    return lax.top_k(jnp.where(norms < jnp.inf, norms, jnp.inf), num)[1]
+
+
 def _largest(norms: jax.Array, num: int) -> jax.Array:
     """The scopes of the largest norms, these norms, and that of the rest together."""
-    # What is non-finite is larger than all, and NaN too.
-    _, scopes = lax.top_k(jnp.where(norms < jnp.inf, norms, jnp.inf), num)
+    scopes = largest_scopes(norms, num)
     rest = root_sum_squares(norms.at[scopes].set(0))
     # As one array: of scopes that are taken apart XLA sorts all norms.
     return jnp.concatenate([scopes.astype(norms.dtype), norms[scopes], rest[None]])

@@ -158,9 +158,9 @@ def make_detection(
         scopes = find_scopes(params, "leaf", specs=specs, stacked=stacked)
         norms, _ = jax.eval_shape(lambda: measure_leaves(params, scopes))
         sizes = scopes.sizes().astype(norms.dtype)
-        # As bits beside whole numbers, so that a step is one row of one array.
-        numbers = np.array([0, 0, 0, np.inf, np.inf, np.inf], np.float32)
-        step = [-1, -1, 0, *numbers.view(np.int32), *[0] * num_parts(own)]
+        first = {name: np.inf if name.endswith("limit") else 0 for name in EVENT.names}
+        first |= {"step": -1, "leaf": -1}
+        step = EVENT.pack_known(first, [0] * num_parts(own))
         counts = [-1 if name.startswith("last") else 0 for name in COUNTS.names]
         return DetectExplosionsState(
             events=jnp.asarray([step] * (NUM_TOLD + num_skipped), jnp.int32),

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from optaxclip.clipping.by_norm import ClipByNormState
 from optaxclip.explosions.leading import fitted_growth
@@ -32,7 +31,7 @@ from optaxclip.norms.scopes import find_scopes
 from optaxclip.numerics import divide, normalize_norms, root_sum_squares
 from optaxclip.reporting.history import totals_of
 from optaxclip.reporting.windowed import windowed_metrics
-from optaxclip.ring import RecordState, rows_of, scopes_of_ranks
+from optaxclip.ring import RecordState, largest_scopes, rows_of, scopes_of_ranks
 
 TOP = "top/"
 """Begins the name of what is told of the largest scopes alone."""
@@ -137,10 +136,9 @@ def _record_metrics(
 
 
 def _largest(norms: jax.Array, top: int) -> dict[str, jax.Array]:
-    """The largest norms and whose they are; non-finite ones, also NaN, come first."""
-    sizes, index = lax.top_k(jnp.where(norms < jnp.inf, norms, jnp.inf), top)
-    sizes = jnp.where(sizes < jnp.inf, sizes, norms[index])
-    return {f"{TOP}index": index, f"{TOP}norm": sizes}
+    """The largest norms and whose they are."""
+    index = largest_scopes(norms, top)
+    return {f"{TOP}index": index, f"{TOP}norm": norms[index]}
 
 
 def _ranked_metrics(

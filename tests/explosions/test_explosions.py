@@ -16,6 +16,7 @@ from jax import lax
 import optaxclip
 from optaxclip import limits
 from optaxclip.explosions.leading import fitted_growth
+from optaxclip.explosions.recurring import num_passed
 from optaxclip.explosions.rules import RULES
 from optaxclip.explosions.state import COUNTS
 from optaxclip.explosions.trials import PHASES
@@ -413,6 +414,14 @@ def test_a_change_of_regime_is_accepted_within_max_consecutive(max_consecutive):
     np.testing.assert_allclose(
         metrics["explosions/skipped_fraction"], (max_consecutive - 1) / 100, rtol=1e-6
     )
+
+
+@pytest.mark.usefixtures("x64", "strict")
+def test_outliers_are_counted_in_32_bits():
+    """A sum of flags has 64, and cannot be compared with a count of steps then."""
+    now = {"steps": 9, "in_a_row": 1, "last_outlier": 4, "last_outlier_but_one": 2}
+    found = num_passed({name: jnp.int32(x) for name, x in now.items()})
+    assert (found, found.dtype) == (2, jnp.int32)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import optaxclip
 from optaxclip import limits
+from optaxclip.explosions.state import event_of
 from registry import scale_by_second_moment
 
 
@@ -326,11 +327,8 @@ def is_detector(x) -> bool:
 
 
 def decoded(x) -> Any:
-    """`events`, which hold floats as the bits of integers, in two parts."""
-    if not is_detector(x):
-        return x
-    events = np.asarray(x.events)
-    return x._replace(events=(events[:, :3], events[:, 3:].copy().view(np.float32)))
+    """With its `events`, which hold floats as the bits of integers, read."""
+    return x._replace(events=event_of(np.asarray(x.events))) if is_detector(x) else x
 
 
 def assert_same(found, expected):
@@ -377,7 +375,10 @@ def cells() -> list[Any]:
         for layout in LAYOUTS
         for mode in MODES
     ]
-    return [pytest.param("mixed", "shard_map", FEW, id="mixed-shard_map-few"), *slow]
+    return [
+        pytest.param("mixed", "shard_map, vma", FEW, id="mixed-shard_map-vma-few"),
+        *slow,
+    ]
 
 
 @pytest.mark.usefixtures("quick_to_compile")
