@@ -36,7 +36,8 @@ def check_scheduled(value: Any) -> None:
 
 def _is_number(value: Any) -> bool:
     """Whether it is a real number, or an array of these."""
-    if isinstance(value, np.ndarray | jax.Array):
+    # NumPy's bfloat16 is no `numbers.Real`.
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
         return is_real(value.dtype)
     # True is a number for Python, and as a limit surely a mistake.
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

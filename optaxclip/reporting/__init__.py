@@ -182,10 +182,11 @@ part of the network explodes under another:
 
     explosions: 90 of 695 steps exploded: 20 non-finite, 9 by the norm, 90 by the share
     of a leaf, 24 by the loss. Step 675 was non-finite: the loss was inf, with finite
-    gradients. It began on step 605: the share of that leaf in it was 6.14e-05, above
-    its limit 6.48e-06. Leaf 'aux.l00.W' had grown most. The norm had grown by 1.92x per
-    step since step 618, from 962 to 1.29e+19. In the end that of 'aux.l00.W' had grown
-    most, by 1.98x per step since step 600, from 0.00068 to 1.29e+19.
+    gradients. It began on step 605: the share of leaf 'aux.l00.W' in the norm was
+    6.14e-05, above its limit 6.48e-06. Leaf 'aux.l00.W' had grown most. The norm had
+    grown by 1.92x per step since step 618, from 962 to 1.29e+19. In the end that of
+    'aux.l00.W' had grown most, by 1.98x per step since step 600, from 0.00068 to
+    1.29e+19.
 
 `python tests/benchmarks/detection.py --explain` prints it. Of the six recorded runs of
 this kind, `explain` names a leaf of the exploding part in all six, and the step in

@@ -94,7 +94,7 @@ def _line(kept: History, first: int, last: int, params: Any) -> str:
             f"{kept.limit[first]:.3g}"
         )
     if share:
-        reasons.append("the share of a leaf exceeded its limit")
+        reasons.append("the share of a leaf in the norm exceeded its limit")
     if loss:
         reasons.append(
             f"the loss was {kept.loss[first]:.3g}, above its limit "
@@ -237,15 +237,16 @@ def story_of(state: DetectExplosionsState, kept: History, params: Any) -> str:
             where = f"{leaf_of(bad)} held inf or NaN"
         story.append(f"Step {name_of(bad)}{comma} was non-finite: {where}.")
     if began.step not in (-1, bad.step):
+        share = f"the share of {leaf_of(began)} in the norm"
         signals = [
             ("norm", "the norm", began.norm, began.norm_limit),
-            ("share", "the share of that leaf in it", began.share, began.share_limit),
+            ("share", share, began.share, began.share_limit),
             ("loss", "the loss", began.loss, began.loss_limit),
         ]
         reasons = ["it was non-finite"] * bool(began.fired[0]) + [
             f"{what} was {value:.3g}, above its limit {limit:.3g}"
             if value > limit and (rule != "share" or began.leaf >= 0)
-            else "the share of a leaf in it exceeded its limit"
+            else "the share of a leaf in the norm exceeded its limit"
             for rule, what, value, limit in signals
             if began.fired[RULES.index(rule)]
         ]

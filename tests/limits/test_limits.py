@@ -17,6 +17,7 @@ from optaxclip import limits
 from registry import LIMITS
 
 pytestmark = pytest.mark.usefixtures("strict", "quick_by_default")
+BFLOAT16 = np.asarray(jnp.bfloat16(0.5))[()]
 
 
 def case(row, **kwargs) -> Any:
@@ -566,6 +567,13 @@ def test_minimum_is_elementwise_also_per_unit():
     chex.assert_trees_all_equal(found, (jnp.asarray([2.0, 5.0]), jnp.asarray(4.0)))
     found, _ = limit.update(sizes, state, None)
     chex.assert_trees_all_equal(found, (jnp.asarray([2.0, 4.0]), jnp.asarray(4.0)))
+
+
+@pytest.mark.parametrize("limit", [BFLOAT16, lambda count: BFLOAT16])
+def test_a_number_may_be_of_a_dtype_that_numpy_itself_lacks(limit):
+    for clip in (optaxclip.clip_by_norm(limit), optaxclip.clip_by_value(limit)):
+        clipped, _ = clip.update(jnp.array([-4.0]), clip.init(jnp.ones(1)))
+        assert clipped == -0.5
 
 
 def test_the_count_of_a_schedule_saturates():

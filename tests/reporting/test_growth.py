@@ -1,8 +1,11 @@
 """What `explain` says of the growth before an explosion."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import optaxclip
 from optaxclip.explosions.leading import STEPS_BEFORE, leading_leaf
 from optaxclip.reporting.growth import growth_of
 from optaxclip.reporting.history import History
@@ -44,3 +47,17 @@ def test_the_leaf_that_had_grown_most_is_that_of_the_device(kept):
 def test_where_no_step_is_finite_no_leaf_is_named(kept):
     norms, norm = (np.full_like(x, np.nan) for x in (kept.norms, kept.norm))
     assert growth_of(kept._replace(norms=norms, norm=norm), BEGAN) == []
+
+
+def test_of_a_share_that_is_too_large_the_leaf_is_named():
+    params = {"calm": jnp.ones(1), "growing": jnp.ones(1)}
+    detection = optaxclip.detect_explosions()
+
+    def step(state, count):
+        size = 1e-6 * 1.2 ** jnp.maximum(count - 70.0, 0)
+        grads = {"calm": jnp.ones(1), "growing": size * jnp.ones(1)}
+        return detection.update(grads, state, params)[1], None
+
+    state, _ = jax.lax.scan(step, detection.init(params), jnp.arange(110.0))
+    story = optaxclip.explain(state, params)
+    assert "began on step 91: the share of leaf 'growing' in the norm was 4.6" in story
