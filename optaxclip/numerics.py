@@ -100,6 +100,7 @@ def without_nan(norm: jax.Array) -> jax.Array:
 
 def safe_unit(largest: jax.Array) -> jax.Array:
     """What to divide norms by: XLA multiplies with 1 / x, which must not underflow."""
+    # 4 is the least power of two: 4 / max is just above the smallest normal number.
     return jnp.minimum(largest, jnp.finfo(largest.dtype).max / 4)
 
 

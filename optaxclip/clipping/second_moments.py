@@ -38,6 +38,7 @@ from optaxclip.numerics import (
 def stable_adam(
     inner: optax.GradientTransformation,
     *,
+    # The 1 of `max(1, RMS_t)` in arXiv:2304.13013, algorithm 2.
     max_rms: ArrayLike = 1.0,
     # Those of Adam in Optax.
     b2: ArrayLike = 0.999,

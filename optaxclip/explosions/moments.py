@@ -21,8 +21,10 @@ from optaxclip.ring import RecordState
 from optaxclip.xla import materialize, run_if, tie
 
 CHECK_EVERY = 3
-"""Steps between two looks at the moments of the inner state. Each look reads them once
-more; until the next one, the parameter of a non-finite moment is not updated."""
+"""Steps between two looks at the moments of the inner state.
+
+Each look reads them once more: with 3, a third of a read per step. Until the next look,
+the parameter of a non-finite moment is not updated."""
 OURS = (
     ClipByNormState,
     ClipByValueState,

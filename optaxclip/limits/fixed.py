@@ -21,6 +21,7 @@ class RmsState(NamedTuple):
     """The root of the number of elements, in the shape of the norms."""
 
 
+# Both are those of AGC, arXiv:2102.06171, section 4: 0.01 is for batches of 4096.
 def params(max_ratio: ArrayLike = 0.01, *, eps: ArrayLike = 1e-3) -> Limit:
     """Gives every scope a fraction of the norm of its parameters.
 
@@ -69,6 +70,7 @@ def params(max_ratio: ArrayLike = 0.01, *, eps: ArrayLike = 1e-3) -> Limit:
     return Limit(init, update, needs_params=True)
 
 
+# The threshold d of Adafactor, arXiv:1804.04235, section 6.
 def rms(max_rms: ArrayLike = 1.0) -> Limit:
     """Gives every scope the norm that elements of a root mean square have.
 

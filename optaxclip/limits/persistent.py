@@ -39,6 +39,7 @@ class StartState(NamedTuple):
     `num_steps`, or -1 once a norm has been negative."""
 
 
+# Those of the rule on shares: `explosions/rules.py` says where they come from.
 def sustained_rise(
     max_ratio: ArrayLike = 5.0, *, window: int = 64, patience: int = 3
 ) -> Limit:
@@ -110,6 +111,8 @@ def sustained_rise(
     return Limit(init, update)
 
 
+# Those of the rule on the loss: `explosions/rules.py` says what other numbers do. A
+# length of 8 means that an explosion is noticed 7 steps after it has passed the limit.
 def above_lowest(
     max_ratio: ArrayLike = 8.0, *, min_level: ArrayLike = 0.01, window: int = 8
 ) -> Limit:
@@ -184,6 +187,8 @@ def above_lowest(
     return Limit(init, update)
 
 
+# For 1e-3 see START in `explosions/rules.py`. The mean is of 8 norms, so that a first
+# one that is 1000 times too large raises the floor by 1000**(1 / 8) = 2.4.
 def fraction_of_start(fraction: ArrayLike = 1e-3, *, num_steps: int = 8) -> Limit:
     """Limits norms to a fraction of where they began: a floor for other limits.
 

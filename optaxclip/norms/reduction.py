@@ -220,6 +220,7 @@ def _slopes(gradients, norms, excess, scopes: Scopes, ord: float, dtype: Any) ->
     if ord == 2:
         return ratios
     if math.isinf(ord):  # the elements that share the maximum share the slope
+        # Both divisions round, and so did the norm: 8 eps are room for that.
         is_peak = [
             (jnp.abs(r) > 1 - 8 * jnp.finfo(dtype).eps).astype(dtype) for r in ratios
         ]

@@ -24,7 +24,8 @@ from optaxclip.norms.units import UnitAxis, default_unit_axes, find_unit_axis
 from optaxclip.xla import replicate
 
 # XLA makes a chain of additions of a sum of numbers that lie apart, and on CPU takes
-# time cubic in their number to fuse it. Of more than so many it stays a sum.
+# time cubic in their number to fuse it: 3.8 s of 7.6 s at 1000 leaves (2026-11-22), and
+# so a thousandth of that at 100. Of more numbers it stays a sum.
 _MOST_FUSED = 100
 
 

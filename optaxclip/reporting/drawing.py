@@ -21,8 +21,10 @@ ZERO = "#ffffff"
 
 # With so many scopes at most, each has a color; with more there is a map of all.
 NUM_COLORED = len(COLORS)
-# With so many scopes at most, each is named on the map; with more, so many are.
+# Up to MAX_NAMED scopes, the map names each, in rows of 0.14 inches, which names of 7
+# points (0.1 inches) fit: with 40 it is 6.8 inches high. With more, it names NUM_NAMED.
 MAX_NAMED, NUM_NAMED = 40, 20
+# In characters, of which one of 7 points takes about 0.06 inches: 2 inches in all.
 MAX_NAME_LENGTH = 32
 
 

@@ -36,7 +36,9 @@ from optaxclip.ring import RecordState, largest_scopes, rows_of, scopes_of_ranks
 TOP = "top/"
 """Begins the name of what is told of the largest scopes alone."""
 VANISHED = 1e-6
-"""A leaf has vanished if its norm is at most this share of the norm of all updates."""
+"""A leaf has vanished if its norm is at most this share of the norm of all updates.
+
+Its square, 1e-12 of their sum, is then far below a rounding of that sum (6e-8)."""
 
 
 def scalars_of(

@@ -1,9 +1,10 @@
 """Why the default rules of `detect_explosions` have the numbers that they have.
 
-    python tests/benchmarks/constants.py [--split heldout] [--zoo]
+    python tests/benchmarks/constants.py [--split heldout] [--zoo] [--only start]
 
 Each number of the rules is changed alone, by about the same factor down and up, and
 scored as in `detection.py`; with `--zoo` on the healthy runs of the half "tune", too.
+`--only` changes the numbers of one rule.
 """
 
 import datetime
@@ -25,12 +26,14 @@ NORM = {"power": 3.0, "min_ratio": 3.0, "max_jump": 5.0, "window": 128}
 SHARE = {"max_ratio": 5.0, "window": 64, "patience": 3}
 LOSS = {"power": 2.4, "min_ratio": 1.7, "early_jump": 2.5, "min_level": 0.01}
 LOWEST = {"max_ratio": 8.0, "window": 8}
+START = {"fraction": 1e-3, "num_steps": 8}
 GROWTH = {"min_growth": leading.MIN_GROWTH, "min_known": leading.MIN_KNOWN}
 RULES: dict[str, dict[str, Any]] = {
     "norm": NORM,
     "share": SHARE,
     "loss": LOSS,
     "lowest loss": LOWEST,
+    "start": START,
     "growth of a share": GROWTH,
 }
 """The defaults, as the functions have them; a test compares."""
@@ -49,21 +52,24 @@ OTHERS: dict[tuple[str, str], tuple[Any, ...]] = {
     ("loss", "min_level"): (0.0, 0.001, 0.1),
     ("lowest loss", "max_ratio"): (4.0, 16.0),
     ("lowest loss", "window"): (4, 16),
+    ("start", "fraction"): (0.0, 1e-4, 1e-2, 0.1),
+    ("start", "num_steps"): (4, 16),
     ("growth of a share", "min_growth"): (3.0, 10.0, 40.0),
     ("growth of a share", "min_known"): (3, 8),
 }
 
 
 def detector(
-    norm: Any, share: Any, loss: Any, lowest: Any
+    norm: Any, share: Any, loss: Any, lowest: Any, start: Any
 ) -> optax.GradientTransformation:
     """`detect_explosions` with these numbers."""
+    floor = limits.fraction_of_start(**start)
     return optaxclip.detect_explosions(
-        norm=limits.maximum(limits.log_quantile(**norm), limits.fraction_of_start()),
+        norm=limits.maximum(limits.log_quantile(**norm), floor),
         share=limits.sustained_rise(**share),
         loss=limits.maximum(
             limits.minimum(limits.log_quantile(**loss), limits.above_lowest(**lowest)),
-            limits.fraction_of_start(),
+            floor,
         ),
     )
 
@@ -74,12 +80,13 @@ def variant(rule: str, changes: dict[str, Any]) -> Callable[[], Any]:
     return functools.partial(detector, *of_limits)
 
 
-def main(split: str = "open", zoo: bool = False) -> None:
+def main(split: str = "open", zoo: bool = False, only: str | None = None) -> None:
     """Prints the scores of the defaults and of each change.
 
     Args:
         split: Which recorded runs, "open" or "heldout".
         zoo: Also what is flagged of the healthy runs of the tuned half of the zoo.
+        only: The rule whose numbers are changed, one of `RULES`; by default all.
     """
     traces = detection.load(split)
     healthy = detection.healthy_runs("tune")[0] if zoo else []
@@ -105,7 +112,7 @@ def main(split: str = "open", zoo: bool = False) -> None:
 
     tell("defaults", variant("norm", {}))
     for (rule, name), values in OTHERS.items():
-        for value in values:
+        for value in values if only in (None, rule) else ():
             title = f"{rule}: {name} {RULES[rule][name]:g} -> {value:g}"
             changes = {name: value}
             of_growth = RULES["growth of a share"]
