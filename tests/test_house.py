@@ -1,6 +1,7 @@
 """The floor plan: what a module may import, and how long a file or function may be."""
 
 import ast
+import functools
 import io
 import tokenize
 from pathlib import Path
@@ -9,18 +10,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "optaxclip"
 # The folders and modules on each floor; a module imports from its own folder and from
-# lower floors only.
+# lower floors only. Five floors were planned. Two more are needed: `xla` stands on
+# `numerics`, and below `norms`; and `ring`, which detectors and recorders share, needs
+# `norms` and lies below `recording`. The guides `trainers` and `tracking` need nothing.
 FLOORS = [
-    ["checks"],
-    ["numerics"],
-    ["xla", "extras"],
-    ["packing"],
-    ["norms"],
-    ["limits", "ring"],
-    ["recording", "clipping"],
+    ["checks", "numerics", "tracking", "trainers"],
+    ["xla", "extras", "limits"],
+    ["norms", "packing"],
+    ["clipping", "ring"],
+    ["recording"],
     ["explosions"],
     ["reporting"],
-    ["trainers", "tracking"],
 ]
 FLOOR_OF = {name: i for i, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
@@ -71,11 +71,21 @@ def test_a_module_imports_from_its_folder_and_from_lower_floors(path):
         assert FLOOR_OF[other] < FLOOR_OF[own], f"{name_of(path)} imports {other}"
 
 
+def test_there_are_no_more_floors_than_needed():
+    """Above the lowest floor, each folder or module needs one on the floor below."""
+    for floor, names in enumerate(FLOORS[1:]):
+        for name in names:
+            files = [path for path in MODULES if part_of(path) == name]
+            others = set().union(*map(imported_by, files)) - {name}
+            assert max(FLOOR_OF[other] for other in others) == floor, name
+
+
 @pytest.mark.parametrize("path", ALL, ids=name_of)
 def test_no_file_has_more_than_300_lines(path):
     assert len(path.read_text().splitlines()) <= 300
 
 
+@functools.cache
 def lines_of_code(path: Path) -> set[int]:
     """The lines that hold something other than a comment or a docstring."""
     source = path.read_text()
@@ -109,11 +119,22 @@ def test_no_function_has_more_than_60_lines_of_code(path):
             assert len(lines) <= 60, function.name
 
 
-def test_there_are_comments():
-    """At least one on twenty lines of code."""
+def density_of_comments(paths: list[Path]) -> float:
+    """Comments per line of code."""
     num_comments = sum(
         token.type == tokenize.COMMENT
-        for path in ALL
+        for path in paths
         for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
     )
-    assert num_comments >= 0.05 * sum(len(lines_of_code(path)) for path in ALL)
+    return num_comments / sum(len(lines_of_code(path)) for path in paths)
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in ALL}), ids=name_of)
+def test_there_are_comments_in_each_folder(folder):
+    """At least one on twenty lines of code; in `reporting` still one on 25."""
+    least = 0.04 if folder.name == "reporting" else 0.05
+    assert density_of_comments([x for x in ALL if x.parent == folder]) >= least
+
+
+def test_there_are_comments():
+    assert density_of_comments(ALL) >= 0.05
