@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import operator
 import re
 import warnings
 from pathlib import Path
@@ -19,18 +20,15 @@ pytestmark = pytest.mark.usefixtures("quick_by_default")
 
 GUIDES = ["", ".norms", ".limits", ".clipping", ".explosions", ".recording"]
 GUIDES += [".reporting", ".trainers", ".tracking"]
-# What is neither a transformation nor a limit, but measures or reads.
-READERS = {"keep", "taken", "skipped_steps", "leading_leaf"} | {
-    "explain",
-    "history",
-    "metrics",
-    "plot",
-    "raise_if_exploded",
-}
-READERS |= {"global_norm", "leaf_norms", "unit_norms", "group_norms"}
-READERS |= {"leaf_names", "group_names"}
-# For transformations and limits of one's own.
-INTERNAL = {"as_limit", "Limit", "LimitLike"}
+ROOT = Path(__file__).parents[1]
+# Not in the registry, whose laws run `init` and `update`: these have neither. They read
+# a state or measure a tree, and are tested in `tests/reporting` and `tests/norms`.
+READERS = {"explain", "history", "keep", "leading_leaf", "metrics", "plot"}
+READERS |= {"raise_if_exploded", "skipped_steps", "taken"}
+MEASURES = {"global_norm", "leaf_norms", "unit_norms", "group_norms"}
+MEASURES |= {"leaf_names", "group_names"}
+# Makes a limit of what is given for one, and is none itself.
+NO_LIMIT = {"as_limit"}
 
 
 def public(module: Any) -> dict[str, Any]:
@@ -45,9 +43,17 @@ def public(module: Any) -> dict[str, Any]:
 TOP, OF_LIMITS = public(optaxclip), public(optaxclip.limits)
 
 
+# In no guide: the types of what `init` returns. Nobody has to write their names; the
+# site documents their fields.
+STATES = {name for name in TOP | OF_LIMITS if name.endswith("State")}
+
+
+def guide(name: str) -> str:
+    return importlib.import_module(f"optaxclip{name}").__doc__ or ""
+
+
 def guides() -> str:
-    modules = [importlib.import_module(f"optaxclip{name}") for name in GUIDES]
-    return "\n".join(module.__doc__ or "" for module in modules)
+    return "\n".join(map(guide, GUIDES))
 
 
 def test_what_is_public():
@@ -109,7 +115,7 @@ def test_a_public_name_is_documented_and_in_a_guide(name):
     if name != "LimitLike":
         assert value.__doc__
         assert "Alias for field" not in value.__doc__
-    if not name.endswith("State") and name not in INTERNAL:
+    if name not in STATES:
         assert re.search(rf"\b{name}\b", guides()), f"{name} is in no guide"
 
 
@@ -141,9 +147,18 @@ def test_the_guide_names_where_it_is_no_argument():
 def test_the_registry_holds_every_transformation_and_every_limit():
     transformations = {name.split()[0] for name in REGISTRY}
     functions = {name for name, value in TOP.items() if inspect.isfunction(value)}
-    assert transformations == functions - READERS
+    assert transformations == functions - READERS - MEASURES
     functions = {name for name, value in OF_LIMITS.items() if inspect.isfunction(value)}
-    assert set(LIMITS) == functions - INTERNAL
+    assert set(LIMITS) == functions - NO_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("folder", "names"), [("reporting", READERS), ("norms", MEASURES)]
+)
+def test_what_is_not_in_the_registry_has_tests_of_its_own(folder, names):
+    files = ROOT.glob(f"tests/{folder}/test_*.py")
+    tests = "\n".join(path.read_text() for path in files)
+    assert {x for x in names if not re.search(rf"optaxclip\.{x}\(", tests)} == set()
 
 
 def test_a_limit_has_a_naive_reference_or_says_why_not():
@@ -170,32 +185,81 @@ def test_a_limit_keeps_the_type_of_its_state_and_is_never_negative(name):
         state = new
 
 
-@pytest.mark.slow
-def test_the_site_has_a_page_for_each_guide_and_an_entry_for_each_name(tmp_path):
+@pytest.fixture
+def _quiet_pdoc():
     with warnings.catch_warnings():
         # pdoc looks for the annotations of a named tuple in the wrong module.
         warnings.filterwarnings("ignore", "Error parsing type annotation")
-        pdoc.pdoc("optaxclip", output_directory=tmp_path)
-    pages = [f"optaxclip{name}".replace(".", "/") + ".html" for name in GUIDES]
-    for page in pages:
-        html = (tmp_path / page).read_text()
-        assert "<table>" in html, page
-        assert not re.search(r"^\s*\| ?---", html, re.MULTILINE), page
-    index = (tmp_path / "search.js").read_text()
-    for value in (TOP | OF_LIMITS).values():
-        if inspect.isfunction(value) or inspect.isclass(value):
-            assert f'"{value.__qualname__}"' in index, value
+        yield
 
 
-def test_links_to_files_lead_somewhere():
-    root = Path(__file__).parents[1]
-    folders = ["", "examples", "examples/studies", "tests/benchmarks"]
-    files = [root / folder / "README.md" for folder in folders]
-    for path in [*files, root / "CHANGELOG.md"]:
-        links = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text())
-        for link in links:
-            if "://" not in link:
-                assert (path.parent / link).exists(), f"{path.name} links to {link}"
+@pytest.mark.usefixtures("_quiet_pdoc")
+def test_the_site_has_an_entry_for_each_name():
+    """In the index of the two modules that have all names; the pages are slow."""
+    public_names = {"optaxclip": TOP, "optaxclip.limits": OF_LIMITS}
+    modules = {name: pdoc.doc.Module.from_name(name) for name in public_names}
+    index = pdoc.render.search_index(modules)
+    for module, names in public_names.items():
+        for name in names:
+            assert f'"{module}.{name}"' in index, name
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_quiet_pdoc")
+def test_the_site_has_a_page_for_each_guide(tmp_path):
+    pdoc.pdoc("optaxclip", output_directory=tmp_path)
+    for name in GUIDES:
+        html = (tmp_path / f"optaxclip{name}".replace(".", "/")).with_suffix(".html")
+        page = html.read_text()
+        assert ("<table>" in page) == ("|---|" in guide(name)), name
+        assert not re.search(r"^\s*\| ?---", page, re.MULTILINE), name
+
+
+def anchors_of(text: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    code = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", code.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", x.lower()).replace(" ", "-") for x in headings}
+
+
+def test_links_to_files_and_headings_lead_somewhere():
+    pages = [path for path in ROOT.rglob("*.md") if ".venv" not in path.parts]
+    assert len(pages) >= 7
+    num_anchors = 0
+    for path in pages:
+        for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+            if "://" in link:
+                continue
+            file, _, anchor = link.partition("#")
+            target = path.parent / file if file else path
+            assert target.exists(), f"{path.name} links to {link}"
+            if anchor:
+                num_anchors += 1
+                assert anchor in anchors_of(target.read_text()), link
+    assert num_anchors > 0
+
+
+def test_what_docstrings_and_pages_refer_to_exists():
+    """Files, `help(...)` and the headings of guides, in the package and in pages."""
+    files = [*ROOT.glob("optaxclip/**/*.py"), *ROOT.glob("*.md")]
+    files += [*ROOT.glob("examples/**/*.md"), *ROOT.glob(".github/*.md")]
+    num_files = num_helps = num_headings = 0
+    for path in files:
+        text = " ".join(path.read_text().split())
+        named = r"(?:tests|examples|optaxclip|\.github)/[\w./]*\w\.(?:py|md|png)"
+        for file in re.findall(rf"(?<![\w/.]){named}", text):
+            num_files += 1
+            assert (ROOT / file).exists(), f"{path.name} names {file}"
+        for name in re.findall(r"help\(optaxclip\.?([\w.]*)\)", text):
+            num_helps += 1
+            assert not name or operator.attrgetter(name)(optaxclip).__doc__
+        quoted = r'"([A-Z][^"]+)" in `help\(optaxclip(.*?)\)`'
+        for title, name in re.findall(quoted, text):
+            num_headings += 1
+            assert f"# {title}\n" in guide(name), f"{path.name} names {title}"
+    assert num_files > 20
+    assert num_helps > 20
+    assert num_headings > 2
 
 
 def test_metrics_that_examples_and_guides_name_are_documented():
@@ -204,12 +268,11 @@ def test_metrics_that_examples_and_guides_name_are_documented():
     documented |= {"explosions/loss_limit"}  # stands beside another
     # Detectors have the metrics of a record as well.
     documented |= {x.replace("gradients/", "explosions/") for x in documented}
-    root = Path(__file__).parents[1]
-    scripts = [*root.glob("examples/*.py"), *root.glob("examples/studies/*.py")]
+    scripts = [*ROOT.glob("examples/*.py"), *ROOT.glob("examples/studies/*.py")]
     texts = [path.read_text() for path in scripts]
     named = {
         name
-        for text in (*texts, (root / "README.md").read_text(), guides())
+        for text in (*texts, (ROOT / "README.md").read_text(), guides())
         for name in re.findall(r"[\"'`]((?:clip|explosions|gradients)/\w+)", text)
     }
     assert len(named) > 10

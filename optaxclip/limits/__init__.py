@@ -165,6 +165,9 @@ A limit that compares with the parameters sets `needs_params=True`, and then get
 norms as `param_norms`. A limit that is given to a rule on the loss sees the loss in
 place of the norm, and a loss may be negative.
 
+`Limit` is the type of a limit, `LimitLike` of all that can be given for one, and
+`as_limit` makes the first of the second.
+
 To add one to this package, follow "Add a limit" in `.github/CONTRIBUTING.md`.
 """
 
