@@ -1,6 +1,8 @@
 """One process of `examples/data_parallel.py`, with bad batches and a sudden death.
 
 python tests/data_parallel_process.py OUT FAULTS [flags of the example]
+
+with `examples` in PYTHONPATH.
 """
 
 import importlib
@@ -75,7 +77,6 @@ def arrays_of(result: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
     example: Any = importlib.import_module("data_parallel")
     out, faults, *flags = sys.argv[1:]
     example.read_rows = faulty(example.read_rows, **json.loads(faults))

@@ -309,6 +309,8 @@ class Processes:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "JAX_PLATFORMS": "cpu",
+            # With the folders that pytest adds for the tests.
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             # Of steps that wait for each other on two cores, few threads are faster.
             "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0",
         }
