@@ -3,7 +3,7 @@
 optaxclip keeps the training of neural networks stable. It clips gradients by value and
 by norm, notices exploding gradients before they ruin a run, skips their steps, and
 remembers what happened. Its norms are exact for every finite gradient, in any
-precision, and cost one read of the gradients (with `ord` 1 and 2). Everything is an
+precision, and cost one read of the gradients for `ord` 1 and 2. Everything is an
 `optax.GradientTransformation` that runs under `jit`, `vmap`, `lax.scan` and
 `shard_map`, on CPU, GPU or TPU.
 
@@ -22,7 +22,7 @@ precision, and cost one read of the gradients (with `ord` 1 and 2). Everything i
 ...     return optax.apply_updates(params, updates), opt_state
 >>> for x in [jnp.ones((4, 3)), jnp.full((4, 3), jnp.nan)]:
 ...     params, opt_state = step(params, opt_state, x)
-...     optaxclip.raise_if_exploded(opt_state, params)  # not if it was survived
+...     optaxclip.raise_if_exploded(opt_state, params)  # silent: the step was skipped
 >>> metrics = optaxclip.metrics(opt_state)
 >>> print(metrics["explosions/skipped_fraction"], jnp.isfinite(params["w"]).all())
 0.5 True
@@ -43,52 +43,52 @@ snapshot and temporarily reduces the updates. A clip is one line:
 | I want to skip bad steps, and nothing else. | `skip_explosions(optimizer)` |
 | I know how large the gradients may be. | `clip_by_norm(1.0)`, or a schedule |
 | I do not know how large they may be. | `zclip()`, `autoclip()`, `adagc()` |
-| Each layer needs a limit of its own. | `clip_by_norm(1.0, per="leaf")` |
-| Each expert does, of `[layers, experts, in, out]`. | `stacked=lambda name: 2` |
-| Each layer does, and all together need another. | `limits.with_global(1.0, 5.0)` |
-| The limit should be in proportion to the weights. | `agc()` |
+| Each layer needs a limit of its own. | `clip_by_norm(1.0, per="leaf")`, `agc()` |
 | Single elements are too large. | `clip_by_value(1.0)`, `spam()` |
-| Small gradients are a problem as well. | `min_norm=`, `gradient_stabilizer()` |
-| Every update should have one norm. | `clip_by_norm(1.0, respond="set")` |
-| The clip should be smooth. | `clip_by_norm(1.0, respond="soft")` |
-| I train with Muon. | `clip_by_norm(1.0, where=...)`, without its matrices |
-| Updates need a bounded spectral norm. | `clip_by_spectral_norm(1.0)` |
-| Attention logits grow. | `scale_params()`, for QK-clip |
 | I want to see what happened. | `record("gradients")`, `metrics`, `explain`, `plot` |
+
+`help(optaxclip.clipping)` has more: gradients that get too small, layers and experts
+stacked in one array, Muon, spectral norms, QK-clip.
 
 `stabilize` keeps two copies of the parameters; `rollback="host"` keeps them in the
 memory of the host. `raise_if_exploded(opt_state, params)` in the loop ends a run that
-cannot survive. `skip_explosions` takes the place of `optax.apply_if_finite`, which
-applies the NaN in the end. For state other than parameters, as batch statistics or a
-moving average: `new = keep(opt_state, new, old)`, after the update.
+cannot go on. Use `skip_explosions` instead of `optax.apply_if_finite`, which in the end
+applies the NaN. Batch statistics, moving averages and other state beside the parameters
+need one line after the update: `new = keep(opt_state, new, old)`.
 
 ## Common arguments
 
-These mean the same in each function that has them:
+These arguments mean the same in every function that has them:
 
 | argument | meaning |
 |---|---|
 | `per` | what one norm is taken over: `"tree"`, `"leaf"`, `"unit"`, or a function |
 | `ord` | order of the norm: a number >= 1, or `math.inf`; 2 by default |
 | `specs` | inside `jax.shard_map`, the `PartitionSpec`s of the parameters |
-| `stacked` | for a leaf's name, how many leading axes run over layers; true is 1 |
-| `where` | of a clip: true for the names of the leaves that it measures and clips |
-| `columns` | names of numbers of yours that are recorded; "batch", for example |
+| `stacked` | a function: how many leading axes of a leaf run over layers; True is 1 |
+| `where` | a function: True for the names of the leaves to measure and clip |
+| `columns` | names of your own numbers to record, for example "batch" |
 | `label` | the name of the state, `{label: state}`, and of its metrics; not empty |
 | `value` | of `update`: the loss, a real number, reduced over the devices |
-| `tag` | of `update`: `{name: number}` for all `columns`; other names may be in it |
+| `tag` | of `update`: `{name: number}` for all `columns`; more names are allowed |
 
 `help(optaxclip.norms)` explains the first four. `where` is an argument of all clips but
 `clip_by_value` and `scale_params`; norms, detectors and recorders take all leaves. The
-default label is `"clip"`, `"explosions"` or `"gradients"`; two transformations of a
-chain need different ones.
+default label is `"clip"`, `"explosions"` or `"gradients"`. Two transformations in one
+chain need different labels.
 
-Errors come as early as they can. Where something is made, an argument of the wrong type
-is a `TypeError`, and one that is out of range a `ValueError`; so is a limit that
-learns, such as `limits.zscore`, per unit, in `init`. In `update`, leaves or a state
-that `init` did not make are a `ValueError`, as is a loss with axes. A complex loss, or
-one given as `loss=` in place of `value=`, is a `TypeError`. Where there are `columns`,
-no `tag` is a `TypeError`, and one that lacks a name a `ValueError`.
+Errors come as early as possible:
+
+| when | what is wrong | error |
+|---|---|---|
+| the call of a function | an argument of the wrong type | `TypeError` |
+| | an argument out of range | `ValueError` |
+| `init` | a learned limit, such as `limits.zscore`, per unit | `ValueError` |
+| `update` | leaves or a state that `init` did not make | `ValueError` |
+| | a loss with axes | `ValueError` |
+| | a complex loss, or `loss=` for `value=` | `TypeError` |
+| | `columns` without a `tag` | `TypeError` |
+| | a `tag` that lacks one of the `columns` | `ValueError` |
 
 ## Guides
 
@@ -97,7 +97,7 @@ no `tag` is a `TypeError`, and one that lacks a name a `ValueError`.
 | `optaxclip.norms` | what a norm is taken over, names, what is exact |
 | `optaxclip.limits` | fixed, scheduled and learned limits; one of your own |
 | `optaxclip.clipping` | edge cases; coming from elsewhere; partitions; stacked layers |
-| `optaxclip.explosions` | what counts as one, what happens, your trainer, its limits |
+| `optaxclip.explosions` | what counts as one, what happens then, what it cannot do |
 | `optaxclip.recording` | the flight recorder |
 | `optaxclip.reporting` | metrics, history, reports, pictures, the rest of the state |
 | `optaxclip.trainers` | recipes for Flax, Equinox, loops that are not yours, GANs |
@@ -106,15 +106,16 @@ no `tag` is a `TypeError`, and one that lacks a name a `ValueError`.
 ## Many devices
 
 There is one norm, one decision and one state, however the arrays are sharded. Under
-`jit` they need no configuration. Norms are global, a step is skipped by all devices or
-by none, and what limits, rules and recorders keep is the same on each. What a state
-holds per unit is sharded as the units are, and snapshots as the parameters.
+`jit`, sharded arrays need no configuration. Norms are global, a step is skipped by all
+devices or by none, and all devices hold the same state of limits, rules and recorders.
+Norms per unit are sharded as the units are. Snapshots are sharded as the parameters.
 
 ### Inside shard_map
 
-Inside `jax.shard_map` a transformation sees local shards. Each one that measures takes
-`specs=`, the `PartitionSpec`s of the parameters: a tree, or a prefix of it, with `P()`
-for what is replicated. Give the loss after it has been reduced over the devices.
+Inside `jax.shard_map` a transformation sees local shards. Every transformation that
+measures takes `specs=`, the `PartitionSpec`s of the parameters: a tree, or a prefix of
+it, with `P()` for replicated leaves. Reduce the loss over the devices before you give
+it.
 
 ```python
 >>> import jax, jax.numpy as jnp, numpy as np, optaxclip
@@ -135,11 +136,11 @@ for what is replicated. Give the loss after it has been reduced over the devices
 
 ### Every layout
 
-Each transformation and each limit gives on eight devices what it gives on one, updates
-and state, over 16 steps with spikes, NaN and a rollback. Integers are equal, and so are
-floats but for a few roundings (1e-6). `pytest -m "" tests/laws/test_layouts.py`
-compares them. It counts the all-reduces, under `jit` and in `shard_map`, in addition to
-the one of the gradients.
+Each transformation and each limit gives the same updates and the same state on eight
+devices as on one, over 16 steps with spikes, NaN and a rollback. Integers are equal,
+and floats differ by a few roundings (1e-6). `pytest -m "" tests/laws/test_layouts.py`
+compares them, and counts the all-reduces under `jit` and in `shard_map`. The table
+leaves out the all-reduce of the gradients.
 
 | layout | `jit`, both kinds of axes | `shard_map` | extra all-reduces |
 |---|---|---|---|
@@ -151,10 +152,9 @@ the one of the gradients.
 The two kinds of axes are `Auto` and `Explicit`. `shard_map` is compared with
 `check_vma` and without.
 
-* There is one all-reduce of the norms of all leaves together for each set of mesh axes
-  that leaves are sharded over. There is no all-gather.
-* There are two where there are two norms: with `ord=3`, and with `skip_explosions`
-  around a clip.
+* Each set of mesh axes that leaves are sharded over costs one all-reduce, for the norms
+  of all these leaves together. There is no all-gather.
+* With two norms it costs two: with `ord=3`, and with `skip_explosions` around a clip.
 * Where units are sharded, each norm takes one more. `agc` has two norms.
 
 ### Hosts and checkpoints
@@ -164,22 +164,22 @@ process holds the whole state.
 
 * `jax.device_get(opt_state)` then needs no communication. One process may log `metrics`
   and `explain` of what it returns.
-* `raise_if_exploded(opt_state, params)` is for all processes, and raises in all.
-* A checkpoint of parameters and `opt_state` holds all that the limits and the recorder
-  know. Restore it into the tree of `tx.init(params)` as its template.
+* Call `raise_if_exploded(opt_state, params)` in all processes: it raises in all.
+* A checkpoint of parameters and `opt_state` holds all that limits and recorders have
+  learned. Restore it with `tx.init(params)` as its template.
 
 `tests/examples/test_data_parallel.py` kills one of two processes and starts both again.
-They end with the bits of the run that was not killed. `examples/data_parallel.py` does
-all of this, and goes back to an earlier checkpoint where a rollback does not help.
+They end bit-identical to an uninterrupted run. `examples/data_parallel.py` does all of
+this, and goes back to an earlier checkpoint where a rollback does not help.
 
 ## Versions of JAX
 
-| before JAX | this is missing |
+| before JAX | what is missing or worse |
 |---|---|
-| 0.7.2 | all: optaxclip needs that or later |
-| 0.10 | `rollback="host"` |
-| 0.10.2, CPU | memory: a clip takes a float32 copy of the gradients, `stabilize` two |
-| 0.10.2, CPU | precision: of 10 million equal numbers 5e-6 of the norm |
+| 0.7.2 | everything: optaxclip needs this version or later |
+| 0.10 | `rollback="host"` is missing |
+| 0.10.2, CPU | a clip stores a float32 copy of the gradients, `stabilize` two |
+| 0.10.2, CPU | the norm of 10 million equal numbers is off by up to 5e-6 |
 """
 
 from optaxclip import (

@@ -1,4 +1,4 @@
-r"""Saving and tracking: checkpoints, and what a tracker or a dashboard is given.
+r"""Saving and tracking: checkpoints, and what to give a tracker or a dashboard.
 
 ```python
 >>> import re, tempfile, jax, jax.numpy as jnp, optax, optaxclip
@@ -15,7 +15,8 @@ r"""Saving and tracking: checkpoints, and what a tracker or a dashboard is given
 
 ## Checkpoints
 
-The state is arrays. Restore it into `tx.init(params)` as its template, here with Flax:
+The state is a tree of arrays. Restore it with `tx.init(params)` as its template, here
+by Flax:
 
 ```python
 >>> from flax import serialization
@@ -26,7 +27,7 @@ The state is arrays. Restore it into `tx.init(params)` as its template, here wit
 
 ```
 
-and with orbax:
+and by orbax:
 
 ```python
 >>> import orbax.checkpoint as ocp
@@ -65,8 +66,9 @@ Then each tracker takes it in one line:
 * TensorBoard: `flush` of tensorboardX does not wait for its queue. The last ten scalars
   may be lost if the process is killed.
 * MLflow: its file store makes a file of `explosions/norm`, and then cannot make the
-  folder that `explosions/norm/w` needs. It also refuses the brackets of stacked layers.
-  Names with dots work in all its stores. Its databases give +inf back as 1.8e308.
+  folder that `explosions/norm/w` needs. It also refuses the brackets in the names of
+  stacked layers. Names with dots work in all its stores. Its databases return 1.8e308
+  for +inf.
 * trackio takes floats. It leaves out NumPy arrays, with a warning.
 * Neptune, which older tutorials use, closed its hosted service in 2026.
 
@@ -77,8 +79,8 @@ Then each tracker takes it in one line:
 
 ```
 
-With many leaves, TensorBoard's page of texts names the leading one, and its page of
-images shows the whole record:
+With many leaves, a text in TensorBoard names the leading one, and an image shows the
+whole record:
 
 ```python
 >>> from tensorboardX import SummaryWriter
@@ -91,6 +93,6 @@ images shows the whole record:
 
 ```
 
-`tests/benchmarks/tensorboard_page.py` writes such a page, of 300 leaves;
+`tests/benchmarks/tensorboard_page.py` writes such an image of 300 leaves, and
 `tests/benchmarks/README.md` shows it.
 """

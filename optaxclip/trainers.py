@@ -1,8 +1,8 @@
 """In your trainer: where the clip or the guard goes, and how the loss gets there.
 
 `stabilize` needs three things in each step: the gradients, the parameters, and the loss
-as `value=`. Each recipe below shows where a library lets them in. A clip needs the
-gradients alone, and stands in the same place.
+as `value=`. Each recipe below shows how a library passes them on. In these recipes `tx`
+is called the guard. A clip needs the gradients alone, and stands in the same place.
 
 ```python
 >>> import functools, jax, jax.numpy as jnp, optax, optaxclip
@@ -15,8 +15,8 @@ gradients alone, and stands in the same place.
 
 ## Flax nnx
 
-`nnx.Optimizer.update` passes the loss on. The type of the parameters is named in two
-places; here it is that of LoRA, and the guard sees these parameters alone:
+`nnx.Optimizer.update` passes the loss on. Name the type of the parameters in two
+places. Here it is `nnx.LoRAParam`, and the guard sees these parameters alone:
 
 ```python
 >>> from flax import nnx
@@ -38,7 +38,7 @@ places; here it is that of LoRA, and the guard sees these parameters alone:
 
 ## Flax linen
 
-A `TrainState` takes the loss for one of its own fields, with any optimizer:
+A `TrainState` takes `value=` for one of its own fields, with any optimizer:
 
 ```python
 >>> from flax.training import train_state
@@ -53,7 +53,7 @@ TypeError: TrainState.__init__() got an unexpected keyword argument 'value'
 
 ```
 
-A subclass hands it to the optimizer, with the `tag=` for `columns=`, if there are any:
+A subclass passes it to the optimizer, with the `tag=` for `columns=`, if there are any:
 
 ```python
 >>> class TrainState(train_state.TrainState):
@@ -134,11 +134,10 @@ whole state of a non-finite step, and with it the count of the guard.
 
 ## Diffrax, and fits in float64
 
-A solver needs nothing of its own: the step is that of Equinox. Gradients in float64 are
-measured in float64; what is recorded and told of them is float32. A solve that fails
-with `throw=False` gives a loss of inf and gradients of 0: such a step is taken, and
-counted as non-finite. One with a gradient of NaN is skipped. `tests/test_scientific.py`
-has a whole fit.
+A solver needs no recipe of its own: use the step of Equinox. Gradients in float64 are
+measured in float64, and recorded in float32. A solve that fails with `throw=False`
+gives a loss of inf and gradients of 0: such a step is taken, and counted as non-finite.
+A step with a gradient of NaN is skipped. `tests/test_scientific.py` has a whole fit.
 
 ## Haiku, and any loop of your own
 
@@ -147,7 +146,7 @@ The loop calls `update` itself, as in the README:
 
 ## Runs in one scan, as in reinforcement learning
 
-The carry of a `lax.scan` holds `opt_state`, and `jax.vmap(train)` stacks that of
+The carry of a `lax.scan` holds `opt_state`, and `jax.vmap(train)` stacks the states of
 several runs. Losses of either sign are fine. Here an agent learns by PPO which of two
 arms pays:
 
@@ -179,8 +178,8 @@ True []
 
 ## Where the loop is not yours
 
-What calls `update(grads, opt_state)` gives neither parameters nor loss. Then skip
-alone; a rollback would raise an error that says so:
+A loop that calls `update(grads, opt_state)` gives neither parameters nor loss. Then
+skip only; a rollback would raise an error that says so:
 
 ```python
 >>> skip = optaxclip.stabilize(optax.adam(1e-3), rollback=False)
@@ -197,10 +196,10 @@ alone; a rollback would raise an error that says so:
 ## A loss that was scaled (float16)
 
 Give the gradients and the loss unscaled, as Flax's `DynamicScale` returns them. An
-overflow of the scaled gradients is then a non-finite step, which is skipped and
-counted; where the scale adapts itself, that is routine on the first steps. `metrics`
-then has it in `explosions/num_exploded/nonfinite` and nothing is cut, since no
-parameter was changed by it.
+overflow of the scaled gradients is then a non-finite step, which is skipped, and
+counted in `explosions/num_exploded/nonfinite`. While a dynamic scale adapts itself, in
+the first steps, that is routine. Updates are not reduced, because no parameter was
+changed.
 
 ```python
 >>> from flax.training.dynamic_scale import DynamicScale
@@ -220,7 +219,7 @@ parameter was changed by it.
 
 ## Two optimizers: a GAN, actor and critic
 
-Each gets a guard of its own, and its own loss. To read both at once they need labels:
+Each gets its own guard and its own loss. To read both at once, give them labels:
 
 ```python
 >>> players = {
@@ -249,7 +248,7 @@ critic False
 
 ```
 
-## What reads the loss inside
+## Optimizers that read the loss
 
 The guard passes every extra argument on. `optax.contrib.reduce_on_plateau` takes
 `value=` as well, and L-BFGS needs three:
@@ -274,12 +273,12 @@ True
 ## Accumulation, masks, schedules, hyperparameters
 
 `optax.MultiSteps` stands inside the guard: `stabilize(optax.MultiSteps(optimizer, 4))`.
-Where it stands around one, call its own `update`: of
-`MultiSteps(...).gradient_transformation()`, `optax.chain` and others drop `value=` and
-`tag=`. `optax.microbatch`, and any mean over micro-batches that the loop takes itself,
-comes before the guard: there one NaN costs the whole step, which is skipped. See "In
+If it stands around the guard, call the `update` of `MultiSteps` itself. After
+`.gradient_transformation()`, `optax.chain` and others would drop `value=` and `tag=`.
+`optax.microbatch`, and any mean over micro-batches that the loop computes itself, comes
+before the guard: there one NaN costs the whole step, which is skipped. See "In
 your trainer" in `help(optaxclip.explosions)`, and "The global norm around a partition"
 in `help(optaxclip.clipping)`.
 
-Checkpoints, and what a dashboard is given, are in `help(optaxclip.tracking)`.
+`help(optaxclip.tracking)` is about checkpoints and dashboards.
 """

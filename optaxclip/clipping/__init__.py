@@ -30,17 +30,18 @@
 | keep the norm in a band | `clip_by_norm(2.0, min_norm=0.5)`, `aggc(0.5, 2.0)` |
 | give each gradient a steady norm | `gradient_stabilizer()` |
 | clip each leaf, and all together | `limits.with_global(1.0, 5.0)`, `per="leaf"` |
-| leave some leaves out | `clip_by_norm(1.0, where=lambda name: ...)` |
+| clip each layer or expert of a stacked array | `stacked=...`, see below |
+| leave some leaves out, as before Muon | `clip_by_norm(1.0, where=...)`, see below |
 | clip elements by their own past | `spam()` |
-| slow down where Adam's second moments lag | `stable_adam(optax.adamw(1e-3))` |
+| shrink updates while Adam's second moments lag | `stable_adam(optax.adamw(1e-3))` |
 | clip updates, behind the optimizer | `clip_by_historical_norm()`, `block_rms()` |
 
 The bounds of `clip_by_value` may be schedules as well.
 
 ## What becomes of a norm
 
-Limit and response are independent: any limit goes with any response. Only the second
-limit of `with_global` needs one that raises no norm.
+Limit and response are independent: any limit goes with any response, with one
+exception. The second limit of `with_global` does not hold with "set" or `min_norm`.
 
 | `respond` | norm n with the limit c becomes | at n = c | for |
 |---|---|---|---|
@@ -64,16 +65,16 @@ limit of `with_global` needs one that raises no norm.
 ```
 
 An update that is zero stays zero. A limit of +inf, as in a warm-up, leaves the update
-as it is, and so does a lower bound of +inf. All of them cost the same: one read of the
-updates, and one multiplication in the loop of the optimizer. "set" and `min_norm`
-enlarge updates; in float16 an element may then leave its range.
+as it is, and so does a lower bound of +inf. All responses cost the same: one read of
+the updates, and one multiplication that XLA fuses into the optimizer. "set" and
+`min_norm` enlarge updates, and in float16 an element may overflow.
 
 ## Before Muon
 
 Muon orthogonalizes the update of each matrix, so its gradient may have any scale. In a
-global norm that scale harms the other leaves: a matrix with a gradient of 1e10 makes
-the gradient of an embedding 1e10 times smaller, under the `eps` of its Adam, and the
-embedding stands still. Clip the other leaves alone:
+global norm that scale harms the other leaves. A matrix with a gradient of 1e10 makes
+the gradient of an embedding 1e10 times smaller, far below the `eps` of its Adam, and
+the embedding no longer learns. Clip the other leaves alone:
 
 ```python
 >>> is_matrix = lambda name: name.endswith("kernel")
@@ -101,18 +102,26 @@ For each scope by itself, the first row that fits decides the result of `clip_by
 | limit 0 | zeros |
 | any other, however large or small | scaled to the limit |
 
+How exact is the result?
+
+| what | float32 | bfloat16 | float16 |
+|---|---|---|---|
+| true norm after the clip, at most limit times | 1 + 1e-6 | 1 + 2^-8 | 1 + 2^-11 |
+
+| elements of a clipped update (float32, CPU) | a few | 17 | 1000 |
+|---|---|---|---|
+| rounded to within, in units in the last place | 2 | 3 | 4 |
+
+The rounding of the sum of squares limits the second table.
+
 * NaN and inf do no damage outside of their scope, and stay visible.
 * "Unchanged" has one exception: subnormal elements may become 0.
-* After the clip the true norm is at most limit * (1 + 1e-6) in float32. The factor is 1
-  + 2^-8 in bfloat16 and 1 + 2^-11 in float16.
-* A norm that exceeds its limit by a few roundings (4 x 1.2e-7 in float32) is left
-  alone. So a second clip changes nothing.
-* Beyond the limit each element is rounded to within 2 units in the last place for a few
-  elements, 3 for 17 and 4 for 1000 (float32, CPU): the sum of squares has no more bits.
+* A norm that exceeds its limit by at most four roundings (4 x 1.2e-7 in float32) is
+  left alone. So a second clip changes nothing.
 * A norm beyond the largest float reads as the largest float.
-* `clip_by_value` turns +inf and -inf into the bounds, and NaN stays NaN.
-* Leaves that are no gradients pass through untouched: integers, bools, keys, `None`,
-  `optax.MaskedNode`, float0, arrays without elements, and leaves that are no arrays.
+* `clip_by_value` turns +inf and -inf into the bounds. NaN stays NaN.
+* Leaves that are not gradients pass through untouched: integers, bools, keys, `None`,
+  `optax.MaskedNode`, float0, arrays without elements, and leaves that are not arrays.
 * The clip can be differentiated. At a zero gradient its Jacobian is the identity.
 
 ```python
@@ -134,11 +143,11 @@ From PyTorch, with `u` for `torch.nn.utils`:
 | `u.clip_grad_norm_(params, 1.0, norm_type=p)` | `clip_by_norm(1.0, ord=p)` |
 | `u.clip_grad_value_(params, 1.0)` | `clip_by_value(1.0)` |
 | PyPI `zclip`: `ZClip(max_grad_norm=None)` | `zclip()` |
-| the same with its default cap of 1.0 | `zclip(max_norm=1.0)` |
+| `ZClip()`, whose default cap is 1.0 | `zclip(max_norm=1.0)` |
 | PyPI `autoclip`: `QuantileClip(quantile=0.1, ...)` | `autoclip(10)` |
 | `pytorch_optimizer`: `AdaGC` | `optax.chain(adagc(), optax.adamw(...))` |
 
-The row of `autoclip` is for `QuantileClip(quantile=0.1, global_threshold=True)`.
+The row of `autoclip` assumes `QuantileClip(quantile=0.1, global_threshold=True)`.
 
 From TensorFlow and Keras:
 
@@ -168,7 +177,7 @@ Rules that skip steps:
   `skip_explosions(optimizer, norm=None, share=None, loss=None)`. Optax applies the
   non-finite step in the end; this does not.
 * OLMo, Levanter and MaxText skip steps above 6 standard deviations:
-  `skip_explosions(optimizer)`. For that very rule add
+  `skip_explosions(optimizer)`. For exactly that rule, add
   `norm=limits.window_sigma(6), loss=limits.window_sigma(6)`.
 * axlearn `skip_and_clip_by_global_norm`:
   `skip_explosions(optax.chain(clip_by_norm(1.0), optimizer))`.
@@ -176,7 +185,7 @@ Rules that skip steps:
 ## The global norm around a partition
 
 Inside `optax.partition` and `optax.masked` a transformation sees only the leaves that
-they let through, and so does its norm. Before the partition it sees all leaves:
+they let through, and its norm is over these alone. Before the partition it sees all:
 
 ```python
 >>> tx = optax.chain(
@@ -194,9 +203,10 @@ they let through, and so does its norm. Before the partition it sees all leaves:
 
 ## Singular values, and SPECTRA
 
-The Frobenius norm of a matrix says little of how far its update moves activations: that
-is its largest singular value. `clip_by_spectral_norm` caps each singular value at the
-limit and keeps all that are below it. After the optimizer, it bounds the update:
+How far the update of a matrix can move activations is its largest singular value. Its
+Frobenius norm says little about that. `clip_by_spectral_norm` caps each singular value
+at the limit, and keeps all that are below it. After the optimizer, it bounds the
+update:
 
 ```python
 >>> tx = optax.chain(optax.adam(1.0), optaxclip.clip_by_spectral_norm(1.0))
@@ -208,16 +218,17 @@ limit and keeps all that are below it. After the optimizer, it bounds the update
 ```
 
 SPECTRA ([2603.14315](https://arxiv.org/abs/2603.14315)) is the same with `smooth=True`
-and a limit of 10, before the learning rate. It clips vectors as well by default; here
-`clip_by_norm(10.0, per="leaf", where=...)` does.
+and a limit of 10, before the learning rate. By default SPECTRA clips vectors as well;
+here add `clip_by_norm(10.0, per="leaf", where=...)` for them.
 
 ## QK-clip
 
-`scale_params` multiplies parameters by factors that the training step has found. In
-QK-clip ([2507.20534](https://arxiv.org/abs/2507.20534)) these bring the largest
-attention logit of each head down to 100: the factor is `min(1, 100 / max_logit)`, and
-its root is for the queries and for the keys of that head. The forward pass returns the
-largest logits `[heads]`, over the batch and all devices; the clip comes last.
+`scale_params` multiplies parameters by factors that the training step computes. In
+QK-clip ([2507.20534](https://arxiv.org/abs/2507.20534)) the factors bring the largest
+attention logit of each head down to 100. The factor of a head is
+`min(1, 100 / max_logit)`; its queries and its keys are each multiplied by the root. The
+forward pass returns the largest logits `[heads]`, over the batch and all devices. Put
+`scale_params` last in the chain.
 
 ```python
 >>> def factors_of(max_logits):
@@ -235,15 +246,16 @@ largest logits `[heads]`, over the batch and all devices; the clip comes last.
 
 ```
 
-With multi-head latent attention the roots are for the parts without rotary positions,
-the whole factor for the rotary part of the queries, and nothing for that of the keys,
-which the heads share.
+With multi-head latent attention the roots scale the parts without rotary positions. The
+rotary part of the queries is scaled by the whole factor, and the rotary part of the
+keys is not scaled, because the heads share it.
 
 ## Stacked layers
 
 A model whose layers run in `lax.scan` holds each parameter of all layers in one array,
 stacked along axis 0. `stacked=` names these leaves, and each layer is clipped by
-itself. For an array `[layers, experts, in, out]` it gives 2, the number of such axes:
+itself. Each expert of an array `[layers, experts, in, out]` needs its own limit: there
+the function returns 2, the number of stacked axes.
 
 ```python
 >>> is_stacked = lambda name: name.startswith("layers/")

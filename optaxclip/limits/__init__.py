@@ -12,8 +12,8 @@ takes a limit, it takes a number, an Optax schedule, or an object of this module
 ```
 
 A fixed threshold has to be guessed, and the right one changes during training. A
-learned limit takes it from the run. It works under `jit`, per tree, leaf or group, but
-not per unit. Its state is a few arrays, so a checkpoint holds all that it knows.
+learned limit takes its threshold from the run. It works under `jit`, per tree, leaf or
+group, but not per unit. Its state is a few arrays, so a checkpoint holds all of it.
 
 ## Limits to clip with
 
@@ -29,18 +29,19 @@ not per unit. Its state is a few arrays, so a checkpoint holds all that it knows
 | `window_sigma(3)` | 3 deviations above the mean | yes | `clip_by_historical_norm()` |
 | `quantile(0.5)` | follows the median with one number | yes | |
 | `mean_over_rms()` | mean / root mean square, to set | yes | `gradient_stabilizer()` |
-| `minimum(a, b)` | the smaller of two limits | as they do | |
-| `maximum(a, b)` | the larger of two limits | as they do | |
-| `with_global(a, b)` | a for each scope, b for all together | as they do | |
+| `minimum(a, b)` | the smaller of two limits | if a or b does | |
+| `maximum(a, b)` | the larger of two limits | if a or b does | |
+| `with_global(a, b)` | a for each scope, b for all together | if a or b does | |
 
 The means of `zscore` and `ema` are moving averages. `window_sigma` takes the last 128
 norms.
 
-* `zscore` gives an outlier a lower limit: the larger it is, the nearer to the mean.
+* With `zscore`, the larger an outlier, the stricter its limit, which is nearer to the
+  mean.
 * `percentile(10)` clips about 90 % of all steps, by design.
 * `mean_over_rms` is a norm to aim at, for `clip_by_norm(..., respond="set")`.
-* `with_global` clips each scope, and then all together where their global norm is still
-  above the second limit; it reads the updates once.
+* `with_global` clips each scope. If their global norm is then still above the second
+  limit, it scales all of them down together. It reads the updates once.
 * `adagc` has a global limit of 1.0 for its first 99 steps.
 
 ```python
@@ -59,22 +60,23 @@ training without one diverges.
 ## Limits to detect explosions with
 
 `detect_explosions`, `skip_explosions` and `stabilize` take the same limits, for the
-norm, the share of a leaf in it, and the loss. Only `params` does not fit: a rule
-compares a signal with its own past.
+norm, the share of a leaf in it, and the loss. Only `params` cannot detect, because a
+rule compares a signal with its own past.
 
 | limit | signal exceeds it when it is | meant for |
 |---|---|---|
 | `100.0` | above that number | any signal |
 | `log_quantile()` | far above the median, in units of the spread | norm, loss |
-| `sustained_rise()` | for 3 steps above 5 times its slow moving average | share |
-| `above_lowest()` | for 8 steps above 8 times its lowest average | loss |
+| `sustained_rise()` | 3 steps in a row above 5 times its slow moving average | share |
+| `above_lowest()` | 8 steps in a row above 8 times its lowest average | loss |
 | `fraction_of_start()` | above 1/1000 of its first values | a floor, in `maximum` |
 | `window_sigma(6)` | 6 standard deviations above the mean | norm, loss |
 
-The spread of `log_quantile` is how far the last 128 values lie above their median, on a
-logarithmic scale. A loss may have either sign: where one of the values is negative, the
-scale is linear. The default rules use `log_quantile`, `sustained_rise`, `above_lowest`
-and `fraction_of_start`; `help(optaxclip.explosions)` says for which signal.
+The spread of `log_quantile` is the distance of the 95th percentile of the last 128
+values from their median, on a logarithmic scale. A loss may have either sign: if one of
+the values is negative, the scale is linear. The default rules use `log_quantile`,
+`sustained_rise`, `above_lowest` and `fraction_of_start`; `help(optaxclip.explosions)`
+says for which signal.
 
 ## Sources
 
@@ -88,8 +90,8 @@ and `fraction_of_start`; `help(optaxclip.explosions)` says for which signal.
 * `window_sigma`: Levanter, which clips at 3; OLMo-core, which skips at 6.
 * `quantile`: Andrew et al., [1905.03871](https://arxiv.org/abs/1905.03871), for clients
   in federated learning; TensorFlow Federated and Opacus.
-* `log_quantile`, `sustained_rise`, `above_lowest`, `fraction_of_start`: of this
-  project, for explosions.
+* `log_quantile`, `sustained_rise`, `above_lowest`, `fraction_of_start`: this project,
+  for detecting explosions.
 
 The docstring of each named method says where it differs from the published code. Nearly
 all of that code breaks at the first NaN.
@@ -99,16 +101,16 @@ all of that code breaks at the first NaN.
 * It works per tree, leaf or group. Per unit, `init` raises `ValueError`.
 * Norms that are inf, NaN or zero never update its state.
 * It follows a lasting change within a number of steps that its docstring gives. AdaGC
-  as published is slow: it takes 2300 steps for a rise by a factor of 10.
-* While it knows too little it is +inf; but `quantile` starts at `initial_norm`, and
-  `ema` at `max_warmup_norm` for all scopes together.
+  as published is slow: it takes 2300 steps to follow a rise by a factor of 10.
+* While it knows too few norms it is +inf. The exceptions are `quantile`, which starts
+  at `initial_norm`, and `ema`, which limits all scopes together to `max_warmup_norm`.
 * A length (`warmup`, `window`, `patience`) is an `int` below 2**30.
 
 ## A limit to change by hand
 
-`optax.inject_hyperparams` puts the limit into the state. `ord` and `unit_axis`, and the
-lengths `warmup` and `window` of learned limits, have to be named in `static_args`, as
-has each argument that is no number: Optax takes a function for a schedule.
+`optax.inject_hyperparams` puts the limit into the state. Name in `static_args` each
+argument that is not a number, because Optax takes a function for a schedule. Also name
+`ord`, `unit_axis`, and the lengths `warmup` and `window` of learned limits.
 
 ```python
 >>> static = "per", "ord", "where", "unit_axis", "specs", "stacked", "label"
@@ -123,8 +125,8 @@ has each argument that is no number: Optax takes a function for a schedule.
 
 ```
 
-A limit set by hand cannot raise an error while training: one that is negative or NaN
-gives zeros.
+A limit set by hand cannot raise an error during training. If it is negative or NaN,
+the updates become zeros.
 
 ## Write your own limit
 
@@ -160,13 +162,13 @@ tree, leaf or group, under `jit` and `vmap`.
 
 ```
 
-A limit that knows a lower bound as well gives a `Band` of two, and sets `is_band=True`.
-A limit that compares with the parameters sets `needs_params=True`, and then gets their
-norms as `param_norms`. A limit that is given to a rule on the loss sees the loss in
-place of the norm, and a loss may be negative.
+A limit with a lower bound as well returns a `Band`, and sets `is_band=True`. A limit
+that compares with the parameters sets `needs_params=True`, and then gets their norms as
+`param_norms`. A limit that is given to a rule on the loss sees the loss instead of the
+norm, and a loss may be negative.
 
-`Limit` is the type of a limit, `LimitLike` of all that can be given for one, and
-`as_limit` makes the first of the second.
+`as_limit` turns a number, a schedule or a `Limit` into a `Limit`; `LimitLike` is the
+type of its argument.
 
 To add one to this package, follow "Add a limit" in `.github/CONTRIBUTING.md`.
 """

@@ -22,10 +22,10 @@ scope, and every transformation that measures takes the scope as `per=`.
 | `"unit"` | each output unit | `unit_norms` | one array per leaf |
 | a function | each group of leaves | `group_norms` | `[num_groups]` |
 
-An output unit is one index of the last axis of a leaf, over all other axes; in a layer
-of Equinox, whose weights are `[out, in]`, of the first, except for embeddings. A
-vector, a scalar or a bias of Equinox is a single unit. `unit_axis=` gives another axis,
-for all leaves or for the name of each:
+An output unit is one index of the last axis of a leaf, over all other axes. In layers
+of Equinox, whose weights are `[out, in]`, it is one index of the first axis, except in
+embeddings. A vector, a scalar or a bias of Equinox is a single unit. `unit_axis=` gives
+another axis, for all leaves or by the name of a leaf:
 
 ```python
 >>> tree = {"w": jnp.array([[3.0, 0.0], [4.0, 0.0]])}
@@ -73,14 +73,14 @@ variables is left out, and a tree that is a single array is called `"array"`.
 `leaf_names` gives the names in the order of `jax.tree.leaves`. `group_names` gives the
 names of the groups, sorted, which is the order of every array `[num_groups]`.
 
-`stacked=` gives for the name of a leaf how many of its leading axes run over layers, as
-`lax.scan` stacks them, or over layers and experts; True is 1. Each layer or expert then
-is a leaf of its own, called `"layers/kernel[0]"` or `"experts/kernel[0, 5]"`, and
-`unit_axis=` counts the axes behind these. Under `jit`, experts may lie on different
-devices; inside `shard_map`, only per unit.
+`stacked=` is a function of a leaf's name. It returns how many leading axes of the leaf
+run over layers, as `lax.scan` stacks them, or over layers and experts; True is 1. Each
+layer or expert then is a leaf of its own, called `"layers/kernel[0]"` or
+`"experts/kernel[0, 5]"`, and `unit_axis=` counts only the axes behind the stacked ones.
+Under `jit`, experts may lie on different devices; inside `shard_map`, only per unit.
 
-A state holds no names. Functions that read a state take `params`, or any tree of its
-structure, to name the leaves; without it they number them. They number groups always.
+A state holds no names of leaves. Functions that read a state take `params`, or any tree
+of its structure, to name the leaves; without it they number them.
 
 ## What is exact
 
@@ -90,19 +90,19 @@ structure, to name the leaves; without it they number them. They number groups a
 * The result is float32, or float64 if a leaf is float64 or complex128.
 * A norm beyond the largest float reads as the largest float.
 * Subnormal elements may count as zero.
-* Leaves that are no gradients have norm 0: integers, bools, keys, `None`,
+* Leaves that are not gradients have norm 0: integers, bools, keys, `None`,
   `optax.MaskedNode`, float0, and arrays without elements.
-* `record` and `detect_explosions` measure all leaves with one unit. There, elements
-  under 1e-19 may count as zero, unless the norm of all updates is under 2e-10.
+* `record` and `detect_explosions` scale all leaves alike. There, elements under 1e-19
+  may count as zero, unless the norm of all updates is under 2e-10.
 
 A norm of inf or NaN means that the input holds inf or NaN.
 
 ## What it costs
 
-With `ord` 1 or 2 a healthy step reads the gradients once. Only where a sum of squares
-overflows or underflows does it read them a second time, and scales them first: the
-rescue, in `optaxclip/norms/reduction.py`. A scope whose gradient is exactly zero, such
-as a frozen parameter or a dead unit, costs that second read on every step with
+With `ord` 1 or 2 a healthy step reads the gradients once. If a sum of squares overflows
+or underflows, the gradients are scaled, read a second time and summed again: this is
+the rescue, in `optaxclip/norms/reduction.py`. A scope whose gradient is exactly zero,
+such as a frozen parameter or a dead unit, costs that second read on every step with
 `per="leaf"` or `per="unit"`: a true zero must be distinguished from an underflow.
 """
 

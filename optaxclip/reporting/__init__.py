@@ -7,13 +7,13 @@
 | `explain` | a report in words | at the end, or after a crash |
 | `plot` | a picture | at the end, after a crash, or as it goes |
 | `raise_if_exploded` | an `ExplosionError` | every few steps, outside `jit` |
-| `leading_leaf` | the name of the leaf that led the last explosion | outside `jit` |
+| `leading_leaf` | the name of the leading leaf of the last explosion | outside `jit` |
 | `skipped_steps` | which steps were skipped, for the data loader | outside `jit` |
 | `taken` | whether the last step was applied | every step, in `jit` or not |
-| `keep` | the rest of the training state, if it was | every step, in `jit` or not |
+| `keep` | new state if the step was applied, else old | every step, in `jit` or not |
 
-Each finds the states of this package in any optimizer state. `params` gives the leaves
-their names; without it they are numbered.
+Each function finds the states of this package in any optimizer state. `params` gives
+the leaves their names; without it they are numbered.
 
 ```python
 >>> import json, jax, jax.numpy as jnp, optax, optaxclip
@@ -35,8 +35,8 @@ gradients/norm/b 4.0
 
 ## Which steps were skipped
 
-`skipped_steps(opt_state)` lists the last 64, also after a restart from a checkpoint,
-with what was given as `tag=` to a `stabilize` or `skip_explosions` with `columns=`:
+`skipped_steps(opt_state)` lists the last 64, also after a restart from a checkpoint.
+With `columns=` in `stabilize` or `skip_explosions`, it also lists each step's `tag=`:
 
 ```python
 >>> tx = optaxclip.stabilize(optax.sgd(0.1), columns=["batch"])
@@ -49,13 +49,13 @@ with what was given as `tag=` to a `stabilize` or `skip_explosions` with `column
 
 ```
 
-A rollback skips two steps to try the snapshot. These are in the list, too. No rule says
-anything against their batches, unless their list of rules is not empty.
+The list also holds the two steps that a rollback skips to try the snapshot. A batch is
+suspect only if its `rules` list is non-empty.
 
 ## The rest of the training state
 
 `stabilize` skips the step of the optimizer. Batch statistics or a moving average of the
-parameters would still take in the bad batch. One line each keeps them:
+parameters would still learn from the bad batch. `keep` prevents that, in one line each:
 
 ```python
 >>> tx = optaxclip.stabilize(optax.sgd(0.1), rollback=False)
@@ -75,34 +75,37 @@ parameters would still take in the bad batch. One line each keeps them:
 
 ```
 
-What a rollback cannot take back: `keep` leaves these states as they were after the last
-step that was applied. That step was healthy, so nothing in them is bad, but they are up
-to 100 healthy steps newer than the snapshot. The position in the data goes on.
+A rollback does not take these states back to the snapshot. They stay as they were after
+the last step that was applied. That step was healthy, so nothing in them is bad, but
+they are up to 100 healthy steps newer than the snapshot. The data loader is not taken
+back either.
 
 ## Metrics
 
-`metrics(opt_state, params)` gives the norm before and after each clip, its limit, and
-the share of steps that were clipped. Of each recorder it gives for the last step the
-norm of each leaf, its share in the sum of the squares, its ratio to the parameters, and
-whether it has vanished. Of each detector it gives whether the last step exploded, how
-often each rule has fired, and what was done about it. `help(optaxclip.metrics)` lists
-all names, and `help(optaxclip.tracking)` hands them to each tracker.
+`metrics(opt_state, params)` reads the last step, and the counts of all steps:
+
+| for each | it gives |
+|---|---|
+| clip | the norm before and after, the limit, the share of steps that were clipped |
+| recorder | of each leaf: norm, squared share, ratio to parameters, has it vanished |
+| detector | whether the step exploded, how often each rule has fired, what was done |
+
+`help(optaxclip.metrics)` lists all names. `help(optaxclip.tracking)` shows how each
+tracker takes them.
 
 A loss that was not given reads as +inf in `metrics`, and as NaN in `history`.
 
-A dashboard needs few names that stay the same. Of up to ten scopes each has its own:
-`gradients/norm/rnn/kernel`. Of more, there are names for the ten largest:
-`gradients/top/1/index` and `gradients/top/1/norm`. Which leaf has the rank is a value
-and no name, since a name that depends on values would come and go, and cannot be made
-in `jit`: `leaf_names(params)[index]` is that leaf. A clip has such names only where no
+A dashboard needs few names that stay the same. With up to ten scopes, each has its own
+name: `gradients/norm/rnn/kernel`. With more, only the ten largest have names, by rank:
+`gradients/top/1/index` and `gradients/top/1/norm`. The index is a value, and
+`leaf_names(params)[index]` is the name of the leaf; a metric named after that leaf
+would come and go, and cannot be made in `jit`. A clip has such names only where no
 recorder or detector has them. A model of 723 leaves, with `stabilize` and a clip per
-leaf, has 62 names; one recorder more adds 33, and `zeros=` adds 21. `top=` sets another
-number, and `top=None` names every scope. A `record(top=k)` keeps no more than the k
-largest.
+leaf, has 62 names; one more recorder adds 33, and `zeros=` adds 21. `top=` sets another
+number, and `top=None` names every scope. A `record(top=k)` keeps only the k largest.
 
-Of the last steps, as many as are kept or `window=`, there are percentiles of the norm
-and the shares of steps that exploded and that were skipped, beside those of the run;
-and OLMo-core's SpikeScore:
+Over the last `window` steps (default: all kept), metrics give percentiles of the norm,
+the shares of exploded and of skipped steps, and OLMo-core's SpikeScore:
 
 ```python
 >>> recorders = optaxclip.record("before"), optaxclip.record("after")
@@ -117,8 +120,8 @@ and OLMo-core's SpikeScore:
 
 ```
 
-A clip keeps no window. The share of the last steps that it clipped is in the histories
-of recorders on both sides; 1e-6 is more than a rounding:
+A clip keeps no window. For the share of the last steps that it clipped, compare the
+histories of two recorders, before and after it. 1e-6 is more than a rounding:
 
 ```python
 >>> before, after = (
@@ -143,19 +146,19 @@ recorders, `label=` chooses one.
 
 ```
 
-`pandas.DataFrame(kept.columns())` makes a table of the history. Of `record(top=k)` the
-columns of `kept.norms` are those of ranks, and `kept.ranked` says which scope has each.
+`pandas.DataFrame(kept.columns())` makes a table of the history. With `record(top=k)`,
+the columns of `kept.norms` are ranks, and `kept.ranked` names the scope of each rank.
 
 ## Pictures
 
 `plot(history(opt_state, params), "run.png")` draws the loss, the norm with its limit,
 the steps that exploded, and every leaf, with the leading leaf highlighted. With more
-than seven leaves it adds a map of all. Give the history of a recorder behind a clip as
-`after=`, and it also marks what was clipped. `plot` needs matplotlib:
+than seven leaves it adds a map of all. To mark what was clipped, give the history of a
+recorder behind the clip as `after=`. `plot` needs matplotlib:
 `pip install "optaxclip[report]"`.
 
-To see a run as it goes, draw into the figure that is there already, with `figure=`. In
-a notebook, where `%matplotlib inline` lets figures be shown at all:
+To watch a run, draw into the existing figure again, with `figure=`. In a notebook,
+where `%matplotlib inline` is needed to show figures at all:
 
 ```python
 %matplotlib inline
@@ -170,15 +173,15 @@ for step, batch in enumerate(batches):
         display(figure, display_id="run", update=step > 0)
 ```
 
-In a window the figure is one of pyplot, `figure = plt.figure(figsize=(11, 8))`, and
-`plt.pause(0.1)` shows what was drawn. Without a screen, `plot(kept, "run.png")` writes
-the same file again and again, as `examples/scan_training.py --watch 50` does.
+In a window, begin with a figure of pyplot, `figure = plt.figure(figsize=(11, 8))`;
+`plt.pause(0.1)` shows what was drawn. Without a screen, let `plot(kept, "run.png")`
+overwrite one file, as `examples/scan_training.py --watch 50` does.
 
 ## Reports in words
 
-`explain(opt_state, params)` writes a line for each recorder, and one for each explosion
-that is kept, if there are several. This is the report on a recorded run in which one
-part of the network explodes under another:
+`explain(opt_state, params)` writes a line for each recorder. If the record holds
+several explosions, each has a line. This is the report on a run in which one part of
+the network explodes while another dominates the norm:
 
     explosions: 90 of 695 steps exploded: 20 non-finite, 9 by the norm, 90 by the share
     of a leaf, 24 by the loss. Step 675 was non-finite: the loss was inf, with finite
@@ -188,8 +191,8 @@ part of the network explodes under another:
     'aux.l00.W' had grown most, by 1.98x per step since step 600, from 0.00068 to
     1.29e+19.
 
-`python tests/benchmarks/detection.py --explain` prints it. Of the six recorded runs of
-this kind, `explain` names a leaf of the exploding part in all six, and the step in
+`python tests/benchmarks/detection.py --explain` prints it. There are six recorded runs
+of this kind. `explain` names a leaf of the exploding part in all six, and the step in
 five. In the sixth the explosion began before the steps that are kept.
 
 ## Several runs at once
