@@ -1,9 +1,9 @@
 """The flight recorder: the norm of every leaf in the last steps, kept on the device.
 
-`record` passes updates through and keeps the norm of every leaf of the last 256 steps,
+`record` passes updates through. It keeps the norm of every leaf in the last 256 steps,
 and the loss, in the state of the optimizer. That works inside `jit`, `vmap` and
-`lax.scan`, and a checkpoint holds the records as well. On a large model it costs next
-to nothing, since a clip needs the norms anyway. `detect_explosions`, `skip_explosions`
+`lax.scan`, and a checkpoint holds the record as well. On a large model it costs next to
+nothing, because a clip needs the norms anyway. `detect_explosions`, `skip_explosions`
 and `stabilize` have a recorder of their own.
 
 ```python
@@ -43,16 +43,16 @@ Several recorders may stand in one chain, under different labels.
 * The loss, where the training loop gives it as `value=loss`.
 * Numbers of your own, `columns=`, such as the index of the batch.
 * `window=` sets the number of steps, 256 by default.
-* The state takes `4 * window * (num_scopes + 6 + 2 * num_columns)` bytes and a few.
-  That is 6 KiB and 1 KiB a leaf by default. With `top=k` it is `2 * k + 1` in place of
-  `num_scopes`.
+* The state takes a little more than `4 * window * (num_scopes + 6 + 2 * num_columns)`
+  bytes. That is 6 KiB and 1 KiB a leaf by default. With `top=k`, `2 * k + 1` stands in
+  place of `num_scopes`.
 
 ## Thousands of experts
 
-A model `[layers, experts, in, out]` has 18,432 norms with 48 layers of 384 experts, and
-a record of all of them takes 19 MB. With `top=` it keeps the largest of each step and
-whose they are, in 28 KB for `top=10`. The norm of all updates stays exact, since that
-of all other scopes together is kept, too. The leaves that vanish are not known then.
+An array `[layers, experts, in, out]` with 48 layers of 384 experts has 18,432 norms,
+and a record of all of them takes 19 MB. With `top=10` the record keeps the ten largest
+of each step and their scopes, in 28 KB. It also keeps the norm of all other scopes
+together, so the norm of all updates stays exact. Which leaves vanish is not known then.
 
 ```python
 >>> recorder = optaxclip.record(top=2, stacked=lambda name: 2 * (name == "experts"))
@@ -69,9 +69,9 @@ of all other scopes together is kept, too. The leaves that vanish are not known 
 
 ## Which batch was it?
 
-Every recorder keeps numbers of yours: `columns=` names them once, and every `update`
-gives them as `tag=`. `history` reads them, `plot` shows them, and `explain` names them
-with each step that it tells.
+Every recorder can keep numbers of your own: `columns=` names them once, and every
+`update` gives them as `tag=`. `history` reads them, `plot` shows them, and `explain`
+prints them beside each step that it names.
 
 ```python
 >>> tx = optaxclip.detect_explosions(columns=("batch", "learning_rate"))
@@ -87,8 +87,8 @@ Step 2, batch 38212, learning_rate 0.1, was non-finite: leaf 'w' held inf or NaN
 
 ```
 
-A whole number is kept exactly, of 32 bits or up to 2**48. Any other is kept as a
-float32.
+A whole number is kept exactly if it has at most 32 bits, or is at most 2**48. Any other
+number is kept as a float32.
 
 ## Who reads it
 
@@ -143,7 +143,7 @@ def record(
 
     Also the loss, where the training loop gives it: `update(grads, state, params,
     value=loss)`. `metrics` reads the last step, `history` all that are kept, `explain`
-    tells of them and `plot` draws them. What is non-finite is kept as it is.
+    describes them and `plot` draws them. Inf and NaN are kept as they are.
 
     Several recorders may stand in a chain, under different labels: before a clip, after
     it, after the optimizer. `detect_explosions`, `skip_explosions` and `stabilize` have
@@ -158,8 +158,9 @@ def record(
         reduced over the devices.
       stacked: As in `clip_by_norm`.
       columns: A common argument, see `help(optaxclip)`.
-      top: How many norms of each step are kept, the largest; also whose they are, and
-        the norm of all others together. By default, and of no more scopes, all.
+      top: Of each step, how many of the largest norms are kept, with their scopes and
+        the norm of all others together. All are kept by default, and if there are no
+        more scopes than that.
 
     Returns:
       The transformation, with the state `{label: RecordState}`: `4 * window *
@@ -211,7 +212,7 @@ def record(
         if value is not None:
             is_finite &= jnp.isfinite(loss)
         counts = increment(before.counts, jnp.stack([jnp.ones([], bool), ~is_finite]))
-        # The row is that of a detector, so that all readers know one kind of row.
+        # A row like a detector's, so that all readers know one kind of row.
         none = jnp.full_like(norm, jnp.inf)
         columns = {"loss": loss, "loss_limit": none, "limit": none, "fired": ~is_finite}
         tag = parts_of_tag(before.columns, extra_args)

@@ -32,7 +32,7 @@ def zclip(
     an outlier with z-score z is `mean + max_zscore**2 / z * std`.
 
     Unlike the reference, it has no cap unless `max_norm` is given (its default of 1.0
-    hides the method), forgets what is non-finite (one NaN there ends the clipping), and
+    hides the method), learns no non-finite norms (one NaN there ends the clipping), and
     learns outliers as they are once they outnumber the other norms by `warmup` (there,
     a lasting rise is clipped to the old mean forever). It does not clip in its first
     `warmup` steps: give `max_norm` where these may explode.
@@ -84,7 +84,8 @@ def autoclip(
 
     Unlike the reference, it remembers the last `window` norms (there all, so that the
     state grows with the run, or in its package 1000, without the current one), and
-    forgets what is non-finite (there one NaN makes every later gradient NaN) or zero.
+    learns no norms that are non-finite (there one NaN makes every later gradient NaN)
+    or zero.
 
     Args:
       percent: The percentile, within [0, 100].
@@ -132,8 +133,8 @@ def adagc(
 
     By design it clips most steps, and as published a leaf whose gradient is tiny in the
     warm-up stays so for thousands of steps (see `limits.ema`). Unlike the reference, a
-    leaf whose gradient is exactly zero then warms up later, and what is non-finite is
-    forgotten. The clip alone: chain it with any optimizer.
+    leaf whose gradient is exactly zero then warms up later, and non-finite norms are
+    not learned. The clip alone: chain it with any optimizer.
 
     Args:
       multiple: The limit in units of the mean, > 1.

@@ -90,7 +90,7 @@ def aggc(
     It follows a lasting rise by 10 within `2.3 / ((1 - decay) * (high - 1))` steps.
 
     Unlike the reference, the mean starts with the first norm (there at 0, so that the
-    second gradient is cut to a few percent), and what is non-finite is forgotten (there
+    second gradient is cut to a few percent), and learns no non-finite norms (there
     one NaN ends the clipping). A band that is empty is refused: with a `high` below 1
     the mean falls by a few percent in every step, forever.
 

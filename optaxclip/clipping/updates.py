@@ -69,12 +69,12 @@ def clip_by_historical_norm(
 ) -> optax.GradientTransformationExtraArgs:
     """Levanter's update clip: clips updates far above the last norms of updates.
 
-    `clip_by_norm(limits.window_sigma(sigmas, window=window))`: the limit is so many
+    `clip_by_norm(limits.window_sigma(sigmas, window=window))`: the limit is `sigmas`
     standard deviations above the mean of the last `window` norms. Put it behind the
     optimizer, so that it sees updates.
 
-    Unlike the reference, what is non-finite is forgotten (there one NaN ends the
-    clipping for `window` steps), and so are norms of zero (there learned, so that steps
+    Unlike the reference, non-finite norms are not learned (there one NaN ends the
+    clipping for `window` steps), nor are norms of zero (there learned, so that steps
     without updates lower the limit); and the standard deviation counts as at least 1 %
     of the mean (there as 1e-6, so that after a flat stretch any rise is clipped).
 

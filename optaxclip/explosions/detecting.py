@@ -65,14 +65,14 @@ def detect_explosions(
     columns: Sequence[str] = (),
     label: str = "explosions",
 ) -> optax.GradientTransformationExtraArgs:
-    """Notices exploding updates, and remembers when and where it began.
+    """Notices explosions, and records when and where they began.
 
     A step explodes if it is non-finite, in any leaf or in the loss, or if one of three
     signals exceeds its limit: the norm of all updates, the share of a leaf in it, and
     the loss, where the training loop gives it: `update(grads, state, params,
     value=loss)`. A share counts only in a leaf whose own norm has grown twentyfold
     within the last 64 steps. Updates pass through; `metrics` reads the verdict, and
-    `raise_if_exploded` tells it.
+    `raise_if_exploded` raises on a non-finite step that nothing skipped.
 
     Placed after the optimizer, it watches the norm of the updates instead of the
     gradients. Labels in different places of a chain have to differ.
@@ -86,7 +86,7 @@ def detect_explosions(
       loss: Limit on the loss, likewise; it may have either sign. By default the smaller
         of `limits.log_quantile(2.4, min_ratio=1.7, early_jump=2.5, min_level=0.01)` and
         `limits.above_lowest()`, but at least `limits.fraction_of_start()`.
-      max_gap: Explosions at most this many steps apart are told as one; at least 1, 10
+      max_gap: Explosions at most this many steps apart count as one; at least 1, 10
         by default.
       window: Number of steps that the record keeps; at least 64, 256 by default.
       specs: A common argument, see `help(optaxclip)`.

@@ -90,8 +90,8 @@ def skip_explosions(
     at most ten times its limit, is taken too if two others came in the 128 steps
     before, early in a run if one did. Where such a step is taken, a norm above its
     limit is clipped to it. A step with non-finite gradients is never taken; after
-    `give_up_after` in a row the run is given up. `help(optaxclip.explosions)` tells all
-    of it step by step, what `rollback` and `cool_down` add, and what goes where in a
+    `give_up_after` in a row the run is given up. `help(optaxclip.explosions)` says all
+    of this step by step, what `rollback` and `cool_down` add, and what goes where in a
     trainer.
 
     Updates that `inner` makes non-finite out of finite gradients become 0. They are not
@@ -125,8 +125,8 @@ def skip_explosions(
         default. From 10 on, a loss that rises slowly is noticed too.
       rollback_after: How many losses above their limit in a row (norms where there is
         no rule on the loss) start the trial of a snapshot; at least 1, 3 by default,
-        since one or two are often the fault of their batches. Up to two more where
-        explosions on their own recur.
+        because one or two are often the fault of their batches. Up to two more where
+        outliers recur.
       give_up_after: How many non-finite steps in a row end the run; at least 1, 100 by
         default. A dynamic loss scale needs up to 24 to fall from 2**24 to 1.
       max_gap: As in `detect_explosions`.

@@ -53,7 +53,7 @@ def zscore(
     decay: ArrayLike = 0.97,
     warmup: int = 25,
 ) -> Limit:
-    """Limits a norm to so many standard deviations above its moving average.
+    """Limits a norm to `max_zscore` standard deviations above its moving average.
 
     `mean + max_zscore * std`; an outlier, beyond that, gets the lower limit `mean +
     max_zscore * std * max_zscore / z` for its z-score z: the larger, the nearer to the
@@ -193,7 +193,7 @@ def ema(
         factor, rate, cap = cast_like(norms, multiple, 1 - decay, max_warmup_norm)
         info = jnp.finfo(norms.dtype)
         shares, total = normalize_norms(norms)
-        is_capped = (total > cap) & (shares > 0)  # 0: not finite, or zero
+        is_capped = (total > cap) & (shares > 0)  # 0: non-finite, or zero
         warm_limits = jnp.minimum(cap, info.max) * shares
         warm_limits = jnp.where(is_capped, warm_limits, jnp.inf)
         is_warmup = state.num_seen < warmup - 1

@@ -141,7 +141,7 @@ def as_limit(
 ) -> Limit:
     """Turns a number into `constant` and a function into `schedule`.
 
-    `name`: that of the argument, for the errors of a number.
+    `name` is the argument's, for the errors of a number.
     """
     if isinstance(max_norm, Limit):
         if max_norm.is_band and not may_be_band:

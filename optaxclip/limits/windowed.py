@@ -82,7 +82,7 @@ def percentile(percent: ArrayLike = 10.0, *, window: int = 1024) -> Limit:
 
 # Levanter clips at 3 and keeps 128.
 def window_sigma(sigmas: ArrayLike = 3.0, *, window: int = 128) -> Limit:
-    """Limits a norm to so many standard deviations above the mean of the last norms.
+    """Limits a norm to `sigmas` standard deviations above the mean of the last norms.
 
     `mean + sigmas * max(std, 0.01 * abs(mean))` over the last `window` norms before the
     clip, without its own; +inf until half of them are there. The floor of 1 % keeps a
@@ -246,7 +246,7 @@ def log_quantile(
         # A small spread raises the limit above by `power * spread`. Here it is twice
         # that, a choice: the largest recent loss does not bound this limit.
         rise = jnp.maximum(2 * exponent * spread, (least - 1) * jnp.abs(middle))
-        # Sooner than half of the window (16 losses of 128), since no jump is judged.
+        # Sooner than half of the window (16 losses of 128), because no jump is judged.
         linear = jnp.where(num >= window // 8, middle + rise, jnp.inf)
         limits = jnp.where(lowest > 0, limits, linear)
         learned = PercentileState(windows.push_in_order(state.window, norms))

@@ -31,7 +31,7 @@ def explain(opt_state: Any, params: Any = None) -> str:
 
     Of each `record`, `detect_explosions` and `skip_explosions` one line: how many steps
     exploded and what became of them; of the last explosion when and by which rule
-    it began, the leaf that led, and how the norm had grown; and which leaves have
+    it began, the leading leaf, and how the norm had grown; and which leaves have
     vanished. It waits for the step and reads the records: call it at the end, or after
     a crash on a checkpoint.
 

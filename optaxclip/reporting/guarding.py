@@ -49,7 +49,7 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
 
     Args:
       opt_state: Any tree, as for `metrics`.
-      params: The parameters, or any tree of their structure: names the leaf that led.
+      params: The parameters, or any tree of their structure: names the leading leaf.
         Of parameters that are NaN it raises at once; without them when it gives up.
 
     Raises:

@@ -29,8 +29,8 @@ def skipped_steps(opt_state: Any, *, label: str | None = None) -> list[Any]:
     """Lists the last 64 steps that were skipped, for the data loader, on the host.
 
     They stay known when their rows have left the record, and a checkpoint of
-    `opt_state` holds them. A step that tried a snapshot was skipped, too; no rule says
-    anything against its batch.
+    `opt_state` holds them. A step that tried a snapshot was skipped, too; its batch
+    is suspect only if its "rules" are not empty.
 
     Args:
       opt_state: Any tree with the state, as for `metrics`.
@@ -89,7 +89,7 @@ def _for_json(value: Any) -> int | float | None:
 def leading_leaf(
     opt_state: Any, params: Any, *, label: str | None = None
 ) -> str | None:
-    """Names the leaf that led when the last explosion began, on the host.
+    """Names the leading leaf of the last explosion, when it began; on the host.
 
     That is the first leaf that was non-finite, or else the one that had grown most. Its
     index is `explosions/leading_leaf` in `metrics`, where a name cannot be a value.

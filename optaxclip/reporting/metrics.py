@@ -125,7 +125,7 @@ def metrics(
       params: The parameters, a `TrainState`, or any tree of their structure: names the
         leaves; without it they are numbered. Ratios read them once, and of several runs
         need those of each, stacked alike.
-      top: With more scopes than so many, names are those of ranks instead, so that they
+      top: With more scopes than `top`, metrics are named by rank, so that their names
         are few and stay the same: `leaf_names(params)[index]` is the leaf. None for a
         name for each scope. `record(top=k)` always gives ranks, at most k.
       window: The last steps that are summed up; None for all that are kept.

@@ -36,8 +36,8 @@ def plot(
     """Draws the last steps of a run: the loss, the norms, what exploded and where.
 
     The total norm with its limit and the steps that exploded; with several scopes the
-    norm of each, the one that led thick; with more than seven also a map of all; and
-    each number that was given as `tag=`. What is non-finite stands as a triangle at the
+    norm of each, the leading one thick; with more than seven also a map of all; and
+    each number that was given as `tag=`. A non-finite value is a triangle at the
     upper edge. Needs matplotlib.
 
     Args:
