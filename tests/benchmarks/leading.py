@@ -1,4 +1,4 @@
-"""Do the updates of Adam tell of an explosion before its gradients and loss do?
+"""Do the updates of Adam show an explosion before its gradients and loss do?
 
     python tests/benchmarks/leading.py [--part test]
 
