@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import optaxclip
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; no yellow, on white.
+# Okabe and Ito's colors, which the color-blind can tell apart; no yellow, on white.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")
 
 

@@ -16,7 +16,7 @@ NUM_TRAIN_OF_5000 = 4000
 
 
 class Mnist(NamedTuple):
-    """Grey images, 0 to 255, and the digits that they show.
+    """Gray images, 0 to 255, and the digits that they show.
 
     Attributes:
         train_images: uint8 `[num_train, 28, 28]`.

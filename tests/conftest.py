@@ -72,14 +72,14 @@ def x64():
         yield
 
 
-def optimisations(are_left_out):
+def optimizations(are_left_out):
     return configured("jax_disable_most_optimizations", are_left_out)
 
 
 @pytest.fixture(scope="module")
 def quick_to_compile():
-    """Without XLA's optimisations: for the examples, whose runs are short."""
-    with optimisations(are_left_out=True):
+    """Without XLA's optimizations: for the examples, whose runs are short."""
+    with optimizations(are_left_out=True):
         yield
 
 
@@ -90,7 +90,7 @@ def is_default(config) -> bool:
 
 @pytest.fixture(scope="module")
 def quick_by_default(request):
-    with optimisations(are_left_out=is_default(request.config)):
+    with optimizations(are_left_out=is_default(request.config)):
         yield
 
 
@@ -99,5 +99,5 @@ def pytest_runtest_protocol(item):
     """Those of the documentation are short, too."""
     if not isinstance(item, pytest.DoctestItem) or not is_default(item.config):
         return (yield)
-    with optimisations(are_left_out=True):
+    with optimizations(are_left_out=True):
         return (yield)

@@ -3,7 +3,7 @@
 python examples/studies/bptt.py                              # no download
 
 Networks recall the first number of a sequence. The largest Lyapunov exponent, that of
-tangents going forwards, predicts the growth of the gradients dC/da_t going backwards.
+tangents going forward, predicts the growth of the gradients dC/da_t going backward.
 If it is positive on the first batch, before any update, an explosion is foretold.
 """
 
@@ -61,7 +61,7 @@ CELLS = {
 }
 
 
-def initialise(name: str, hidden: int, seeds: int) -> Any:
+def initialize(name: str, hidden: int, seeds: int) -> Any:
     """Returns Gaussian weights `[radii, seeds, ...]`, the same for each radius."""
     num_gates = 4 if name == "LSTM" else 1
     state_size = 2 * hidden if name == "LSTM" else hidden
@@ -122,7 +122,7 @@ def run(*, seeds: int, hidden: int) -> dict[str, np.ndarray]:
     batches = np.float32(np.random.default_rng(0).uniform(-1, 1, shape))
     networks = []
     for name in tqdm(CELLS, unit="network"):
-        params = initialise(name, hidden, seeds)
+        params = initialize(name, hidden, seeds)
         found = {}
         for clip, max_norm in (("none", np.inf), ("clip", MAX_NORM)):
             train_one = partial(train, CELLS[name], max_norm, batches)

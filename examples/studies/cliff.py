@@ -36,7 +36,7 @@ NUM_DRAWN = 80  # steps of each path that are drawn
 # The starts of the grid also have learning rates around the one that was asked for.
 FACTORS = np.array([0.1, 0.3, 1, 3, 10])
 MIDDLE = 2  # the index of the factor 1
-LOSSES = (1e-6, 0.5)  # the range of colours for final losses; no loss exceeds 0.49
+LOSSES = (1e-6, 0.5)  # the range of colors for final losses; no loss exceeds 0.49
 STYLES = {
     "none": {"color": curves.COLORS[3], "linestyle": "-", "label": "without a clip"},
     "norm": {"color": "#000000", "linestyle": "--", "label": "clipped by norm"},

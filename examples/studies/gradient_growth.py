@@ -51,7 +51,7 @@ def measure(cell: Any, params: Any, xs: Any, gaps: Any, powers: int = 15) -> Any
     """Returns what a batch tells of one network, without any Jacobian.
 
     `predicted`, exp of the Lyapunov exponent, is the growth per step of tangents in the
-    middle half; `measured` that of dC/da_t going backwards. The others are norms: of
+    middle half; `measured` that of dC/da_t going backward. The others are norms: of
     dC/da_t, of what step t adds to dC/dW, and of da_T/da_{T-gap}, by the power method.
     """
     norm = optaxclip.global_norm
@@ -90,11 +90,11 @@ def measure(cell: Any, params: Any, xs: Any, gaps: Any, powers: int = 15) -> Any
     vectors = jnp.broadcast_to(start, (len(gaps), state_size))
     power_all = jax.vmap(power)
     vectors = jax.lax.fori_loop(0, powers, lambda _, v: power_all(v, gaps), vectors)
-    logs_backwards = log_norms(of_states)
+    logs_backward = log_norms(of_states)
     return {
         "predicted": growth(log_norms(jax.vmap(tangents)(xs))),
-        "measured": 1 / growth(logs_backwards),
-        "states": jnp.exp(logs_backwards),
+        "measured": 1 / growth(logs_backward),
+        "states": jnp.exp(logs_backward),
         "added": jax.vmap(norm)(of_copies),
         "spectral": jax.vmap(norm)(vectors),
     }

@@ -240,7 +240,7 @@ def draw(path: Path, result: Result) -> None:
         axes[panel].set_title(title, loc="left", fontsize="medium", pad=10)
         axes[panel].grid(alpha=0.3)
         axes[panel].spines[["top", "right"]].set_visible(False)
-    axes["losses"].plot([], "X", color="grey", label="the median is no longer finite")
+    axes["losses"].plot([], "X", color="gray", label="the median is no longer finite")
     handles, labels = axes["losses"].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ def slope(logs: np.ndarray) -> float:
 @pytest.mark.parametrize("name", ["tanh", pytest.param("LSTM", marks=pytest.mark.slow)])
 def test_products_are_those_of_full_jacobians(bptt, name):
     cell, length = bptt.CELLS[name], 8
-    params = jax.tree.map(lambda x: x[-1, 0], bptt.initialise(name, 4, 1))
+    params = jax.tree.map(lambda x: x[-1, 0], bptt.initialize(name, 4, 1))
     xs = np.random.default_rng(1).uniform(-1, 1, (3, length)).astype(np.float32)
     gaps = np.array([1, 3, 7])
     run = jax.jit(lambda xs: bptt.measure(cell, params, xs, gaps, powers=100))
@@ -85,7 +85,7 @@ def test_the_lstm_has_its_gates(bptt):
     state = bptt.lstm(params, jnp.concatenate([h, c]), jnp.float32(0.5))
     expected = np.concatenate([o * np.tanh(c_next), c_next])
     np.testing.assert_allclose(state, expected, rtol=1e-4, atol=1e-6)
-    weights = bptt.initialise("LSTM", 5, 2)
+    weights = bptt.initialize("LSTM", 5, 2)
     gates = weights["W"].reshape(len(bptt.RADII), 2, 4, 5, 5)
     found = np.abs(np.linalg.eigvals(gates)).max(axis=-1)
     for radius, each in zip(bptt.RADII, found, strict=True):

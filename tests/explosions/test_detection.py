@@ -315,7 +315,7 @@ def test_nonfinite_steps_blind_no_rule(detection, traces, verdicts):
 
 
 @pytest.mark.parametrize("always", [False, True])
-def test_score_of_no_judgement(detection, traces, always):
+def test_score_of_no_judgment(detection, traces, always):
     flags = [np.full(len(trace.loss), always) for trace in traces]
     found = detection.score(traces, flags)
     assert found.macro == found.alive == 100 * always

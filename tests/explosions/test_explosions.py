@@ -347,7 +347,7 @@ def skip_by_product(tx, sigmas=6.0, window=128) -> Any:
 
 
 @pytest.mark.slow
-def test_levanter_lets_the_nan_through_and_is_blind_afterwards():
+def test_levanter_lets_the_nan_through_and_is_blind_afterward():
     theirs = skip_by_product(optax.sgd(0.01))
     params, _, _ = run(theirs, [*healthy(70), math.nan])
     assert np.isnan(params["a"]).all()

@@ -74,7 +74,7 @@ def exploding(num_scopes: int, leader: int) -> History:
 
 
 def panels(figure: Figure) -> dict[Any, Axes]:
-    """The axes by name, without the colour bar."""
+    """The axes by name, without the color bar."""
     return {
         axes.get_label(): axes
         for axes in figure.axes
@@ -127,7 +127,7 @@ def test_panels(num_scopes, loss, expected):
     figure = plot(history_of(random_norms(num_scopes), loss=loss))
     assert list(panels(figure)) == expected
     has_map = "map" in expected
-    assert len(figure.axes) == len(expected) + has_map  # the colour bar
+    assert len(figure.axes) == len(expected) + has_map  # the color bar
     for name in {"norm", "scopes"} & set(expected):
         assert panels(figure)[name].get_yscale() == "log"
     assert figure.axes[len(expected) - 1].get_xlabel() == "step"
