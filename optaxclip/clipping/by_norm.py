@@ -96,16 +96,17 @@ def clip_by_norm(
       max_norm: The limit, in the unit of the norm: a number >= 0, a function of the
         number of steps so far (an Optax schedule), or a `Limit`. A traced limit
         that is negative or NaN gives zeros.
-      min_norm: Scales a smaller norm, but zero, up to this one: a band. As `max_norm`,
-        which wins where it is smaller; where it is bad or +inf, there is no such bound.
+      min_norm: A lower bound: smaller norms, except zero, are scaled up to it. Given as
+        `max_norm`, which wins where it is smaller; none where negative, NaN or +inf.
       respond: What becomes of a norm n with the limit c. "cap": `min(n, c)`. "soft":
-        `n * c / (n + c)`, smooth. "set": c, also for a smaller norm, but zero.
+        `n * c / (n + c)`, smooth. "set": c, also for smaller norms, except zero.
       per: What one norm is taken over. "tree": all leaves. "leaf": each array. "unit":
-        each output unit, over all axes but `unit_axis`; vectors whole. A function from
-        a leaf's name (`"rnn/hh/kernel"`) to the name of its group: each group.
+        each output unit, over all axes but `unit_axis`; a vector is one unit. A
+        function from a leaf's name (`"rnn/hh/kernel"`) to that of its group: each
+        group.
       where: True for the names of the leaves to measure and clip; others pass through.
       unit_axis: For "unit", the axis that counts output units, or a function of names;
-        without stacked axes. By default that of `unit_norms`.
+        without stacked axes. By default as in `unit_norms`.
       ord: Order of the norm: any number >= 1, or `math.inf`.
       specs: Inside `jax.shard_map`, the tree (or prefix) of `PartitionSpec`s that the
         parameters have.

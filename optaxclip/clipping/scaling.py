@@ -18,9 +18,9 @@ def scale_params() -> optax.GradientTransformationExtraArgs:
     """Multiplies parameters by factors given to `update`, after the optimizer's step.
 
     Last in a chain, it makes updates `u` of parameters `p` lead to `factor * (p + u)`
-    in place of `p + u`. Leaves without a factor, and elements whose factor is 1, keep
-    their updates bit-identical; so do those whose factor is not a finite number > 0, as
-    that of logits which are inf or NaN.
+    instead of `p + u`. Leaves without a factor, and elements whose factor is 1, keep
+    their updates bit-identical. So do elements whose factor is not a finite number > 0,
+    such as the factor of a logit of inf or NaN.
 
     `update` takes `factors=`, a dictionary from the names of leaves (see `leaf_names`)
     to their factors: numbers, or arrays that broadcast to the leaf, as `[heads, 1]` for
@@ -30,7 +30,7 @@ def scale_params() -> optax.GradientTransformationExtraArgs:
       The transformation, without a state.
 
     Raises:
-      ValueError: In `update`, if a name is that of no leaf, if a factor does not
+      ValueError: In `update`, if no leaf has one of the names, if a factor does not
         broadcast to its leaf, or without `params`.
       TypeError: In `update`, if `factors` is no dictionary.
 

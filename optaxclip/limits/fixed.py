@@ -158,8 +158,8 @@ def with_global(limit: LimitLike, max_norm: LimitLike) -> Limit:
 
     Each norm is first brought to its own limit. Where the root of the sum of the
     squares is then still above `max_norm`, all are scaled down together. So both hold
-    with one read of the updates. For norms of order 2, and responses that raise none:
-    with "set" or a lower bound the second limit is not one.
+    with one read of the updates. It needs norms of order 2. With "set" or a lower
+    bound, which raise norms, `max_norm` does not hold.
 
     Args:
       limit: Of each leaf or group: a limit, a number or a schedule.

@@ -47,7 +47,7 @@ class History(NamedTuple):
     """float32 `[num_steps, num_scopes]`: the norm of each scope. Of `record(top=k)`
     `[num_steps, k + 1]`: the largest k, and the norm of all other scopes together."""
     names: list[str]
-    """The name of each scope, or its number. With `top=k` those of the ranks: "top/1"
+    """The name of each scope, or its number. With `top=k`, the ranks: "top/1"
     to "top/k", and "rest"."""
     tags: Mapping[str, np.ndarray] = MappingProxyType({})
     """Of each name in `columns=`, float64 `[num_steps]`: what was given as `tag=`.
@@ -78,7 +78,7 @@ class History(NamedTuple):
         """One column for each number of a step, as `pandas.DataFrame` takes them.
 
         Returns:
-          `{name: [num_steps]}`: "step", those of the user's own, "loss", "loss_limit",
+          `{name: [num_steps]}`: "step", the user's own columns, "loss", "loss_limit",
           "norm", "limit", the rules "nonfinite", "norm_exploded", "share_exploded" and
           "loss_exploded", and "norm/<scope>"; with `top=k` also "scope/<rank>".
         """
