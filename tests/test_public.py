@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pdoc
+import pdoc.doc
+import pdoc.render
 import pytest
 
 import optaxclip
