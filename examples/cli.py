@@ -1,4 +1,4 @@
-"""The command line of every example: what cannot be done is told in one line."""
+"""The command line of every example: errors are reported in one line."""
 
 import math
 from collections.abc import Callable

@@ -37,7 +37,7 @@ def join(
     process_id: int | None,
     cluster: bool,
 ) -> None:
-    """Makes this process one of many, if so told; before anything asks for devices."""
+    """Makes this process one of many, if asked to; before anything asks for devices."""
     given = [x is not None for x in (coordinator, num_processes, process_id)]
     if any(given) and (cluster or not all(given)):
         raise cli.InputError(

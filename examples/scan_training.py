@@ -96,7 +96,7 @@ def main(
     Returns:
         `{"plain": run, "stabilized": run}`; each run has its `losses`, its `history`,
         its `picture`, as `story` what `explain` says, the step on which its last
-        explosion `began`, and the `leaf` that led then, both None for none.
+        explosion `began`, and the leading `leaf` then, both None for none.
     """
     knobs = {"steps": steps, "learning_rate": learning_rate, "hidden": hidden}
     knobs |= {"layers": layers, "batch_size": batch_size}

@@ -2,7 +2,7 @@
 
 python examples/studies/bptt.py                              # no download
 
-Networks recall the first number of a sequence. The largest Lyapunov exponent, that of
+Networks recall the first number of a sequence. The largest Lyapunov exponent, of
 tangents going forward, predicts the growth of the gradients dC/da_t going backward.
 If it is positive on the first batch, before any update, an explosion is foretold.
 """
@@ -88,7 +88,7 @@ def initialize(name: str, hidden: int, seeds: int) -> Any:
 
 
 def train(cell: Any, max_norm: float, batches: Any, params: Any) -> Any:
-    """Returns losses, and what the first batch tells before each round of training."""
+    """Returns losses, and what the first batch shows before each round of training."""
     tx = optax.chain(optaxclip.clip_by_norm(max_norm), optax.sgd(LEARNING_RATE))
 
     def step(carry, xs):

@@ -48,7 +48,7 @@ def growth(logs: jax.Array) -> jax.Array:
 
 
 def measure(cell: Any, params: Any, xs: Any, gaps: Any, powers: int = 15) -> Any:
-    """Returns what a batch tells of one network, without any Jacobian.
+    """Returns what a batch shows of one network, without any Jacobian.
 
     `predicted`, exp of the Lyapunov exponent, is the growth per step of tangents in the
     middle half; `measured` that of dC/da_t going backward. The others are norms: of
