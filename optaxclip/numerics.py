@@ -104,6 +104,11 @@ def safe_unit(largest: jax.Array) -> jax.Array:
     return jnp.minimum(largest, jnp.finfo(largest.dtype).max / 4)
 
 
+def safe_log(norms: jax.Array) -> jax.Array:
+    """The logarithm; of 0 that of the smallest normal number, which is finite."""
+    return jnp.log(jnp.maximum(norms, jnp.finfo(norms.dtype).tiny))
+
+
 def normalize_norms(norms: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(norms / total, total) for the root of the sum of the norms' squares.
 

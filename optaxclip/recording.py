@@ -119,9 +119,9 @@ from optaxclip.extras import check_columns, loss_of, parts_of_tag
 from optaxclip.norms.measuring import measure, measure_leaves
 from optaxclip.norms.names import Per, Stacked, layout_of
 from optaxclip.norms.scopes import Scopes, check_per, find_scopes
-from optaxclip.numerics import increment, root_sum_squares
+from optaxclip.numerics import increment, next_count, root_sum_squares
+from optaxclip.ring import COUNTS, append, empty
 from optaxclip.ring import RecordState as RecordState
-from optaxclip.ring import append, empty
 
 WINDOW = 256
 """Number of steps that a recorder keeps: 1 KiB a leaf.
@@ -199,7 +199,7 @@ def record(
 
     def init(params):
         norms, _ = jax.eval_shape(lambda: _measure(params, scopes_of(params)))
-        counts = jnp.zeros([2], jnp.int32)
+        counts = jnp.zeros(len(COUNTS.names), jnp.int32)
         layout = layout_of(params, per, stacked)
         return {label: empty(norms.size, window, counts, layout, own, top)}
 
@@ -211,12 +211,17 @@ def record(
         is_finite = norm < jnp.inf
         if value is not None:
             is_finite &= jnp.isfinite(loss)
-        counts = increment(before.counts, jnp.stack([jnp.ones([], bool), ~is_finite]))
+        counts = {
+            "steps": next_count(before.num_steps),
+            "nonfinite": increment(before.num_nonfinite, ~is_finite),
+        }
         # A row like a detector's, so that all readers know one kind of row.
         none = jnp.full_like(norm, jnp.inf)
         columns = {"loss": loss, "loss_limit": none, "limit": none, "fired": ~is_finite}
         tag = parts_of_tag(before.columns, extra_args)
-        return updates, {label: append(before, columns, tag, norms, norm, counts)}
+        return updates, {
+            label: append(before, columns, tag, norms, norm, COUNTS.pack(counts))
+        }
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -21,6 +21,9 @@ finite norm of all updates so far; as the bits of a whole number, which of the r
 (not finite, norm, share, loss) fired; and the leaf that led, -1 for none and in
 `record`."""
 
+COUNTS = Packing(ints=("steps", "nonfinite"))
+"""How `RecordState.counts` is packed, and how the counts of a detector begin."""
+
 
 # As a layout: static. A number of scopes would be an array of the state.
 @jax.tree_util.register_static
@@ -47,13 +50,24 @@ class RecordState(NamedTuple):
     every array of a state costs a small step some microseconds."""
     counts: jax.Array
     """int32 `[2]`: number of steps so far, and of those that were non-finite;
-    `detect_explosions` appends what it counts."""
+    `detect_explosions` appends what it counts. `num_steps` and `num_nonfinite` read
+    it."""
     layout: Layout
     """No arrays: what kind of scopes these are, and how `params` names them."""
     columns: Columns | tuple[()] = ()
     """No arrays: the names of the user's own numbers, () for none."""
     top: Top | tuple[()] = ()
     """No arrays: () where the norm of every scope is kept."""
+
+    @property
+    def num_steps(self) -> jax.Array:
+        """int32 `[]`: the number of steps so far."""
+        return COUNTS.read(self.counts, "steps")
+
+    @property
+    def num_nonfinite(self) -> jax.Array:
+        """int32 `[]`: how many of them were non-finite."""
+        return COUNTS.read(self.counts, "nonfinite")
 
     @property
     def norms(self) -> jax.Array:
@@ -136,7 +150,7 @@ def append(
       counts: The next `counts`.
     """
     # Before the first step this is the last row, which is empty: its largest is 0.
-    before, _ = rows_of(state, state.counts[0] - 1)
+    before, _ = rows_of(state, state.num_steps - 1)
     narrow = saturating_cast(norm, jnp.float32)
     is_larger = (narrow > before["largest"]) & (narrow < jnp.inf)
     columns = {"leaf": jnp.full([], -1), **columns}
@@ -146,7 +160,7 @@ def append(
     head = COLUMNS.pack(columns, tag)
     row = marked(jnp.concatenate([head, saturating_cast(norms, jnp.float32)]))
     # One row in place. To shift the others would copy the record in each step.
-    place = state.counts[0] % len(state.rows)
+    place = state.num_steps % len(state.rows)
     rows = lax.dynamic_update_index_in_dim(state.rows, row, place, 0)
     return state._replace(rows=rows, counts=counts)
 

@@ -25,12 +25,13 @@ def materialize(x: jax.Array) -> jax.Array:
 
 
 def stack_scalars(values: Sequence[jax.Array]) -> jax.Array:
-    """As `jnp.stack` of single numbers, with which XLA would not fuse."""
+    """As `jnp.stack` along a new last axis, with which XLA would not fuse."""
     # Selects fuse with what reads the stack; a concatenation is a kernel of its own.
-    place = lax.iota(jnp.int32, len(values))
-    found = jnp.zeros(len(values), values[0].dtype)
+    shape = (*values[0].shape, len(values))
+    place = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+    found = jnp.zeros(shape, values[0].dtype)
     for i, x in enumerate(values):
-        found = jnp.where(place == i, x, found)
+        found = jnp.where(place == i, x[..., None] if x.ndim else x, found)
     return found
 
 

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from optaxclip import ring
+from optaxclip.explosions import state
 from optaxclip.packing import Packing, View, bits_of, flags_of
 
 EVENT = Packing(ints=("step", "leaf"), floats=("norm", "loss"))
@@ -59,3 +61,16 @@ def test_flags_are_bits():
         bits = bits_of([jnp.asarray(x) for x in expected])
         # A further bit is none of them.
         np.testing.assert_array_equal(flags_of(np.asarray(bits) + 16, 4), expected)
+
+
+def test_numbers_of_many_scopes_keep_the_dtype_that_is_asked_for():
+    packing = Packing(floats=("a", "b"))
+    values = {"a": jnp.arange(3.0), "b": jnp.ones(3, bool)}
+    packed = packing.pack(values, dtype=jnp.float16)
+    assert (packed.shape, packed.dtype) == ((3, 2), jnp.float16)
+    for name, x in values.items():
+        np.testing.assert_array_equal(packing.read(packed, name), x)
+
+
+def test_the_counts_of_a_detector_begin_as_those_of_a_record():
+    assert state.COUNTS.names[: len(ring.COUNTS.names)] == ring.COUNTS.names

@@ -34,7 +34,6 @@ from optaxclip.explosions.rules import (
     signals_of,
 )
 from optaxclip.explosions.state import (
-    AFTER_SKIPPED,
     COUNTS,
     EVENT,
     NUM_TOLD,
@@ -190,18 +189,17 @@ def make_detection(
         # A share also rises when the other leaves fall.
         has_grown = (now >= STEPS_BEFORE[-1]) & have_grown(signals.norms, before)
         fired = fired_of(signals, bounds, has_grown)
-        bits = bits_of(fired)
-        row = _event(now, leaf, bits, signals, bounds, tag)
+        flags = list(fired)
+        row = _event(now, leaf, bits_of(flags), signals, bounds, tag)
         has_loss_rule = value is not None and rules[2] is not None
         counts = _next_counts(state, signals, fired, has_loss_rule)
         if num_skipped:
-            was_skipped = (state.counts.last_skipped == now - 1) & (now > 0)
-            bits += jnp.where(was_skipped, AFTER_SKIPPED, 0)
+            flags.append((state.counts.last_skipped == now - 1) & (now > 0))
         columns = {
             "loss": signals.loss,
             "loss_limit": bounds.loss,
             "limit": bounds.norm,
-            "fired": bits,
+            "fired": bits_of(flags),
             "leaf": leaf,
         }
         record = append(state.record, columns, tag, signals.norms, signals.norm, counts)

@@ -25,7 +25,7 @@ def fitted_growth(record: RecordState) -> jax.Array:
 
     `exp` of the slope of a line fitted to the logarithms.
     """
-    steps = record.counts[0] - NUM_FITTED + jnp.arange(NUM_FITTED, dtype=jnp.int32)
+    steps = record.num_steps - NUM_FITTED + jnp.arange(NUM_FITTED, dtype=jnp.int32)
     norms = jax.vmap(root_sum_squares)(rows_of(record, steps)[1])
     is_known = (norms > 0) & (norms < jnp.inf)  # 0 in rows without a step yet
     logs = jnp.log(jnp.where(is_known, norms, 1))

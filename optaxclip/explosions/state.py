@@ -65,9 +65,9 @@ NUM_SKIPPED = 64
 """The last so many skipped steps stay known, however long ago they were."""
 NUM_TOLD = 2
 """Rows of `events` before them."""
-AFTER_SKIPPED = 2 ** len(RULES)
-"""The bit in "fired" of a row that says that the step before it was skipped: whether
-its own step is, is decided after the row is written."""
+FLAGS = (*RULES, "after_skipped")
+"""The flags in "fired" of a row. The last says that the step before it was skipped:
+whether its own step is, is decided after the row is written."""
 
 
 class DetectExplosionsState(NamedTuple):

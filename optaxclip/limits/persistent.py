@@ -10,7 +10,15 @@ from jax.typing import ArrayLike
 
 from optaxclip.checks import check_length, check_number
 from optaxclip.limits.limit import Limit, cast_like, keep_finite, refuse_units
-from optaxclip.limits.windowed import _log
+from optaxclip.numerics import safe_log
+from optaxclip.packing import Packing, View
+
+RISE = Packing(floats=("mean", "change", "last", "num_seen", "num_above"))
+"""How `SustainedRiseState.memory` is packed."""
+LOWEST = Packing(floats=("mean", "lowest", "num_seen", "num_above"))
+"""How `LowestState.memory` is packed."""
+START = Packing(floats=("mean", "num_seen"))
+"""How `StartState.memory` is packed."""
 
 
 class SustainedRiseState(NamedTuple):
@@ -19,7 +27,12 @@ class SustainedRiseState(NamedTuple):
     memory: jax.Array
     """`[..., 5]`: moving averages of the logarithm of the norms and of its change from
     step to step; the last logarithm; the number of norms seen, up to `window`, and of
-    those in a row above the limit, up to `patience`."""
+    those in a row above the limit, up to `patience`. `numbers` reads it."""
+
+    @property
+    def numbers(self) -> View:
+        """What `memory` holds by its names, `[...]` each."""
+        return View(RISE, self.memory)
 
 
 class LowestState(NamedTuple):
@@ -28,7 +41,12 @@ class LowestState(NamedTuple):
     memory: jax.Array
     """`[..., 4]`: the moving average of the norms; the smallest that it has been, +inf
     before the first norm and 0 after a negative one; how many norms it holds; and how
-    many of the last norms in a row were above the limit."""
+    many of the last norms in a row were above the limit. `numbers` reads it."""
+
+    @property
+    def numbers(self) -> View:
+        """As of a `SustainedRiseState`."""
+        return View(LOWEST, self.memory)
 
 
 class StartState(NamedTuple):
@@ -36,7 +54,12 @@ class StartState(NamedTuple):
 
     memory: jax.Array
     """`[..., 2]`: the mean logarithm of the first norms; and how many it holds, up to
-    `num_steps`, or -1 once a norm has been negative."""
+    `num_steps`, or -1 once a norm has been negative. `numbers` reads it."""
+
+    @property
+    def numbers(self) -> View:
+        """As of a `SustainedRiseState`."""
+        return View(START, self.memory)
 
 
 # Those of the rule on shares: `explosions/rules.py` says where they come from.
@@ -77,36 +100,33 @@ def sustained_rise(
 
     def init(sizes):
         refuse_units("sustained_rise", sizes)
-        return SustainedRiseState(jnp.zeros((*sizes.shape, 5), sizes.dtype))
+        return SustainedRiseState(_first(RISE, sizes))
 
     def update(norms, state, param_norms=None):
         del param_norms
-        mean, change, previous, num_seen, num_above = (
-            state.memory[..., i] for i in range(5)
-        )
+        before = state.numbers
         (least,) = cast_like(norms, max_ratio)
         # 2.5 mean changes are about two standard deviations of normal noise.
-        limits = jnp.exp(mean + jnp.maximum(2.5 * change, jnp.log(least)))
-        is_above = (num_seen > 0) & (norms > limits)
-        num_above = jnp.where(is_above, num_above + 1, 0)
+        limits = jnp.exp(before.mean + jnp.maximum(2.5 * before.change, jnp.log(least)))
+        is_above = (before.num_seen > 0) & (norms > limits)
+        num_above = jnp.where(is_above, before.num_above + 1, 0)
         # One value above is the fault of its batch as often as of the run.
         limits = jnp.where(num_above >= patience, limits, jnp.inf)
 
-        log = _log(norms)
-        difference = jnp.where(num_seen > 0, jnp.abs(log - previous), 0)
+        log = safe_log(norms)
+        difference = jnp.where(before.num_seen > 0, jnp.abs(log - before.last), 0)
         # A plain mean until the window is full, then a moving one.
-        rate = jnp.maximum(1 / (num_seen + 1), 1 / window)
-        rate_of_change = jnp.maximum(1 / jnp.maximum(num_seen, 1), 1 / window)
-        learned = [
-            mean + rate * (log - mean),
-            change + rate_of_change * (difference - change),
-            log,
-            jnp.minimum(num_seen + 1, window),
-            jnp.minimum(num_above, patience),
-        ]
-        return limits, keep_finite(
-            norms, SustainedRiseState(jnp.stack(learned, axis=-1)), state
-        )
+        rate = jnp.maximum(1 / (before.num_seen + 1), 1 / window)
+        rate_of_change = jnp.maximum(1 / jnp.maximum(before.num_seen, 1), 1 / window)
+        learned = {
+            "mean": before.mean + rate * (log - before.mean),
+            "change": before.change + rate_of_change * (difference - before.change),
+            "last": log,
+            "num_seen": jnp.minimum(before.num_seen + 1, window),
+            "num_above": jnp.minimum(num_above, patience),
+        }
+        learned = SustainedRiseState(RISE.pack(learned, dtype=norms.dtype))
+        return limits, keep_finite(norms, learned, state)
 
     return Limit(init, update)
 
@@ -154,33 +174,30 @@ def above_lowest(
 
     def init(sizes):
         refuse_units("above_lowest", sizes)
-        start = jnp.asarray([0, jnp.inf, 0, 0], sizes.dtype)
-        return LowestState(jnp.broadcast_to(start, (*sizes.shape, 4)))
+        return LowestState(_first(LOWEST, sizes, lowest=jnp.inf))
 
     def update(norms, state, param_norms=None):
         del param_norms
-        mean, lowest, num_seen, num_above = (state.memory[..., i] for i in range(4))
+        before = state.numbers
         ratio, least = cast_like(norms, max_ratio, min_level)
-        limits = ratio * jnp.maximum(lowest, least)
-        limits = jnp.where(lowest > 0, limits, jnp.inf)
-        num_above = jnp.where(norms > limits, num_above + 1, 0)
+        limits = ratio * jnp.maximum(before.lowest, least)
+        limits = jnp.where(before.lowest > 0, limits, jnp.inf)
+        num_above = jnp.where(norms > limits, before.num_above + 1, 0)
         is_lasting = num_above >= window
         limits = jnp.where(is_lasting, limits, jnp.inf)
 
         # The difference of two finite norms is finite, their sum may not be.
-        num_seen = jnp.minimum(num_seen + 1, window)
-        mean = mean + (norms - mean) / num_seen
+        num_seen = jnp.minimum(before.num_seen + 1, window)
+        mean = before.mean + (norms - before.mean) / num_seen
         # After an alarm the level of today is the one to rise from.
-        lowest = jnp.where(is_lasting, mean, jnp.minimum(lowest, mean))
-        learned = jnp.stack(
-            [
-                mean,
-                lowest,
-                num_seen,
-                jnp.where(is_lasting, 0, num_above),
-            ],
-            axis=-1,
-        )
+        lowest = jnp.where(is_lasting, mean, jnp.minimum(before.lowest, mean))
+        learned = {
+            "mean": mean,
+            "lowest": lowest,
+            "num_seen": num_seen,
+            "num_above": jnp.where(is_lasting, 0, num_above),
+        }
+        learned = LOWEST.pack(learned, dtype=norms.dtype)
         learned = jnp.where((norms > 0)[..., None], learned, 0)
         return limits, keep_finite(jnp.abs(norms), LowestState(learned), state)
 
@@ -219,26 +236,31 @@ def fraction_of_start(fraction: ArrayLike = 1e-3, *, num_steps: int = 8) -> Limi
 
     def init(sizes):
         refuse_units("fraction_of_start", sizes)
-        return StartState(jnp.zeros((*sizes.shape, 2), sizes.dtype))
+        return StartState(_first(START, sizes))
 
     def update(norms, state, param_norms=None):
         del param_norms
-        mean, num_seen = (state.memory[..., i] for i in range(2))
+        mean, num_seen = state.numbers.mean, state.numbers.num_seen
         (share,) = cast_like(norms, fraction)
         limits = jnp.where(num_seen > 0, share * jnp.exp(mean), 0)
         limits = jnp.where(num_seen < 0, -jnp.inf, limits)
         is_first = (num_seen >= 0) & (num_seen < num_steps)
         num = jnp.maximum(num_seen + 1, 1)
         # Of logarithms, so that one large norm among the first hardly counts.
-        next_mean = mean + (_log(norms) - mean) / num
-        learned = jnp.stack(
-            [
-                jnp.where(is_first, next_mean, mean),
-                jnp.where(is_first, num, num_seen),
-            ],
-            axis=-1,
-        )
+        next_mean = mean + (safe_log(norms) - mean) / num
+        learned = {
+            "mean": jnp.where(is_first, next_mean, mean),
+            "num_seen": jnp.where(is_first, num, num_seen),
+        }
+        learned = START.pack(learned, dtype=norms.dtype)
         learned = jnp.where((norms > 0)[..., None], learned, -1)
         return limits, keep_finite(jnp.abs(norms), StartState(learned), state)
 
     return Limit(init, update)
+
+
+def _first(packing: Packing, sizes: jax.Array, **others: float) -> jax.Array:
+    """The memory before the first norm: zeros, but for `others`."""
+    start = packing.pack_known(dict.fromkeys(packing.names, 0.0) | others)
+    shape = (*sizes.shape, len(packing.names))
+    return jnp.broadcast_to(start.astype(sizes.dtype), shape)

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from optaxclip.checks import check_length, check_number
 from optaxclip.limits import windows
 from optaxclip.limits.limit import Limit, cast_like, keep_finite, refuse_units
-from optaxclip.numerics import safe_unit
+from optaxclip.numerics import safe_log, safe_unit
 
 
 class PercentileState(NamedTuple):
@@ -220,7 +220,7 @@ def log_quantile(
             state.window, jnp.asarray([5, 50, 95], norms.dtype)
         )
         low, high = (jnp.where(x < jnp.inf, x, 1) for x in (low, high))
-        log_low, log_high = _log(low), _log(high)
+        log_low, log_high = safe_log(low), safe_log(high)
         logs = log_low + share * (log_high - log_low)
         # Upwards only: small norms are no explosion, however small they are.
         median, spread = logs[..., 1], logs[..., 2] - logs[..., 1]
@@ -253,7 +253,3 @@ def log_quantile(
         return limits, keep_finite(jnp.abs(norms), learned, state)
 
     return Limit(init, update)
-
-
-def _log(norms: jax.Array) -> jax.Array:
-    return jnp.log(jnp.maximum(norms, jnp.finfo(norms.dtype).tiny))

@@ -21,7 +21,8 @@ def empty_ordered_window(like: jax.Array, size: int) -> jax.Array:
     """Windows `[..., 2, 1 + size]`: the values as they came, and the same ascending.
 
     Before the first stands their number, before the others 0. One array, since every
-    array of a state costs a small step some microseconds.
+    array of a state costs a small step some microseconds; and no `Packing`, from which
+    to take the numbers apart and put them together would be loops of their own.
     """
     window = jnp.full((*like.shape, 2, 1 + size), jnp.inf, like.dtype)
     _, columns = _rows_and_columns(window)

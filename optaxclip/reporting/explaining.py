@@ -117,8 +117,8 @@ def _leaf_name(kept: History, row: int, leaf: Any, params: Any) -> str:
 
 def _sentences(kept: History, state: Any, params: Any) -> list[str]:
     state = jax.device_get(state)
-    num_steps, num_nonfinite = map(int, state.record.counts[:2])
     if not hasattr(state, "detection"):
+        num_nonfinite, num_steps = state.record.num_nonfinite, state.record.num_steps
         found = [f"{num_nonfinite} of {num_steps} steps were non-finite."]
         if kept.began is not None:
             found += [_first_nonfinite(kept, kept.began), *growth_of(kept, kept.began)]

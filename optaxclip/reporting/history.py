@@ -156,7 +156,7 @@ def history(opt_state: Any, params: Any = None, *, label: str | None = None) -> 
     check_one_run(label, recorders[label])
     state = recorders[label].record
     state = jax.device_get(state)
-    window, num_steps = len(state.rows), int(state.counts[0])
+    window, num_steps = len(state.rows), int(state.num_steps)
     step = np.arange(max(0, num_steps - window), num_steps)
     columns, norms = rows_of(state, step)
     names = scope_names(state.layout, state.num_scopes, label, params_of(params))

@@ -104,15 +104,15 @@ def _record_metrics(
     label: str, holder: Any, params: Any, top: int, window: int | None
 ) -> list[dict[str, jax.Array]]:
     state: RecordState = holder.record
-    last, norms = rows_of(state, state.counts[0] - 1)
+    last, norms = rows_of(state, state.num_steps - 1)
     totals = totals_of(state.norms)
-    num_steps = jnp.maximum(state.counts[0], 1).astype(jnp.float32)
+    num_steps = jnp.maximum(state.num_steps, 1).astype(jnp.float32)
     result = {
         "norm": root_sum_squares(norms),
         "loss": jnp.where(last["loss"] == NO_LOSS, jnp.inf, last["loss"]),
         "largest_norm": last["largest"],
-        "num_nonfinite": state.counts[1],
-        "nonfinite_fraction": state.counts[1].astype(jnp.float32) / num_steps,
+        "num_nonfinite": state.num_nonfinite,
+        "nonfinite_fraction": state.num_nonfinite.astype(jnp.float32) / num_steps,
     }
     result |= windowed_metrics(holder, totals, window)
     if isinstance(state.layout, PerTree):
@@ -158,7 +158,7 @@ def _ranked_metrics(
     if found is not None:
         unit = found[1].astype(norms.dtype)
         result["ratio"] = _ratio(root_sum_squares(norms), unit)
-    scopes = scopes_of_ranks(state, state.counts[0] - 1)
+    scopes = scopes_of_ranks(state, state.num_steps - 1)
     columns = {f"{TOP}index": scopes[largest], f"{TOP}norm": norms[largest]}
     return [result, columns]
 
@@ -174,7 +174,7 @@ def vanished_of(state: RecordState, totals: jax.Array) -> jax.Array:
     # On a step that is non-finite no norm is small but 0.
     totals = jnp.where(totals < jnp.inf, totals, 0)
     is_small = state.norms <= VANISHED * totals[:, None]
-    return jnp.all(is_small, axis=0) & (state.counts[0] >= len(state.norms))
+    return jnp.all(is_small, axis=0) & (state.num_steps >= len(state.norms))
 
 
 def _measure_params(label: str, state: RecordState, params: Any):

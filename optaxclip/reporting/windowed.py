@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip.explosions.state import AFTER_SKIPPED, SkipExplosionsState, was_taken
+from optaxclip.explosions.rules import RULES
+from optaxclip.explosions.state import FLAGS, SkipExplosionsState, was_taken
 from optaxclip.extras import NO_LOSS
 from optaxclip.numerics import safe_unit
+from optaxclip.packing import flags_of
 from optaxclip.ring import RecordState, rows_of
 
 PERCENTILES = (50, 90, 99)
@@ -34,23 +36,23 @@ def windowed_metrics(state, norms: jax.Array, window: int | None) -> dict:
     num_kept = len(record.rows)
     length = num_kept if window is None else min(window, num_kept)
     # Of the last steps in time order; a step below 0 has not been.
-    steps = record.counts[0] - num_kept + jnp.arange(num_kept, dtype=jnp.int32)
+    steps = record.num_steps - num_kept + jnp.arange(num_kept, dtype=jnp.int32)
     norms = norms[steps % num_kept]
     columns, _ = rows_of(record, steps)
-    losses, fired = columns["loss"], columns["fired"]
+    losses = columns["loss"]
     last = slice(num_kept - length, None)
     found = _percentiles(norms[last], steps[last] >= 0)
-    # Rows before the first step are zeros: no bit is set in them.
-    fired = fired[last].astype(jnp.int32)
-    num_steps = jnp.clip(record.counts[0], 1, length)
-    is_of_kind = {"nonfinite": fired & 1}
+    # Rows before the first step are zeros: no flag is set in them.
+    flags = flags_of(columns["fired"][last].astype(jnp.int32), len(FLAGS))
+    fired = flags[:, : len(RULES)]
+    num_steps = jnp.clip(record.num_steps, 1, length)
+    nums = {"nonfinite": _num(fired[:, RULES.index("nonfinite")])}
     if hasattr(state, "detection"):
-        is_of_kind["exploded"] = fired & (AFTER_SKIPPED - 1)
-    nums = {name: _num(x > 0) for name, x in is_of_kind.items()}
+        nums["exploded"] = _num(jnp.any(fired, axis=1))
     if isinstance(state, SkipExplosionsState):
-        # Each bit is of the step before; that of the last step stands in no row yet.
-        was_skipped = (fired[1:] & AFTER_SKIPPED) > 0
-        nums["skipped"] = _num(was_skipped) + _num(~was_taken(state))
+        # Each is of the step before; that of the last step stands in no row yet.
+        after_skipped = flags[1:, FLAGS.index("after_skipped")]
+        nums["skipped"] = _num(after_skipped) + _num(~was_taken(state))
     found |= {f"{kind}_fraction": _share(num, num_steps) for kind, num in nums.items()}
     if num_kept > NUM_BEFORE:
         # A loss that was not given is no spike, and those after it cannot be judged.
@@ -58,7 +60,7 @@ def windowed_metrics(state, norms: jax.Array, window: int | None) -> dict:
         is_spike = _are_spikes(norms, steps) | _are_spikes(losses, steps)
         length = min(length, num_kept - NUM_BEFORE)
         num_spikes = _num(is_spike[-length:])
-        found["spike_score"] = _share(num_spikes, jnp.clip(record.counts[0], 1, length))
+        found["spike_score"] = _share(num_spikes, jnp.clip(record.num_steps, 1, length))
     return {f"window/{name}": value for name, value in found.items()}
 
 

@@ -279,7 +279,7 @@ def watcher(num_leaves: int, make: Callable[[], Any]) -> Callable[..., Any]:
         # The norm of a scalar is its absolute value.
         _, state = detect.update(list(norms), state, value=loss)
         record = state["explosions"].record
-        last, _ = rows_of(record, record.counts[0] - 1)
+        last, _ = rows_of(record, record.num_steps - 1)
         leaf = last["leaf"].astype(jnp.int32)
         fired = flags_of(last["fired"].astype(jnp.int32), len(RULES))
         return state, Verdict(fired, leaf, fitted_growth(record))

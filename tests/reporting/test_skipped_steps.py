@@ -182,7 +182,7 @@ def train(path: str, num_steps: int, die_at: int) -> list[Any]:
         with open(path, "rb") as file:
             carry = flax.serialization.from_bytes(template, file.read())
         _, state = carry
-        start = int(state["explosions"].record.counts[0])
+        start = int(state["explosions"].record.num_steps)
 
     @jax.jit
     def step(carry, size, batch):
