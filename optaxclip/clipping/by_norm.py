@@ -154,23 +154,9 @@ def clip_by_norm(
         scopes = scopes_of(params)
         like, _ = jax.eval_shape(lambda: measure(params, scopes, ord))
 
-        def full(value, dtype=None):
-            # New arrays on each call: a buffer that appears twice cannot be donated.
-            # Sharded, and inside `shard_map` varying, as the norms are.
-            return jax.tree.map(lambda norm: jnp.full_like(norm, value, dtype), like)
-
-        state = ClipByNormState(
-            num_steps=jnp.zeros([], jnp.int32),
-            norm=full(0),
-            limit=full(jnp.inf),
-            num_clipped=full(0, jnp.int32),
-            num_nonfinite=full(0, jnp.int32),
-            limit_state=limit.init(
-                jax.tree.map(lambda n, norm: n.astype(norm.dtype), scopes.sizes(), like)
-            ),
-            target=() if is_cap else full(jnp.inf),
-            layout=layout_of(params, per, stacked),
-        )
+        sizes = jax.tree.map(lambda n, x: n.astype(x.dtype), scopes.sizes(), like)
+        layout = layout_of(params, per, stacked)
+        state = first_state(like, limit.init(sizes), layout, has_target=not is_cap)
         return {label: state}
 
     def update(updates, state, params=None, **extra_args):
@@ -195,39 +181,79 @@ def clip_by_norm(
             least = _broadcast(least, seen)
             targets = jax.tree.map(raise_to, targets, norms, least, limits)
         fits = jax.tree.map(fits_limit, norms, excess, limits)
-        state = ClipByNormState(
-            num_steps=next_count(state.num_steps),
-            norm=jax.tree.map(without_nan, seen),
-            limit=limits,
-            num_clipped=jax.tree.map(
-                lambda total, fit, n: increment(total, ~fit & jnp.isfinite(n)),
-                state.num_clipped,
-                fits,
-                norms,
-            ),
-            num_nonfinite=jax.tree.map(
-                lambda total, n: increment(total, ~jnp.isfinite(n)),
-                state.num_nonfinite,
-                norms,
-            ),
-            limit_state=limit_state,
-            target=() if is_cap else jax.tree.map(known_target, _cast(targets, seen)),
-            layout=state.layout,
-        )
+        told = () if is_cap else _cast(targets, seen)
+        state = next_state(state, seen, limits, fits, limit_state, told)
         updates = rescale_scopes(updates, scopes, norms, excess, targets)
         return updates, {label: state}
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def first_state(
+    like: Any, limit_state: Any, layout: Layout, *, has_target: bool = False
+) -> ClipByNormState:
+    """The state before the first step, for norms `like` these."""
+
+    def full(value, dtype=None):
+        # New arrays on each call: a buffer that appears twice cannot be donated.
+        # Sharded, and inside `shard_map` varying, as the norms are.
+        return jax.tree.map(lambda norm: jnp.full_like(norm, value, dtype), like)
+
+    return ClipByNormState(
+        num_steps=jnp.zeros([], jnp.int32),
+        norm=full(0),
+        limit=full(jnp.inf),
+        num_clipped=full(0, jnp.int32),
+        num_nonfinite=full(0, jnp.int32),
+        limit_state=limit_state,
+        target=full(jnp.inf) if has_target else (),
+        layout=layout,
+    )
+
+
+def next_state(
+    state: ClipByNormState,
+    norms: Any,
+    limits: Any,
+    fits: Any,
+    limit_state: Any,
+    targets: Any = (),
+) -> ClipByNormState:
+    """The state after a step.
+
+    Args:
+      state: The state before.
+      norms: In the dtypes of the state, as are the limits and the targets.
+      limits: One for each norm.
+      fits: Whether each norm is at most its limit.
+      limit_state: The next one.
+      targets: What the response asks for; () for a cap.
+    """
+    return ClipByNormState(
+        num_steps=next_count(state.num_steps),
+        norm=jax.tree.map(without_nan, norms),
+        limit=limits,
+        num_clipped=jax.tree.map(
+            lambda total, fit, n: increment(total, ~fit & jnp.isfinite(n)),
+            state.num_clipped,
+            fits,
+            norms,
+        ),
+        num_nonfinite=jax.tree.map(
+            lambda total, n: increment(total, ~jnp.isfinite(n)),
+            state.num_nonfinite,
+            norms,
+        ),
+        limit_state=limit_state,
+        # Where the limit is NaN the clip gives zeros. No state is to hold NaN.
+        target=jax.tree.map(lambda x: jnp.where(jnp.isnan(x), 0, x), targets),
+        layout=state.layout,
+    )
+
+
 def _cast(norms: Any, like: Any) -> Any:
     """The norms in the dtypes of others; finite ones stay finite."""
     return jax.tree.map(lambda n, other: saturating_cast(n, other.dtype), norms, like)
-
-
-def known_target(target: jax.Array) -> jax.Array:
-    """0 where the limit is NaN: the clip gives zeros. No state is to hold NaN."""
-    return jnp.where(jnp.isnan(target), 0, target)
 
 
 def _broadcast(limits: Any, norms: Any) -> Any:

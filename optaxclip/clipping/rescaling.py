@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip.norms.scopes import Scopes
-from optaxclip.numerics import accumulator, divide, is_gradient, scale, where, widen
+from optaxclip.norms.scopes import Scopes, find_scopes
+from optaxclip.numerics import accumulator, divide, scale, where, widen
 
 
 def fits_limit(norm, excess, limit):
@@ -86,19 +86,14 @@ def rescale_scopes(
 def limit_updates(
     updates: Any, when: jax.Array, norm: jax.Array, limit: jax.Array
 ) -> Any:
-    """The updates, where `when` with a norm of at most its limit."""
+    """The updates, where `when` with a norm of all of at most its limit."""
     is_large = when & ~(norm <= limit)
-    # Zeros if the limit is bad, or the norm not known: beyond the largest float.
-    is_good = (limit > 0) & (norm < jnp.finfo(norm.dtype).max)
-    dividend = jnp.where(is_large, jnp.where(is_good, limit, 0), 1)
-    factor = dividend / jnp.where(is_large, norm, 1)  # computed once, see `materialize`
-
-    def limited(u):
-        if not is_gradient(u):
-            return u
-        # The barrier is that of `rescale_scopes`.
-        u = lax.optimization_barrier(jnp.asarray(u))
-        dtype = accumulator([u])
-        return scale(widen(u, dtype), factor.astype(dtype)).astype(u.dtype)
-
-    return jax.tree.map(limited, updates)
+    # A norm beyond the largest float is not known: it gives zeros, as one of +inf.
+    is_known = norm < jnp.finfo(norm.dtype).max
+    norm = jnp.where(is_large, jnp.where(is_known, norm, jnp.inf), 1)
+    target = jnp.where(is_large, limit, jnp.inf)
+    # The updates may be wider than the parameters, for which the norm was cast.
+    dtype = accumulator(jax.tree.leaves(updates))
+    norm, target = norm.astype(dtype), target.astype(dtype)
+    scopes = find_scopes(updates, "tree")
+    return rescale_scopes(updates, scopes, norm, jnp.ones_like(norm), target)

@@ -17,7 +17,7 @@ from optaxclip.checks import (
     own_state,
     with_extra_args,
 )
-from optaxclip.clipping.by_norm import ClipByNormState
+from optaxclip.clipping.by_norm import ClipByNormState, first_state, next_state
 from optaxclip.clipping.rescaling import rescale_scopes
 from optaxclip.clipping.responding import cap
 from optaxclip.norms.measuring import measure
@@ -26,12 +26,9 @@ from optaxclip.norms.scopes import find_scopes
 from optaxclip.numerics import (
     accumulator,
     divide,
-    increment,
     is_gradient,
-    next_count,
     saturating_cast,
     widen,
-    without_nan,
 )
 
 
@@ -97,16 +94,7 @@ def stable_adam(
         nu, _ = _second_moments(inner_state, params)
         scopes = scopes_of(_measured(params, nu))
         like, _ = jax.eval_shape(lambda: measure(params, scopes, 2))
-        state = ClipByNormState(
-            num_steps=jnp.zeros([], jnp.int32),
-            norm=jnp.zeros_like(like),
-            limit=jnp.full_like(like, jnp.inf),
-            num_clipped=jnp.zeros_like(like, jnp.int32),
-            num_nonfinite=jnp.zeros_like(like, jnp.int32),
-            limit_state=(),
-            target=(),
-            layout=layout_of(params, "leaf", stacked),
-        )
+        state = first_state(like, (), layout_of(params, "leaf", stacked))
         return {label: state}, inner_state
 
     def update(updates, state, params=None, **extra_args):
@@ -124,17 +112,13 @@ def stable_adam(
         rms = norms / roots
         limit = jnp.full_like(rms, max_rms)
         target = cap(rms, excess, limit)
-        state = ClipByNormState(
-            num_steps=next_count(before.num_steps),
-            norm=without_nan(saturating_cast(rms, before.norm.dtype)),
-            limit=limit.astype(before.limit.dtype),
-            num_clipped=increment(
-                before.num_clipped, jnp.isfinite(rms) & (target < jnp.inf)
-            ),
-            num_nonfinite=increment(before.num_nonfinite, ~jnp.isfinite(rms)),
-            limit_state=(),
-            target=(),
-            layout=before.layout,
+        dtype = before.norm.dtype
+        state = next_state(
+            before,
+            saturating_cast(rms, dtype),
+            limit.astype(dtype),
+            ~(target < jnp.inf),
+            (),
         )
         # The parameters, and so the updates made for them, may be wider.
         dtype = accumulator(jax.tree.leaves((moved, rms)))

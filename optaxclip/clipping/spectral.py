@@ -11,7 +11,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from optaxclip.checks import check_by_name, check_label, check_leaves, own_state
-from optaxclip.clipping.by_norm import ClipByNormState, known_target
+from optaxclip.clipping.by_norm import ClipByNormState, first_state, next_state
 from optaxclip.clipping.rescaling import fits_limit
 from optaxclip.clipping.shards import (
     MeshAxes,
@@ -26,13 +26,10 @@ from optaxclip.norms.names import Stacked, Where, layout_of
 from optaxclip.norms.scopes import Leaf, Scopes, find_scopes, mesh_axes_of
 from optaxclip.numerics import (
     divide,
-    increment,
-    next_count,
     saturating_cast,
     scale,
     where,
     widen,
-    without_nan,
 )
 from optaxclip.xla import replicate, reshard, run_if, tie
 
@@ -98,21 +95,9 @@ def clip_by_spectral_norm(
         scopes = scopes_of(params)
         like, _ = jax.eval_shape(lambda: measure(params, scopes, 2))
 
-        def full(value, dtype=None):
-            # New arrays on each call: a buffer that appears twice cannot be donated.
-            return jnp.full_like(like, value, dtype)
-
-        state = ClipByNormState(
-            num_steps=jnp.zeros([], jnp.int32),
-            norm=full(0),
-            limit=full(jnp.inf),
-            num_clipped=full(0, jnp.int32),
-            num_nonfinite=full(0, jnp.int32),
-            limit_state=limit.init(scopes.sizes().astype(like.dtype)),
-            target=full(jnp.inf) if smooth else (),
-            layout=layout_of(params, "leaf", stacked),
-        )
-        return {label: state}
+        limit_state = limit.init(scopes.sizes().astype(like.dtype))
+        layout = layout_of(params, "leaf", stacked)
+        return {label: first_state(like, limit_state, layout, has_target=smooth)}
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -132,16 +117,8 @@ def clip_by_spectral_norm(
         limits, limit_state = limit.update(seen, state.limit_state, param_norms)
         limits = jnp.broadcast_to(limits, seen.shape).astype(dtype)
         fits = fits_limit(norms, excess, limits)
-        state = ClipByNormState(
-            num_steps=next_count(state.num_steps),
-            norm=without_nan(seen),
-            limit=limits,
-            num_clipped=increment(state.num_clipped, ~fits & jnp.isfinite(norms)),
-            num_nonfinite=increment(state.num_nonfinite, ~jnp.isfinite(norms)),
-            limit_state=limit_state,
-            target=known_target(_soften(seen, limits)) if smooth else (),
-            layout=state.layout,
-        )
+        targets = _soften(seen, limits) if smooth else ()
+        state = next_state(state, seen, limits, fits, limit_state, targets)
         limits = limits.astype(norms.dtype)
         if smooth:
             # Of what is smaller by this, it changes no digit.
