@@ -59,6 +59,11 @@ class RecordState(NamedTuple):
     top: Top | tuple[()] = ()
     """No arrays: () where the norm of every scope is kept."""
 
+    # What kind of a state it is, for those that read all kinds.
+    has_record = True
+    has_rules = False
+    is_skipping = False
+
     @property
     def num_steps(self) -> jax.Array:
         """int32 `[]`: the number of steps so far."""

@@ -54,6 +54,11 @@ class ClipByNormState(NamedTuple):
     layout: Layout
     """No arrays: the kind of the scopes, so that `metrics` can name them."""
 
+    # What kind of a state it is, for those that read all kinds.
+    has_record = False
+    has_rules = False
+    is_skipping = False
+
     @property
     def runs(self) -> tuple[int, ...]:
         """The axes of several runs, as `jax.vmap` stacks them; () for one."""

@@ -102,6 +102,11 @@ class DetectExplosionsState(NamedTuple):
     the last rollback and at the last cut; and the last two outliers (see `recurring`),
     the last step that was skipped, and that exploded. -1 for none."""
 
+    # What kind of a state it is, for those that read all kinds.
+    has_record = True
+    has_rules = True
+    is_skipping = False
+
     @property
     def counts(self) -> View:
         """The `COUNTS` by their names: int32 `[]` each."""
@@ -226,6 +231,11 @@ class SkipExplosionsState(NamedTuple):
     loss. +inf for none. `scale` reads the first."""
     snapshots: Snapshots | tuple[()]
     """() without rollback."""
+
+    # What kind of a state it is, for those that read all kinds.
+    has_record = True
+    has_rules = True
+    is_skipping = True
 
     @property
     def detection(self) -> DetectExplosionsState:

@@ -151,6 +151,8 @@ class AnyTree(tuple):
 class PerTree(NamedTuple):
     """Layout of one norm over all leaves."""
 
+    kind = "tree"
+
 
 # To JAX a layout is one static node: with the children of the parameters as its own,
 # the state of other parameters would be of another structure.
@@ -158,6 +160,7 @@ class PerTree(NamedTuple):
 class PerLeaf(NamedTuple):
     """Layout of one norm a leaf."""
 
+    kind = "leaf"
     tree: Any
     """The tree as nested tuples, with a `LeafLayout` for each leaf and a `MaskedNode`
     where one hides others; () if no leaf is stacked and none is hidden."""
@@ -167,6 +170,7 @@ class PerLeaf(NamedTuple):
 class PerUnit(NamedTuple):
     """Layout of one array of norms a leaf."""
 
+    kind = "unit"
     tree: Any
     """As in `PerLeaf`."""
 
@@ -175,13 +179,15 @@ class PerUnit(NamedTuple):
 class PerGroup(NamedTuple):
     """Layout of one norm a group."""
 
+    kind = "group"
     names: Any
     """Of the groups, in their order. Nothing else knows them: `params` names leaves."""
 
 
 Layout = PerTree | PerLeaf | PerUnit | PerGroup
-"""The kind of a state's scopes. It holds no arrays, and no names but those of groups: a
-tree without leaves, which `jit` and checkpoints take for structure."""
+"""The scopes of a state; `kind` as of `Scopes`. It holds no arrays, and no names but
+those of groups: a tree without leaves, which `jit` and checkpoints take for structure.
+"""
 
 
 def layout_of(tree: Any, per: Per, stacked: Stacked | None) -> Layout:
@@ -248,9 +254,12 @@ def scope_names(layout: Layout, num_scopes: int, label: str, params: Any) -> lis
 
 
 def scope_leaves(
-    layout: PerLeaf | PerUnit, num_scopes: int, label: str, params: Any
+    layout: Any, num_scopes: int, label: str, params: Any
 ) -> list[tuple[int, tuple[int, ...]]]:
-    """Which leaves of `params` a state has, and the lengths of their stacked axes."""
+    """Which leaves of `params` a state has, and the lengths of their stacked axes.
+
+    `layout`: one per leaf or per unit.
+    """
     structure = jax.tree.structure(params)
     error = ValueError(
         f"params, with {structure.num_leaves} leaves, does not have the structure that "

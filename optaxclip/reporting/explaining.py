@@ -8,11 +8,7 @@ import jax
 import numpy as np
 
 from optaxclip.explosions.rules import RULES
-from optaxclip.explosions.state import (
-    DetectExplosionsState,
-    Event,
-    SkipExplosionsState,
-)
+from optaxclip.explosions.state import DetectExplosionsState, Event
 from optaxclip.extras import named_tags
 from optaxclip.reporting.growth import growth_of
 from optaxclip.reporting.history import History, explosions_of, history, step_name
@@ -117,7 +113,7 @@ def _leaf_name(kept: History, row: int, leaf: Any, params: Any) -> str:
 
 def _sentences(kept: History, state: Any, params: Any) -> list[str]:
     state = jax.device_get(state)
-    if not hasattr(state, "detection"):
+    if not state.has_rules:
         num_nonfinite, num_steps = state.record.num_nonfinite, state.record.num_steps
         found = [f"{num_nonfinite} of {num_steps} steps were non-finite."]
         if kept.began is not None:
@@ -162,7 +158,7 @@ def _counted(state: Any) -> str:
     )
     text = f"{num_exploded} of {noticed.counts.steps} steps exploded"
     text += f": {', '.join(reasons)}." if reasons else "."
-    if isinstance(state, SkipExplosionsState) and num_exploded + num_skipped:
+    if state.is_skipping and num_exploded + num_skipped:
         num_rollbacks = int(noticed.counts.rollbacks)
         if not num_exploded:
             text += " But the loss had risen, and earlier parameters were tried."

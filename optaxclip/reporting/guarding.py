@@ -70,7 +70,7 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
     states = {
         label: state
         for label, state in find_states(opt_state).items()
-        if hasattr(state, "detection")
+        if state.has_rules
     }
     if not states:
         raise ValueError(
@@ -91,15 +91,11 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
         label: int(COUNTS.read(values, "nonfinite")) for label, values in counts.items()
     }
     num_skipped = max(
-        (
-            num_nonfinite[label]
-            for label, state in states.items()
-            if isinstance(state, SkipExplosionsState)
-        ),
+        (num_nonfinite[label] for label, state in states.items() if state.is_skipping),
         default=0,
     )
     for label, state in states.items():
-        if isinstance(state, SkipExplosionsState):
+        if state.is_skipping:
             _check_skipping(label, state, params)
         # A detector in front of `skip_explosions` sees what that has skipped.
         elif num_nonfinite[label] > num_skipped:

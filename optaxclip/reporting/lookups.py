@@ -123,7 +123,7 @@ def leading_leaf(
     found = {
         name: state
         for name, state in find_states(opt_state).items()
-        if hasattr(state, "detection") and label in (None, name)
+        if state.has_rules and label in (None, name)
     }
     if not found:
         of_label = "" if label is None else f" with the label {label!r}"

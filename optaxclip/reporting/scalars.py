@@ -11,18 +11,11 @@ import numpy as np
 from optaxclip.clipping.by_norm import ClipByNormState
 from optaxclip.explosions.leading import fitted_growth
 from optaxclip.explosions.rules import RULES
-from optaxclip.explosions.state import (
-    SkipExplosionsState,
-    was_taken,
-)
+from optaxclip.explosions.state import was_taken
 from optaxclip.extras import NO_LOSS
 from optaxclip.norms.measuring import measure_leaves
 from optaxclip.norms.names import (
-    Layout,
     LeafLayout,
-    PerLeaf,
-    PerTree,
-    PerUnit,
     leaf_layouts,
     scope_leaves,
     scope_names,
@@ -62,16 +55,16 @@ def scalars_of(
         params = structure.unflatten(leaves or [0] * structure.num_leaves)
     found = []
     # A recorder ranks the scopes; ranks of each clip as well would be many names.
-    is_recorded = any(not isinstance(x, ClipByNormState) for x in states.values())
+    is_recorded = any(x.has_record for x in states.values())
     for label, state in states.items():
-        kept = getattr(state, "record", state)
+        kept = state.record if state.has_record else state
         runs, layout = kept.runs, kept.layout
 
         def read(state, params, label=label):
-            if not hasattr(state, "record"):
+            if not state.has_record:
                 return _clip_metrics(state, top, is_ranked=not is_recorded)
             parts = _record_metrics(label, state, params, top, window)
-            if hasattr(state, "detection"):
+            if state.has_rules:
                 parts.append(_explosion_metrics(state))
             return parts
 
@@ -115,7 +108,7 @@ def _record_metrics(
         "nonfinite_fraction": state.num_nonfinite.astype(jnp.float32) / num_steps,
     }
     result |= windowed_metrics(holder, totals, window)
-    if isinstance(state.layout, PerTree):
+    if state.layout.kind == "tree":
         return [result]
     shares = jnp.square(normalize_norms(norms)[0])
     if state.num_ranks:
@@ -181,7 +174,7 @@ def _measure_params(label: str, state: RecordState, params: Any):
     """Norms of the parameters, and of all; None where these are not known."""
     leaves = jax.tree.leaves(params)
     is_known = all(isinstance(x, jax.Array | np.ndarray) for x in leaves)
-    if params is None or not is_known or not isinstance(state.layout, PerLeaf):
+    if params is None or not is_known or state.layout.kind != "leaf":
         return None
     found = scope_leaves(state.layout, state.num_scopes, label, params)
     tree = [leaves[i] for i, _ in found]
@@ -201,7 +194,7 @@ def _explosion_metrics(state: Any) -> dict[str, jax.Array]:
     # Before the first step a share is 0, not NaN.
     num_steps = jnp.maximum(noticed.counts.steps, 1).astype(jnp.float32)
     num_exploded = noticed.counts.exploded
-    if isinstance(state, SkipExplosionsState):
+    if state.is_skipping:
         num_skipped = noticed.counts.skipped
         is_rolled_back = noticed.counts.last_rollback == noticed.counts.steps
         result = {
@@ -251,7 +244,7 @@ def _clip_metrics(
         "clipped_fraction": [n.astype(jnp.float32) / num_steps for n in num_clipped],
         "num_nonfinite": num_nonfinite,
     }
-    if isinstance(state.layout, PerTree):
+    if state.layout.kind == "tree":
         return [{column: value for column, (value,) in columns.items()}]
     columns = {
         column: _per_name(values, state.layout) for column, values in columns.items()
@@ -267,9 +260,9 @@ def _norm_after(norm: jax.Array, target: jax.Array) -> jax.Array:
     return jnp.where(is_left, norm, jnp.where(target > 0, target, 0))
 
 
-def _per_name(arrays: list[jax.Array], layout: Layout) -> jax.Array:
+def _per_name(arrays: list[jax.Array], layout: Any) -> jax.Array:
     """One number for each name; per unit the largest of a leaf, or of each layer."""
-    if not isinstance(layout, PerUnit):
+    if layout.kind != "unit":
         return jnp.asarray(arrays[0])
     leaves = leaf_layouts(layout.tree) or [LeafLayout(())] * len(arrays)
     rows = [

@@ -19,7 +19,7 @@ EMPTY = {"layout", "columns", "top", "limit_state", "target", "snapshots"}
 def find_recorders(opt_state: Any) -> dict[str, Any]:
     """The states that hold a recorder, by their label; the error of none."""
     states = find_states(opt_state)
-    found = {label: x for label, x in states.items() if hasattr(x, "record")}
+    found = {label: x for label, x in states.items() if x.has_record}
     if not found:
         raise ValueError(
             "found no state of record, detect_explosions or skip_explosions"
@@ -32,7 +32,7 @@ def find_skipping(opt_state: Any, label: str | None) -> SkipExplosionsState:
     found = {
         name: state
         for name, state in find_states(opt_state).items()
-        if isinstance(state, SkipExplosionsState) and label in (None, name)
+        if state.is_skipping and label in (None, name)
     }
     if not found:
         of_label = "" if label is None else f" with the label {label!r}"
@@ -72,7 +72,7 @@ def find_states(opt_state: Any) -> dict[str, Any]:
                 )
             found[label] = state
             # A clip or a recorder may stand inside of what skips.
-            visit(getattr(state, "inner_state", ()))
+            visit(state.inner_state if state.is_skipping else ())
 
     visit(opt_state)
     return found
@@ -95,8 +95,8 @@ def params_of(params: Any) -> Any:
 
 
 def check_one_run(label: str, state: Any) -> None:
-    """Raises the error of a state of several runs."""
-    runs = getattr(state, "record", state).runs
+    """Raises the error of a state with a record, of several runs."""
+    runs = state.record.runs
     if runs:
         raise ValueError(
             f"{label!r} holds runs {list(runs)}, and this reads one run: "

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip.explosions.rules import RULES
-from optaxclip.explosions.state import FLAGS, SkipExplosionsState, was_taken
+from optaxclip.explosions.state import FLAGS, was_taken
 from optaxclip.extras import NO_LOSS
 from optaxclip.numerics import safe_unit
 from optaxclip.packing import flags_of
@@ -47,9 +47,9 @@ def windowed_metrics(state, norms: jax.Array, window: int | None) -> dict:
     fired = flags[:, : len(RULES)]
     num_steps = jnp.clip(record.num_steps, 1, length)
     nums = {"nonfinite": _num(fired[:, RULES.index("nonfinite")])}
-    if hasattr(state, "detection"):
+    if state.has_rules:
         nums["exploded"] = _num(jnp.any(fired, axis=1))
-    if isinstance(state, SkipExplosionsState):
+    if state.is_skipping:
         # Each is of the step before; that of the last step stands in no row yet.
         after_skipped = flags[1:, FLAGS.index("after_skipped")]
         nums["skipped"] = _num(after_skipped) + _num(~was_taken(state))
