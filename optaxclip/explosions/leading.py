@@ -21,12 +21,16 @@ STEPS_BEFORE = np.arange(1, 64, 8, dtype=np.int32)
 
 
 def fitted_growth(record: RecordState) -> jax.Array:
-    """Growth of the norm per step in the last eight, as far as they are finite.
-
-    `exp` of the slope of a line fitted to the logarithms.
-    """
+    """Growth of the norm per step in the last eight."""
     steps = record.num_steps - NUM_FITTED + jnp.arange(NUM_FITTED, dtype=jnp.int32)
-    norms = jax.vmap(root_sum_squares)(rows_of(record, steps)[1])
+    return fit_growth(jax.vmap(root_sum_squares)(rows_of(record, steps)[1]))
+
+
+def fit_growth(norms):
+    """Growth per step of the norms `[num_steps]` that are finite and not 0.
+
+    `exp` of the slope of a line fitted to the logarithms; 1 with fewer than two.
+    """
     is_known = (norms > 0) & (norms < jnp.inf)  # 0 in rows without a step yet
     logs = jnp.log(jnp.where(is_known, norms, 1))
     times = jnp.arange(norms.size, dtype=norms.dtype)

@@ -10,7 +10,7 @@ import numpy as np
 from optaxclip.explosions.rules import RULES
 from optaxclip.explosions.state import DetectExplosionsState, Event
 from optaxclip.extras import named_tags
-from optaxclip.reporting.growth import growth_of
+from optaxclip.reporting.growth import growth_of, leading_at
 from optaxclip.reporting.history import History, explosions_of, history, step_name
 from optaxclip.reporting.scalars import VANISHED, have_vanished
 from optaxclip.reporting.states import find_recorders
@@ -54,7 +54,7 @@ def explain(opt_state: Any, params: Any = None) -> str:
       explosions: 1 of 6 steps exploded: 1 by the norm
       The last explosion began on step 5: the norm was 30, above its limit 15
       Leaf 'w' had grown most
-      The norm had grown by 5x per step since step 3, from 1.2 to 30
+      The norm had grown by 5x per step (a fit) since step 3, from 1.2 to 30
       No loss was given as value=, so the rule on it was silent.
     """
     return "\n".join(
@@ -77,12 +77,12 @@ def _line(kept: History, first: int, last: int, params: Any) -> str:
     """One explosion of several, in a line."""
     reasons = []
     nonfinite, norm, share, loss = kept.fired[first]
-    # Only the loss may have been non-finite, and then there is none.
-    scopes = np.flatnonzero(~np.isfinite(kept.norms[first]))
+    has_finite_norms = np.isfinite(kept.norms[first]).all()
+    leader = leading_at(kept, first)
     if nonfinite:
         where = "the loss"
-        if len(scopes):
-            where = _leaf_name(kept, first, scopes[0], params)
+        if not has_finite_norms:
+            where = _leaf_name(kept, first, leader, params)
         reasons.append(f"{where} was non-finite")
     if norm:
         reasons.append(
@@ -96,8 +96,8 @@ def _line(kept: History, first: int, last: int, params: Any) -> str:
             f"the loss was {kept.loss[first]:.3g}, above its limit "
             f"{kept.loss_limit[first]:.3g}"
         )
-    if (norm or share) and not len(scopes) and kept.leaf[first] >= 0:
-        leaf = _leaf_name(kept, first, kept.leaf[first], params)
+    if (norm or share) and has_finite_norms and leader >= 0:
+        leaf = _leaf_name(kept, first, leader, params)
         reasons.append(f"{leaf} had grown most")
     steps = f"step {kept.step_name(first)}"
     if last > first:
@@ -201,13 +201,13 @@ def _first_nonfinite(kept: History, first: int) -> str:
     step = kept.step_name(first)
     if kept.tags:
         step += ","
-    scopes = np.flatnonzero(~np.isfinite(kept.norms[first]))
-    if not len(scopes):
+    num_nonfinite = np.sum(~np.isfinite(kept.norms[first]))
+    if not num_nonfinite:
         return f"On step {step} the loss was {kept.loss[first]:g}."
-    if len(scopes) == len(kept.names):
-        what = "all" if kept.ranked is None else f"more than {len(scopes) - 1}"
+    if num_nonfinite == len(kept.names):
+        what = "all" if kept.ranked is None else f"more than {num_nonfinite - 1}"
         return f"On step {step} {what} norms became non-finite."
-    name = kept.scope_name(first, int(scopes[0]))
+    name = kept.scope_name(first, leading_at(kept, first))
     return f"On step {step} that of {name!r} was the first non-finite."
 
 

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from optaxclip.explosions.leading import STEPS_BEFORE, leading_leaf
+from optaxclip.explosions.leading import STEPS_BEFORE, fit_growth, leading_leaf
 from optaxclip.reporting.history import History
 
 _leading_leaf = jax.jit(leading_leaf)
+_fit_growth = jax.jit(fit_growth)
 
 
 def growth_of(kept: History, began: int) -> list[str]:
@@ -19,47 +20,44 @@ def growth_of(kept: History, began: int) -> list[str]:
     end = began + int(nonfinite[0] if len(nonfinite) else 0)
     whole = _grown(kept.norm, kept.limit, began, end)
     found = [("The norm had grown by", whole)]
-    most = _leading_at(kept.norms, end)
-    if kept.norms.shape[1] > 1 and kept.ranked is None and most >= 0:
+    # In a non-finite row nothing has grown most.
+    finite = np.flatnonzero(np.isfinite(kept.norms[: end + 1]).all(axis=1))
+    most = leading_at(kept, finite[-1]) if len(finite) else -1
+    if kept.norms.shape[1] > 1 and most >= 0:
         unknown = np.full_like(kept.limit, np.inf)
         what = f"In the end that of {kept.names[most]!r} had grown most, by"
         found.append((what, _grown(kept.norms[:, most], unknown, began, end)))
     return [
-        f"{what} {grown.rate:.3g}x per step since step {kept.step[grown.start]}, "
-        f"from {grown.low:.3g} to {grown.high:.3g}."
+        f"{what} {grown.rate:.3g}x per step (a fit) since step "
+        f"{kept.step[grown.start]}, from {grown.low:.3g} to {grown.high:.3g}."
         for what, grown in found
         if grown
     ]
 
 
-def _leading_at(norms: np.ndarray, row: int) -> int:
-    """As on the device, of the last row up to this one without a non-finite norm."""
-    finite = np.flatnonzero(np.isfinite(norms[: row + 1]).all(axis=1))
-    if not len(finite):
-        return -1
-    before = finite[-1] - STEPS_BEFORE
-    # Of a row before the first nothing is known.
-    known = np.where(before[:, None] >= 0, norms[np.maximum(before, 0)], 0)
-    return int(_leading_leaf(norms[finite[-1]], known))
+def leading_at(kept: History, row: int) -> int:
+    """The scope that leads in a row, by the rule of the device; -1 for none.
+
+    In a record of the largest norms only one that is non-finite, by its rank.
+    """
+    # The device, where it judged the step, knew more of the steps before.
+    if kept.leaf[row] >= 0:
+        return int(kept.leaf[row])
+    before = row - STEPS_BEFORE
+    # Nothing is known of a row before the first, nor of which scope had a rank then.
+    is_known = (before >= 0) & (kept.ranked is None)
+    known = np.where(is_known[:, None], kept.norms[np.maximum(before, 0)], 0)
+    return int(_leading_leaf(kept.norms[row], known))
 
 
 class Grown(NamedTuple):
     """A rise between two rows of a history."""
 
     start: int
-    end: int
     low: float
     high: float
-
-    @property
-    def rise(self) -> float:
-        """By which factor."""
-        return self.high / self.low
-
-    @property
-    def rate(self) -> float:
-        """By which factor per step."""
-        return self.rise ** (1 / (self.end - self.start))
+    rate: float
+    """By which factor per step, fitted to all between the two."""
 
 
 def _grown(norms: np.ndarray, limits: np.ndarray, began: int, end: int) -> Grown | None:
@@ -83,6 +81,10 @@ def _grown(norms: np.ndarray, limits: np.ndarray, began: int, end: int) -> Grown
     largest = norms[known[known <= start]].max()
     # In a warm-up there is no limit, and of single leaves none is known.
     limits = np.where(limits < np.inf, limits, 2 * largest)[rise]
-    if not np.any(norms[rise] > limits):
+    fitted = np.zeros(len(norms), np.float32)
+    fitted[start : end + 1] = norms[start : end + 1]
+    rate = float(_fit_growth(fitted))
+    # What jumped, and has fallen since, had not grown.
+    if not np.any(norms[rise] > limits) or rate <= 1:
         return None
-    return Grown(start, end, norms[start], norms[end])
+    return Grown(start, norms[start], norms[end], rate)

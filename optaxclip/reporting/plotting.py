@@ -17,6 +17,7 @@ from optaxclip.reporting.drawing import (
     draw_scopes,
     draw_tag,
 )
+from optaxclip.reporting.growth import leading_at
 from optaxclip.reporting.history import History
 
 if TYPE_CHECKING:
@@ -134,13 +135,9 @@ def _heights(history: History) -> dict[str, float]:
 
 
 def leading(history: History) -> int | None:
-    """The scope that led on the first step of the last explosion; None for none.
-
-    In `record` the first that was non-finite.
-    """
+    """The scope that led on the first step of the last explosion; None for none."""
     first = history.began
     if first is None or history.ranked is not None:  # the ranks are not one scope each
         return None
-    nonfinite = np.flatnonzero(~np.isfinite(history.norms[first]))
-    leaf = int(nonfinite[0]) if nonfinite.size else int(history.leaf[first])
+    leaf = leading_at(history, first)
     return leaf if leaf >= 0 else None

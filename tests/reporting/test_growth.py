@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import optaxclip
-from optaxclip.explosions.leading import STEPS_BEFORE, leading_leaf
+from optaxclip.explosions.leading import STEPS_BEFORE, fit_growth, leading_leaf
 from optaxclip.reporting.growth import growth_of
 from optaxclip.reporting.history import History
 
@@ -31,7 +31,7 @@ def kept() -> History:
         norm=np.linalg.norm(norms, axis=1),
         limit=unknown,
         fired=fired,
-        leaf=np.full(NUM_STEPS, 1),
+        leaf=np.full(NUM_STEPS, -1),
         norms=norms,
         names=["early", "late"],
     )
@@ -42,6 +42,29 @@ def test_the_leaf_that_had_grown_most_is_that_of_the_device(kept):
     before = kept.norms[last - STEPS_BEFORE]
     assert leading_leaf(kept.norms[last], before) == 1
     assert "that of 'late' had grown most" in growth_of(kept, BEGAN)[-1]
+
+
+def test_the_growth_is_that_of_a_line_fitted_to_the_logarithms(kept):
+    noise = np.exp(0.5 * np.random.default_rng(0).normal(size=NUM_STEPS))
+    norms = kept.norms[:, 1] * np.where(np.arange(NUM_STEPS) < BEGAN, 1, noise)
+    kept = kept._replace(norms=norms[:, None], norm=norms, names=["late"])
+    rise = slice(BEGAN - 1, NUM_STEPS - 1)
+    logs = np.log(norms[rise])
+    slope = np.polyfit(np.arange(logs.size), logs, 1)[0]
+    by_ends = np.exp((logs[-1] - logs[0]) / (logs.size - 1))
+    assert abs(np.exp(slope) - by_ends) > 0.01
+    (told,) = growth_of(kept, BEGAN)
+    assert f"by {np.exp(slope):.3g}x per step (a fit) since step {BEGAN - 1}" in told
+    np.testing.assert_allclose(fit_growth(norms[rise]), np.exp(slope), rtol=1e-5)
+
+
+def test_what_has_jumped_and_falls_had_not_grown(kept):
+    norm = np.ones(NUM_STEPS, np.float32)
+    norm[BEGAN:-1] = 100.0 * 0.5 ** np.arange(NUM_STEPS - 1 - BEGAN)
+    norm[BEGAN:-1] += 1.01
+    norm[-1] = np.nan
+    kept = kept._replace(norms=norm[:, None], norm=norm, names=["late"])
+    assert growth_of(kept, BEGAN) == []
 
 
 def test_where_no_step_is_finite_no_leaf_is_named(kept):

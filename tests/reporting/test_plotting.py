@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 import optaxclip
+from optaxclip.explosions.leading import STEPS_BEFORE, leading_leaf
 from optaxclip.reporting.drawing import ALARM, MAX_NAME_LENGTH, ZERO
 from optaxclip.reporting.history import History
 from optaxclip.reporting.plotting import leading, plot
@@ -471,11 +472,17 @@ def test_leading_is_that_of_the_first_step_of_the_last_explosion():
 def test_leading_is_the_first_that_is_not_finite():
     norms = np.ones((4, 4))
     norms[3] = [1e9, 1, np.inf, np.nan]
-    for leaf in (-1, 0):
-        history = history_of(norms, leaf=leaf, fired={3: "nonfinite"})
-        assert leading(history) == 2
-    history = history_of(norms[:, :2], fired={3: "nonfinite"})  # the loss
-    assert leading(history) is None
+    assert leading(history_of(norms, fired={3: "nonfinite"})) == 2
+
+
+def test_leading_in_a_recorder_is_by_the_rule_of_a_detector():
+    norms = np.ones((40, 3))
+    norms[20:, 1] = 2.0
+    norms[39, 2] = 1.5
+    assert leading(history_of(norms, fired={39: "nonfinite"})) == 1  # the loss
+    before = norms[39 - STEPS_BEFORE[STEPS_BEFORE <= 39]]
+    assert leading_leaf(norms[39], before) == 1
+    assert leading(history_of(norms[:20], fired={19: "nonfinite"})) is None
 
 
 def test_the_limit_of_the_loss_is_drawn():
