@@ -1,4 +1,4 @@
-"""The errors of arguments, at the earliest moment."""
+"""The errors of arguments, at the earliest moment. Internal."""
 
 import inspect
 import numbers

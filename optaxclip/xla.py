@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,15 +35,55 @@ def stack_scalars(values: Sequence[jax.Array]) -> jax.Array:
     return found
 
 
+def store(x: jax.Array) -> jax.Array:
+    """The array as it is, which XLA stores before anything reads it.
+
+    It makes a chain of additions of a sum of numbers that lie apart, and on CPU takes
+    time cubic in their number to fuse it.
+    """
+    return lax.optimization_barrier(x)
+
+
+def read_apart(x: jax.Array, reader: Literal["norm", "clip"]) -> jax.Array:
+    """The array as it is; what a reader makes of it is shared with no other one.
+
+    XLA would else store what both can use: the squares for a norm and an optimizer, or
+    a bfloat16 leaf in float32 for a norm and its clip.
+    """
+    # XLA merges two barriers that are equal: the 0 makes them differ.
+    if reader == "norm":
+        return lax.optimization_barrier((x, np.float32(0)))[0]
+    return lax.optimization_barrier(x)
+
+
+def tie_both(x: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both as they are, in a loop that makes the factor: each known with the other.
+
+    XLA would else convert the array before the loop, in every healthy step, and store
+    one array of the factor for each shape.
+    """
+    x, factor = lax.optimization_barrier((x, factor))
+    return x, factor
+
+
+def repeat_while(
+    condition: Callable[[Any], jax.Array], function: Callable[[Any], Any], start: Any
+) -> Any:
+    """`start`, replaced by its function as long as the condition holds; free if not.
+
+    A loop also where it has one turn: `vmap` would run both sides of a `cond`.
+    """
+    return lax.while_loop(condition, function, start)
+
+
 def run_if(
     when: jax.Array, function: Callable[[jax.Array, Any], Any], start: Any
 ) -> tuple[jax.Array, Any]:
     """(False, `function(True, start)` if `when`, else `start`); free if not.
 
-    A loop of at most one turn: `vmap` would run both sides of a `cond`, and a select
-    would read and write all. `start` is replaced in place if what follows depends on
-    the False, since XLA then runs that after the loop. What the function reads besides
-    it has to be tied to the True.
+    A `repeat_while` of at most one turn; a select would read and write all. `start` is
+    replaced in place if what follows depends on the False, since XLA then runs that
+    after the loop. What the function reads besides it has to be tied to the True.
     """
 
     def body(carry):
@@ -52,7 +92,7 @@ def run_if(
         return jnp.zeros_like(flag), value
 
     # The flag is the condition: after one turn it is False.
-    return lax.while_loop(lambda carry: carry[0], body, (when, start))
+    return repeat_while(lambda carry: carry[0], body, (when, start))
 
 
 def after(done: jax.Array, flag: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Brings an update to a limit: the one implementation."""
+"""Brings an update to a limit: the one implementation. Internal."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from optaxclip.norms.scopes import Scopes, find_scopes
 from optaxclip.numerics import accumulator, divide, scale, where, widen
+from optaxclip.xla import read_apart
 
 
 def fits_limit(norm, excess, limit):
@@ -73,9 +73,7 @@ def rescale_scopes(
     def rescaled(x, leaf, *numbers):
         if not leaf.is_gradient:
             return x
-        # Without the barrier XLA shares the conversion of a bfloat16 leaf with the
-        # norm, and stores the whole leaf in float32.
-        x = lax.optimization_barrier(jnp.asarray(x))
+        x = read_apart(jnp.asarray(x), "clip")
         return rescale(widen(x, numbers[0].dtype), *numbers).astype(x.dtype)
 
     leaves, structure = jax.tree.flatten(updates)

@@ -1,7 +1,7 @@
 """Which norm a scope gets for the one it has: what each response makes of a limit.
 
 A target of +inf leaves the scope as it is. One that is negative or NaN, from a traced
-limit, gives zeros.
+limit, gives zeros. Internal.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whole arrays out of their shards inside `jax.shard_map`, and shards out of these."""
+"""Whole arrays from their shards in `jax.shard_map`, and shards of these. Internal."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 No decomposition: accelerators multiply matrices a hundred times faster than they
 decompose them. All matrices here are `[m, n]` with a Frobenius norm of 1, in float32 or
 wider, and their products are not rounded to less, as accelerators do unless told.
+Internal.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def orthogonalize(x: jax.Array, smallest: jax.Array) -> jax.Array:
     return lax.while_loop(lambda carry: carry[1] < 1, step, (x, smallest))[0]
 
 
-def soften(x: jax.Array, limit: jax.Array) -> jax.Array:
+def soften_singular_values(x: jax.Array, limit: jax.Array) -> jax.Array:
     """`s / sqrt(1 + (s / limit)**2)`, in units of the limit, for each singular value s.
 
     These are the first rows of the orthogonal factor of the matrix above the limit
@@ -132,12 +133,12 @@ def soften(x: jax.Array, limit: jax.Array) -> jax.Array:
     return orthogonalize(both, limit / largest)[: x.shape[0]]
 
 
-def cap(x: jax.Array, limit: jax.Array) -> jax.Array:
+def cap_singular_values(x: jax.Array, limit: jax.Array) -> jax.Array:
     """`min(s, limit)`, in units of the limit, for each singular value s."""
     # What is soft has squares t = s^2 / (limit^2 + s^2), over 1/2 beyond the limit, and
     # min(s / limit, 1) is its root divided by that of max(t, 1 - t): of numbers from
     # 1/2 to 1, so that nothing is rounded to more than the limit.
-    soft = soften(x, limit)
+    soft = soften_singular_values(x, limit)
     one = jnp.eye(x.shape[1], dtype=x.dtype)
     beyond = matmul(adjoint(soft), soft) - one / 2
     sign = orthogonalize(2 * beyond, jnp.full_like(limit, KINK))

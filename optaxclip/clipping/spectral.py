@@ -19,7 +19,11 @@ from optaxclip.clipping.shards import (
     own_shard,
     whole_shape,
 )
-from optaxclip.clipping.singular import cap, largest_singular_value, soften
+from optaxclip.clipping.singular import (
+    cap_singular_values,
+    largest_singular_value,
+    soften_singular_values,
+)
 from optaxclip.limits.limit import LimitLike, as_limit
 from optaxclip.norms.measuring import measure
 from optaxclip.norms.names import Stacked, Where, layout_of
@@ -117,7 +121,7 @@ def clip_by_spectral_norm(
         limits, limit_state = limit.update(seen, state.limit_state, param_norms)
         limits = jnp.broadcast_to(limits, seen.shape).astype(dtype)
         fits = fits_limit(norms, excess, limits)
-        targets = _soften(seen, limits) if smooth else ()
+        targets = _soften_norms(seen, limits) if smooth else ()
         state = next_state(state, seen, limits, fits, limit_state, targets)
         limits = limits.astype(norms.dtype)
         if smooth:
@@ -126,7 +130,7 @@ def clip_by_spectral_norm(
             fits = norms <= limits * eps**0.5
         leaves, structure = jax.tree.flatten(updates)
         numbers = map(scopes.spread, (frobenius, excess, limits, fits))
-        function = soften if smooth else cap
+        function = soften_singular_values if smooth else cap_singular_values
         leaves = [
             _clip(function, x, leaf, *values) if _is_matrix(leaf) else x
             for x, leaf, *values in zip(
@@ -138,7 +142,7 @@ def clip_by_spectral_norm(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _soften(norms: jax.Array, limits: jax.Array) -> jax.Array:
+def _soften_norms(norms: jax.Array, limits: jax.Array) -> jax.Array:
     """What becomes of the largest singular values; +inf where they stay."""
     # s / sqrt(1 + (s / c)**2) by the smaller of the two: no square overflows.
     small, large = jnp.minimum(norms, limits), jnp.maximum(norms, limits)

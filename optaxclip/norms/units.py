@@ -1,4 +1,4 @@
-"""Which axis of a leaf counts its output units."""
+"""Which axis of a leaf counts its output units. Internal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds the states of optaxclip in any optimizer state."""
+"""Finds the states of optaxclip in any optimizer state. Internal."""
 
 from __future__ import annotations
 

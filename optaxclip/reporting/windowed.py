@@ -1,4 +1,4 @@
-"""What the last steps of a record add up to: shares, percentiles, and SpikeScore."""
+"""Shares, percentiles, and SpikeScore of the last steps of a record. Internal."""
 
 from __future__ import annotations
 
