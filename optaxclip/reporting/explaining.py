@@ -233,7 +233,8 @@ def story_of(state: DetectExplosionsState, kept: History, params: Any) -> str:
             where = f"{leaf_of(bad)} held inf or NaN"
         story.append(f"Step {name_of(bad)}{comma} was non-finite: {where}.")
     if began.step not in (-1, bad.step):
-        share = f"the share of {leaf_of(began)} in the norm"
+        leaf = leaf_of(began) if began.leaf >= 0 else "a leaf"
+        share = f"the share of {leaf} in the norm"
         signals = [
             ("norm", "the norm", began.norm, began.norm_limit),
             ("share", share, began.share, began.share_limit),

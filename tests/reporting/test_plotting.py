@@ -478,7 +478,7 @@ def test_leading_is_the_first_that_is_not_finite():
 def test_leading_in_a_recorder_is_by_the_rule_of_a_detector():
     norms = np.ones((40, 3))
     norms[20:, 1] = 2.0
-    norms[39, 2] = 1.5
+    norms[39, 2] = 1.2
     assert leading(history_of(norms, fired={39: "nonfinite"})) == 1  # the loss
     before = norms[39 - STEPS_BEFORE[STEPS_BEFORE <= 39]]
     assert leading_leaf(norms[39], before) == 1
