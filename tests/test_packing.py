@@ -74,3 +74,18 @@ def test_numbers_of_many_scopes_keep_the_dtype_that_is_asked_for():
 
 def test_the_counts_of_a_detector_begin_as_those_of_a_record():
     assert state.COUNTS.names[: len(ring.COUNTS.names)] == ring.COUNTS.names
+
+
+def test_what_is_packed_is_one_kernel():
+    """A concatenation would be one, and keep what makes each number from fusing."""
+    packing = Packing(floats=tuple("abcd"))
+
+    def pack(x):
+        return packing.pack({name: x + i for i, name in enumerate("abcd")}) * 2
+
+    for shape in ((), (3,)):
+        like = jax.ShapeDtypeStruct(shape, jnp.float32)
+        hlo = jax.jit(pack).lower(like).compile().as_text() or ""
+        (entry,) = (part for part in hlo.split("\n\n") if part.startswith("ENTRY"))
+        assert entry.count(" fusion(") == 1
+        assert " concatenate(" not in hlo
