@@ -24,7 +24,9 @@ from optaxclip.norms.units import UnitAxis, default_unit_axes, find_unit_axis
 from optaxclip.xla import replicate, store
 
 _MOST_FUSED = 100
-"""Parts of more leaves than this are stored before they are summed, see `store`."""
+"""Parts of more leaves than this are stored before they are summed, see `store`. What
+that avoids was 3.8 s of 7.6 s at 1000 leaves (2026-11-22); it grows with their cube, so
+at 100 it is a thousandth."""
 
 
 class Leaf(NamedTuple):
