@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optaxclip.explosions.settings import Settings
 from optaxclip.xla import materialize
 
 RECURRENCE = 300
@@ -17,7 +18,7 @@ RECURRENCE = 300
 the oldest snapshot by default, so that the cause had time to return."""
 EARLY = 64
 """Half of the window of the rules. A rollback before this step cuts the scale in full,
-since the run was never healthy with its steps."""
+because the run was never healthy with its steps."""
 LATER_CUT = 1 / 16
 """The lowest scale that a first cut after `EARLY` sets, from above it: the steps were
 right for some time."""
@@ -30,7 +31,7 @@ run that still explodes there is not saved by smaller steps."""
 
 
 def cool(
-    settings: Any,
+    settings: Settings,
     scale: jax.Array,
     now: dict[str, Any],
     is_cut: jax.Array,
@@ -40,21 +41,14 @@ def cool(
 
     `is_cut`: it is a rollback after which the updates are to be smaller.
     """
-    is_repeated = now["steps"] - now["last_cut"] < RECURRENCE
-    is_repeated &= now["strikes"] > 0
-    strikes = jnp.where(is_repeated, now["strikes"] + 1, 1)
+    strikes = _next_strikes(now)
     if settings.cool_down is None:
         return strikes, scale
     cut = jnp.asarray(settings.cool_down, jnp.float32)
     if settings.has_snapshots:
-        # The snapshot was better, so the steps are too large, by an unknown factor.
-        # They were never right, or not at LATER_CUT either: then the cut is full.
-        is_full = (now["steps"] < EARLY) | (scale <= LATER_CUT)
-        once = jnp.where(is_full, cut, jnp.maximum(cut, LATER_CUT))
-        again = jnp.minimum(cut, scale * REPEATED_CUT)
-        lower = jnp.where(strikes == 1, once, again)
-        lower = jnp.minimum(lower, scale)
+        lower = _cut_scale(scale, now, strikes, cut)
     else:
+        # Once a row, at the step that would start a trial, not at each one after it.
         is_cut = now["in_a_row"] == settings.rollback_after
         lower = scale * cut
     # It may be traced, and so not checked.
@@ -62,3 +56,24 @@ def cool(
     grown = jnp.minimum(scale * jnp.where(is_healthy, growth, 1), 1)
     scale = jnp.where(is_cut, jnp.maximum(lower, LEAST_SCALE), grown)
     return strikes, materialize(scale).astype(jnp.float32)
+
+
+def _next_strikes(now: dict[str, Any]) -> jax.Array:
+    """The cuts in succession, this step among them."""
+    is_repeated = now["steps"] - now["last_cut"] < RECURRENCE
+    # Before the first cut `last_cut` is -1, as if one had just been.
+    is_repeated &= now["strikes"] > 0
+    return jnp.where(is_repeated, now["strikes"] + 1, 1)
+
+
+def _cut_scale(
+    scale: jax.Array, now: dict[str, Any], strikes: jax.Array, cut: jax.Array
+) -> jax.Array:
+    """The scale after a rollback, at most the one before it."""
+    # The snapshot was better, so the steps are too large, by an unknown factor.
+    # They were never right, or not at LATER_CUT either: then the cut is full.
+    is_full = (now["steps"] < EARLY) | (scale <= LATER_CUT)
+    once = jnp.where(is_full, cut, jnp.maximum(cut, LATER_CUT))
+    again = jnp.minimum(cut, scale * REPEATED_CUT)
+    lower = jnp.where(strikes == 1, once, again)
+    return jnp.minimum(lower, scale)

@@ -34,11 +34,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from optaxclip.explosions.cooling import cool
 from optaxclip.explosions.recurring import find_outlier, remember
 from optaxclip.explosions.rising import Rise, follow, is_at_fault, learn
+from optaxclip.explosions.settings import Settings
 from optaxclip.explosions.state import Verdict
 from optaxclip.explosions.trials import (
     ACCEPTING,
@@ -57,18 +57,6 @@ signal is at most twice `lowest_signal`: `limits.above_lowest` takes 8 steps to
 follow."""
 MAX_EXCESS = 9.0
 """While `age` is at most 1, up to ten times `lowest_signal` is accepted."""
-
-
-class Settings(NamedTuple):
-    """The arguments of `skip_explosions` that decide."""
-
-    max_consecutive: int
-    rollback_after: int
-    give_up_after: int
-    snapshot_every: int
-    cool_down: ArrayLike | None
-    recovery: ArrayLike
-    has_snapshots: bool
 
 
 class Carried(NamedTuple):

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip.explosions.deciding import Decision, Settings
+from optaxclip.explosions.deciding import Decision
 from optaxclip.explosions.rising import Rise, is_of_use
+from optaxclip.explosions.settings import Settings
 from optaxclip.explosions.snapshots import (
     compare,
     go_back,

@@ -17,21 +17,13 @@ from jax.typing import ArrayLike
 
 from optaxclip.checks import (
     check_label,
-    check_length,
-    check_number,
     check_structure,
     check_transformation,
     own_state,
     with_extra_args,
 )
 from optaxclip.clipping.rescaling import limit_updates
-from optaxclip.explosions.deciding import (
-    FIRST,
-    Settings,
-    carried_of,
-    decide,
-    numbers_of,
-)
+from optaxclip.explosions.deciding import FIRST, carried_of, decide, numbers_of
 from optaxclip.explosions.detecting import make_detection
 from optaxclip.explosions.moments import mend_moments
 from optaxclip.explosions.responding import (
@@ -43,6 +35,7 @@ from optaxclip.explosions.responding import (
 )
 from optaxclip.explosions.rules import LOSS_LIMIT, MAX_GAP, NORM_LIMIT, SHARE_LIMIT
 from optaxclip.explosions.selecting import update_or_keep
+from optaxclip.explosions.settings import check_settings
 from optaxclip.explosions.snapshots import (
     check_is_on_host,
     empty_snapshots,
@@ -163,16 +156,14 @@ def skip_explosions(
         window=window,
         num_skipped=NUM_SKIPPED,
     )
-    settings = _checked(
-        Settings(
-            max_consecutive,
-            rollback_after,
-            give_up_after,
-            snapshot_every,
-            cool_down,
-            recovery,
-            has_snapshots=_check_rollback(rollback),
-        )
+    settings = check_settings(
+        max_consecutive=max_consecutive,
+        rollback_after=rollback_after,
+        give_up_after=give_up_after,
+        snapshot_every=snapshot_every,
+        cool_down=cool_down,
+        recovery=recovery,
+        rollback=rollback,
     )
     on_host = rollback == "host"
     check_label(label)
@@ -248,22 +239,3 @@ def skip_explosions(
         return updates, {label: state}
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _check_rollback(rollback: Any) -> bool:
-    """Whether there are snapshots; raises the error of what says neither."""
-    if not isinstance(rollback, bool) and rollback != "host":
-        raise TypeError(f'rollback must be True, False or "host", not {rollback!r}')
-    return bool(rollback)
-
-
-def _checked(settings: Settings) -> Settings:
-    """The settings; raises the errors of those that are out of range."""
-    recovery, cool_down = settings.recovery, settings.cool_down
-    check_number("recovery", recovery, lambda x: x >= 1, ">= 1")
-    if cool_down is not None:
-        check_number("cool_down", cool_down, lambda x: 0 < x <= 1, "within (0, 1]")
-    lengths = "max_consecutive", "rollback_after", "give_up_after", "snapshot_every"
-    return settings._replace(
-        **{name: check_length(name, getattr(settings, name), 1) for name in lengths}
-    )
