@@ -36,7 +36,7 @@ from optaxclip.explosions.rules import (
 from optaxclip.explosions.state import (
     COUNTS,
     EVENT,
-    NUM_TOLD,
+    NUM_ONSETS,
     DetectExplosionsState,
     Verdict,
 )
@@ -162,7 +162,7 @@ def make_detection(
         step = EVENT.pack_known(first, [0] * num_parts(own))
         counts = [-1 if name.startswith("last") else 0 for name in COUNTS.names]
         return DetectExplosionsState(
-            events=jnp.asarray([step] * (NUM_TOLD + num_skipped), jnp.int32),
+            events=jnp.asarray([step] * (NUM_ONSETS + num_skipped), jnp.int32),
             rule_states=first_states(rules, sizes),
             record=empty(
                 norms.size,
@@ -194,7 +194,7 @@ def make_detection(
         has_loss_rule = value is not None and rules[2] is not None
         counts = _next_counts(state, signals, fired, has_loss_rule)
         if num_skipped:
-            flags.append((state.counts.last_skipped == now - 1) & (now > 0))
+            flags.append(state.is_skipped)
         columns = {
             "loss": signals.loss,
             "loss_limit": bounds.loss,

@@ -1,4 +1,4 @@
-"""The states of detection and skipping, and how to read them."""
+"""The states of detection and skipping, and how to read them. Internal."""
 
 from __future__ import annotations
 
@@ -61,10 +61,12 @@ CARRIED = Packing(
 )
 """How `SkipExplosionsState.carried` is packed: a `deciding.Carried`."""
 
+NUM_ONSETS = 2
+"""The first rows of `events`: where the last explosion began, and where the last
+non-finite steps did."""
 NUM_SKIPPED = 64
-"""The last so many skipped steps stay known, however long ago they were."""
-NUM_TOLD = 2
-"""Rows of `events` before them."""
+"""The rows behind these: the last skipped steps, however long ago they were. Chosen for
+their size: 64 rows of nine int32 are 2304 bytes, whatever the number of leaves."""
 FLAGS = (*RULES, "after_skipped")
 """The flags in "fired" of a row. The last says that the step before it was skipped:
 whether its own step is, is decided after the row is written."""
@@ -73,7 +75,7 @@ whether its own step is, is decided after the row is written."""
 class DetectExplosionsState(NamedTuple):
     """State of `detect_explosions`, as `{label: DetectExplosionsState}`.
 
-    Few arrays, since each of them costs a small step some microseconds; `metrics` and
+    Few arrays, because each of them costs a small step some microseconds; `metrics` and
     `raise_if_exploded` name what they hold.
     """
 
@@ -121,6 +123,29 @@ class DetectExplosionsState(NamedTuple):
     def first_nonfinite(self) -> Event:
         """The first of the last non-finite steps in a row."""
         return event_of(self.events[..., 1, :])
+
+    # What a step was is read from the counts: they stay known until the next of a kind,
+    # and a flag of its own would be one more number to write in each step.
+
+    @property
+    def is_exploded(self) -> jax.Array:
+        """Whether the last step exploded; False before any. bool `[...]`."""
+        return self._is_last_step(self.counts.last)
+
+    @property
+    def is_skipped(self) -> jax.Array:
+        """Whether `skip_explosions` skipped the last step; likewise."""
+        return self._is_last_step(self.counts.last_skipped)
+
+    @property
+    def is_rolled_back(self) -> jax.Array:
+        """Whether the last step confirmed a rollback; likewise."""
+        return self._is_last_step(self.counts.last_rollback - 1)
+
+    def _is_last_step(self, index: jax.Array) -> jax.Array:
+        steps = self.counts.steps
+        # Before the first step both are -1.
+        return (index == steps - 1) & (steps > 0)
 
     @property
     def detection(self) -> DetectExplosionsState:
@@ -179,9 +204,9 @@ def with_skipped(
       is_skipped: Whether it is.
     """
     row = lax.broadcasted_iota(jnp.int32, (len(state.events), 1), 0)
-    # A select, which fuses with the one that makes the first two rows: the list is no
-    # array and no kernel of its own.
-    is_here = is_skipped & (row == NUM_TOLD + num_skipped % NUM_SKIPPED)
+    # A select, which fuses with the one that makes the first two rows, and not a write
+    # at an index: that would be an array and a kernel of its own.
+    is_here = is_skipped & (row == NUM_ONSETS + num_skipped % NUM_SKIPPED)
     return state._replace(events=jnp.where(is_here, event, state.events))
 
 
@@ -262,10 +287,3 @@ class SkipExplosionsState(NamedTuple):
     def gave_up(self) -> jax.Array:
         """Whether it gave up, on non-finite steps or NaN in parameters: bool `[]`."""
         return self.explosions.counts.gave_up > 0
-
-
-def was_taken(state: SkipExplosionsState) -> jax.Array:
-    """Whether the last step was not skipped; True before any. bool `[...]`."""
-    counts = state.detection.counts
-    last_step = counts.steps - 1
-    return (counts.last_skipped != last_step) | (last_step < 0)

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip.explosions.state import was_taken
 from optaxclip.reporting.states import find_skipping
 
 
@@ -36,7 +35,7 @@ def taken(opt_state: Any, *, label: str | None = None) -> jax.Array:
       >>> print(optaxclip.taken(state))
       False
     """
-    return was_taken(find_skipping(opt_state, label))
+    return ~find_skipping(opt_state, label).detection.is_skipped
 
 
 def keep(opt_state: Any, new: Any, old: Any, *, label: str | None = None) -> Any:

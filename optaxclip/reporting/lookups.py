@@ -11,8 +11,8 @@ import numpy as np
 from optaxclip.explosions.rules import RULES
 from optaxclip.explosions.state import (
     COUNTS,
+    NUM_ONSETS,
     NUM_SKIPPED,
-    NUM_TOLD,
     event_of,
 )
 from optaxclip.extras import Columns, named_tags, plain_number
@@ -71,7 +71,7 @@ def _of_runs(
         return [_of_runs(*run, columns) for run in runs]
     num_skipped = int(COUNTS.read(counts, "skipped"))
     order = np.arange(max(0, num_skipped - NUM_SKIPPED), num_skipped)
-    skipped = jax.device_get(event_of(events[NUM_TOLD + order % NUM_SKIPPED]))
+    skipped = jax.device_get(event_of(events[NUM_ONSETS + order % NUM_SKIPPED]))
     tags = named_tags(columns, skipped.tag)
     return [
         {"step": int(skipped.step[i])}

@@ -11,7 +11,6 @@ import numpy as np
 from optaxclip.clipping.by_norm import ClipByNormState
 from optaxclip.explosions.leading import fitted_growth
 from optaxclip.explosions.rules import RULES
-from optaxclip.explosions.state import was_taken
 from optaxclip.extras import NO_LOSS
 from optaxclip.norms.measuring import measure_leaves
 from optaxclip.norms.names import (
@@ -196,10 +195,9 @@ def _explosion_metrics(state: Any) -> dict[str, jax.Array]:
     num_exploded = noticed.counts.exploded
     if state.is_skipping:
         num_skipped = noticed.counts.skipped
-        is_rolled_back = noticed.counts.last_rollback == noticed.counts.steps
         result = {
-            "is_skipped": (~was_taken(state)).astype(jnp.int32),
-            "is_rolled_back": is_rolled_back.astype(jnp.int32),
+            "is_skipped": noticed.is_skipped.astype(jnp.int32),
+            "is_rolled_back": noticed.is_rolled_back.astype(jnp.int32),
             "num_skipped": num_skipped,
             "skipped_fraction": num_skipped.astype(jnp.float32) / num_steps,
             "gave_up": state.gave_up.astype(jnp.int32),
@@ -208,12 +206,10 @@ def _explosion_metrics(state: Any) -> dict[str, jax.Array]:
             "num_mended": noticed.counts.mended,
             "num_blocked_rollbacks": noticed.counts.blocked_rollbacks,
         }
-    last_step = noticed.counts.steps - 1
-    last, _ = rows_of(noticed.record, last_step)
-    has_exploded = (noticed.counts.last == last_step) & (last_step >= 0)
+    last, _ = rows_of(noticed.record, noticed.counts.steps - 1)
     began = noticed.began
     return {
-        "is_exploded": has_exploded.astype(jnp.int32),
+        "is_exploded": noticed.is_exploded.astype(jnp.int32),
         "num_exploded": num_exploded,
         "exploded_fraction": num_exploded.astype(jnp.float32) / num_steps,
         **{f"num_exploded/{rule}": getattr(noticed.counts, rule) for rule in RULES},

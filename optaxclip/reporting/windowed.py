@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip.explosions.rules import RULES
-from optaxclip.explosions.state import FLAGS, was_taken
+from optaxclip.explosions.state import FLAGS
 from optaxclip.extras import NO_LOSS
 from optaxclip.numerics import safe_unit
 from optaxclip.packing import flags_of
@@ -52,7 +52,7 @@ def windowed_metrics(state, norms: jax.Array, window: int | None) -> dict:
     if state.is_skipping:
         # Each is of the step before; that of the last step stands in no row yet.
         after_skipped = flags[1:, FLAGS.index("after_skipped")]
-        nums["skipped"] = _num(after_skipped) + _num(~was_taken(state))
+        nums["skipped"] = _num(after_skipped) + _num(state.detection.is_skipped)
     found |= {f"{kind}_fraction": _share(num, num_steps) for kind, num in nums.items()}
     if num_kept > NUM_BEFORE:
         # A loss that was not given is no spike, and those after it cannot be judged.
