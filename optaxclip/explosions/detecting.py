@@ -1,4 +1,9 @@
-"""Notices explosions: applies the rules to each step."""
+"""Notices explosions: applies the rules to each step.
+
+Internal but for `detect_explosions`. `make_detection` is behind that and behind
+`skip_explosions`; `_judge` makes the `Verdict` of a step, and nothing after it asks
+again what has fired.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +24,7 @@ from optaxclip.checks import (
     own_state,
     value_of,
 )
+from optaxclip.explosions.counting import count_step
 from optaxclip.explosions.leading import STEPS_BEFORE, have_grown, leading_leaf
 from optaxclip.explosions.rules import (
     LOSS_LIMIT,
@@ -45,11 +51,10 @@ from optaxclip.limits.limit import LimitLike, as_limit
 from optaxclip.norms.measuring import measure_leaves
 from optaxclip.norms.names import Stacked, layout_of
 from optaxclip.norms.scopes import find_scopes
-from optaxclip.numerics import increment, saturating_cast
+from optaxclip.numerics import saturating_cast
 from optaxclip.packing import bits_of
 from optaxclip.recording import WINDOW
 from optaxclip.ring import append, empty, rows_of
-from optaxclip.xla import stack_scalars
 
 
 def detect_explosions(
@@ -181,19 +186,13 @@ def make_detection(
         check_leaves([(state.record.num_scopes,)], [norms.shape], updates, params)
         signals = signals_of(norms, norm, value, state.rule_states)
         bounds, rule_states = apply_rules(rules, signals, state.rule_states)
-        # The rows before this step are read before it is written, or XLA would copy
-        # the record.
-        now = state.counts.steps
-        _, before = rows_of(state.record, now - STEPS_BEFORE)
-        leaf = leading_leaf(signals.norms, before)
-        # A share also rises when the other leaves fall.
-        has_grown = (now >= STEPS_BEFORE[-1]) & have_grown(signals.norms, before)
+        leaf, has_grown = _compare_leaves(state, signals)
         fired = fired_of(signals, bounds, has_grown)
-        flags = list(fired)
-        row = _event(now, leaf, bits_of(flags), signals, bounds, tag)
         has_loss_rule = value is not None and rules[2] is not None
-        counts = _next_counts(state, signals, fired, has_loss_rule)
+        verdict = _judge(state, signals, bounds, fired, leaf, tag, has_loss_rule)
+        flags = list(fired)
         if num_skipped:
+            # Of the step before: whether this one is skipped is not decided yet.
             flags.append(state.is_skipped)
         columns = {
             "loss": signals.loss,
@@ -202,90 +201,85 @@ def make_detection(
             "fired": bits_of(flags),
             "leaf": leaf,
         }
+        counts = count_step(state, verdict)
         record = append(state.record, columns, tag, signals.norms, signals.norm, counts)
-        events = _next_events(state, now, row, fired, max_gap)
-        verdict = _verdict(signals, bounds, fired, has_loss_rule, row)
+        events = _next_events(state, verdict, max_gap)
         return DetectExplosionsState(events, rule_states, record), verdict
 
     return Detection(init, update)
 
 
-def _event(now, leaf, bits, signals: Signals, bounds: Bounds, tag) -> jax.Array:
-    """What is told of this step, if one is: a row of `events`."""
+def _compare_leaves(
+    state: DetectExplosionsState, signals: Signals
+) -> tuple[jax.Array, jax.Array]:
+    """The leading leaf, and of each leaf whether its share counts."""
+    # The rows before this step are read before it is written, or XLA would copy the
+    # record.
+    now = state.counts.steps
+    _, before = rows_of(state.record, now - STEPS_BEFORE)
+    leaf = leading_leaf(signals.norms, before)
+    # A share also rises when the other leaves fall.
+    return leaf, (now >= STEPS_BEFORE[-1]) & have_grown(signals.norms, before)
+
+
+def _judge(
+    state: DetectExplosionsState,
+    signals: Signals,
+    bounds: Bounds,
+    fired: Fired,
+    leaf: jax.Array,
+    tag: Any,
+    has_loss_rule: bool,
+) -> Verdict:
+    """What is known of the step."""
+    signal, limit = signals.norm, bounds.norm
+    if has_loss_rule:
+        signal, limit = signals.loss, bounds.loss
+    has_nonfinite_updates = ~signals.has_finite_updates
+    return Verdict(
+        is_exploded=fired.any(),
+        fired=fired,
+        leaf=leaf,
+        # Not `fired.nonfinite`: a loss that overflows says nothing of finite gradients.
+        is_bad=has_nonfinite_updates | fired.norm | fired.share | fired.loss,
+        has_nonfinite_updates=has_nonfinite_updates,
+        norm=signals.norm,
+        norm_limit=bounds.norm,
+        # A loss of float64 may be finite and beyond float32.
+        signal=saturating_cast(signal, jnp.float32),
+        signal_limit=saturating_cast(limit, jnp.float32),
+        event=_pack_event(state.counts.steps, leaf, fired, signals, bounds, tag),
+        has_loss_rule=has_loss_rule,
+    )
+
+
+def _pack_event(
+    now: jax.Array,
+    leaf: jax.Array,
+    fired: Fired,
+    signals: Signals,
+    bounds: Bounds,
+    tag: Any,
+) -> jax.Array:
+    """The step as a row of `events`."""
     share, share_limit = (
+        # Without a leading leaf, -1, it is that of the last one.
         x[leaf] if x.size else jnp.zeros([], x.dtype)
         for x in (signals.shares, bounds.shares)
     )
     numbers = signals.norm, share, signals.loss, bounds.norm, share_limit, bounds.loss
-    values = dict(zip(EVENT.names, (now, leaf, bits, *numbers), strict=True))
+    values = dict(zip(EVENT.names, (now, leaf, bits_of(fired), *numbers), strict=True))
     return EVENT.pack(values, tag)
 
 
 def _next_events(
-    state: DetectExplosionsState,
-    now: jax.Array,
-    event: jax.Array,
-    fired: Fired,
-    max_gap: int,
+    state: DetectExplosionsState, verdict: Verdict, max_gap: int
 ) -> jax.Array:
-    """Both steps that are told: this one in place of what it is later than."""
-    last = state.counts.last
-    begins = fired.any() & ((last < 0) | (now - last > max_gap))
-    turns_nonfinite = fired.nonfinite & (state.counts.nonfinite_in_a_row == 0)
+    """The events with this step as an onset, if it is one."""
+    now, last = state.counts.steps, state.counts.last
+    begins = verdict.is_exploded & ((last < 0) | (now - last > max_gap))
+    turns_nonfinite = verdict.fired.nonfinite & (state.counts.nonfinite_in_a_row == 0)
     row = lax.broadcasted_iota(jnp.int32, (len(state.events), 1), 0)
-    is_told = ((row == 0) & begins) | ((row == 1) & turns_nonfinite)
-    return jnp.where(is_told, event, state.events)
-
-
-def _next_counts(
-    state: DetectExplosionsState, signals: Signals, fired: Fired, has_loss_rule: bool
-) -> jax.Array:
-    """The next `COUNTS`, before any response."""
-    counts = state.record.counts
-    flags = fired._asdict() | {"exploded": fired.any()}
-    # Such a count goes back to 0 on the first step of which its flag is not true.
-    in_a_row = {
-        "in_a_row": _is_bad(signals, fired),
-        "nonfinite_in_a_row": fired.nonfinite,
-        "nonfinite_updates_in_a_row": ~signals.has_finite_updates,
-        "suspect_in_a_row": fired.loss if has_loss_rule else fired.norm,
-    }
-    grown = increment(
-        counts, _by_count(flags | in_a_row | {"steps": jnp.ones([], bool)})
-    )
-    is_reset = _by_count({name: ~flag for name, flag in in_a_row.items()})
-    is_last = _by_count({"last": flags["exploded"]})
-    return jnp.where(is_reset, 0, jnp.where(is_last, counts[0], grown))
-
-
-def _by_count(flags: dict[str, jax.Array]) -> jax.Array:
-    """bool, one for each of the `COUNTS`."""
-    no = jnp.zeros([], bool)
-    return stack_scalars([flags.get(name, no) for name in COUNTS.names])
-
-
-def _is_bad(signals: Signals, fired: Fired) -> jax.Array:
-    """Whether the step exploded, and not only since its loss is non-finite.
-
-    It is skipped then. A loss that overflows says nothing of gradients that are finite.
-    """
-    return ~signals.has_finite_updates | fired.norm | fired.share | fired.loss
-
-
-def _verdict(
-    signals: Signals, bounds: Bounds, fired: Fired, has_loss_rule: bool, event
-) -> Verdict:
-    """What a response needs to know."""
-    signal, limit = signals.norm, bounds.norm
-    if has_loss_rule:
-        signal, limit = signals.loss, bounds.loss
-    return Verdict(
-        is_bad=_is_bad(signals, fired),
-        has_nonfinite_updates=~signals.has_finite_updates,
-        norm=signals.norm,
-        norm_limit=bounds.norm,
-        signal=saturating_cast(signal, jnp.float32),
-        signal_limit=saturating_cast(limit, jnp.float32),
-        event=event,
-        has_loss_rule=has_loss_rule,
-    )
+    # A select for both rows: each write at an index is a kernel of its own.
+    is_onset = ((row == 0) & begins) | ((row == 1) & turns_nonfinite)
+    return jnp.where(is_onset, verdict.event, state.events)

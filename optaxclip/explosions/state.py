@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip.explosions.rules import RULES
+from optaxclip.explosions.rules import RULES, Fired
 from optaxclip.packing import Packing, View, flags_of
 from optaxclip.ring import RecordState
 
@@ -213,6 +213,12 @@ def with_skipped(
 class Verdict(NamedTuple):
     """What is known of one step; all arrays are scalars but `event`."""
 
+    is_exploded: jax.Array
+    """Whether any rule fired."""
+    fired: Fired
+    """Which of them."""
+    leaf: jax.Array
+    """The index of the leading leaf, -1 for none."""
     is_bad: jax.Array
     """Whether it exploded, and not by a loss alone that is non-finite: with finite
     gradients that says nothing, as where float16 overflows in the loss."""
