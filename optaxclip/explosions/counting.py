@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from optaxclip.explosions.state import COUNTS, DetectExplosionsState, Verdict
+from optaxclip.explosions.deciding import Decision
+from optaxclip.explosions.state import (
+    BROKEN,
+    COUNTS,
+    NUM_ONSETS,
+    NUM_SKIPPED,
+    DetectExplosionsState,
+    Verdict,
+)
 from optaxclip.numerics import increment
 from optaxclip.xla import stack_scalars
 
@@ -30,6 +39,41 @@ def count_step(state: DetectExplosionsState, verdict: Verdict) -> jax.Array:
     is_last = _by_count({"last": verdict.is_exploded})
     # `counts[0]` is the index of this step: the steps before it.
     return jnp.where(is_reset, 0, jnp.where(is_last, counts[0], grown))
+
+
+def count_response(
+    state: DetectExplosionsState,
+    seen: Verdict,
+    decision: Decision,
+    is_skipped_after_copies: jax.Array,
+) -> DetectExplosionsState:
+    """The state that knows what became of the step.
+
+    Args:
+      state: What was noticed, with this step.
+      seen: What is known of it.
+      decision: What becomes of it.
+      is_skipped_after_copies: See `move_snapshots`.
+    """
+    now = COUNTS.unpack(state.record.counts)
+    counts, step = now | decision.counts, now["steps"] - 1
+    gave_up = counts["gave_up"].astype(jnp.int32)
+    counts["gave_up"] = jnp.where(decision.is_broken, BROKEN, gave_up)
+    # The rules may have counted this step already.
+    is_new = decision.is_mended & ~seen.is_exploded
+    counts["exploded"] += is_new.astype(jnp.int32)
+    counts["last_skipped"] = jnp.where(decision.is_skipped, step, now["last_skipped"])
+    counts["mended"] += decision.is_mended.astype(jnp.int32)
+    counts["last"] = jnp.where(is_new, step, now["last"])
+    row = lax.broadcasted_iota(jnp.int32, (len(state.events), 1), 0)
+    is_here = is_skipped_after_copies
+    is_here &= row == NUM_ONSETS + now["skipped"] % NUM_SKIPPED
+    return state._replace(
+        # A select, which fuses with the one that makes the first two rows, and not a
+        # write at an index: that would be an array and a kernel of its own.
+        events=jnp.where(is_here, seen.event, state.events),
+        record=state.record._replace(counts=COUNTS.pack(counts)),
+    )
 
 
 def _by_count(flags: dict[str, jax.Array]) -> jax.Array:

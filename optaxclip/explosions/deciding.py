@@ -4,8 +4,8 @@ Internal; `skip_explosions` says what it is for. A finite explosion may be the f
 the batch, of the data from now on, or of the parameters. Steps that are skipped leave
 the parameters as they are, so the batches that follow test the same parameters again;
 and two batches at those of the snapshot tell the last two causes apart. They are tried
-as well where the loss has risen too slowly for any rule, see `rising`. What becomes of
-the updates of a step that is skipped, `responding.respond` says.
+as well where the loss has risen too slowly for any rule, see `rising`. `decide` decides
+whether a step is skipped; `skipping` does it.
 
 | phase | next phase |
 |---|---|
@@ -29,12 +29,12 @@ A step is healthy if it is not bad (see `Verdict`), mends nothing, and is no tri
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from optaxclip.explosions.carried import Carried
 from optaxclip.explosions.cooling import cool
 from optaxclip.explosions.recurring import find_outlier, remember
 from optaxclip.explosions.rising import Rise, follow, is_at_fault, learn
@@ -44,7 +44,9 @@ from optaxclip.explosions.trials import (
     ACCEPTING,
     FIRST_TRIAL,
     TRAINING,
-    half_of,
+    Comparison,
+    Trial,
+    halve_excess,
     is_suspect,
     is_trial_in,
     next_trial,
@@ -52,39 +54,12 @@ from optaxclip.explosions.trials import (
 from optaxclip.xla import materialize
 
 NUM_ACCEPTED = 16
-"""For so many healthy steps after a trial that failed, an explosion is accepted if its
-signal is at most twice `lowest_signal`: `limits.above_lowest` takes 8 steps to
-follow."""
+"""For this many healthy steps after a trial that failed, an explosion is accepted if
+its signal is at most twice `lowest_signal`. `limits.above_lowest` takes 8 steps to
+follow; this is twice that."""
 MAX_EXCESS = 9.0
-"""While `age` is at most 1, up to ten times `lowest_signal` is accepted."""
-
-
-class Carried(NamedTuple):
-    """The numbers that go from step to step, float32 each."""
-
-    scale: jax.Array
-    """Factor of the updates."""
-    lowest_signal: jax.Array
-    """See the table above."""
-    to_beat: jax.Array
-    """In a trial, the signal up to which the snapshot is better."""
-    rise: Rise
-
-
-FIRST = (1.0, *[math.inf] * 6, 0.0, 0.0)
-"""The numbers of a `Carried` before the first step."""
-
-
-def carried_of(numbers: dict[str, jax.Array]) -> Carried:
-    """What goes from step to step, of its numbers by their names."""
-    rise = Rise(**{name: numbers[name] for name in Rise._fields})
-    own = {name: x for name, x in numbers.items() if name not in Rise._fields}
-    return Carried(**own, rise=rise)
-
-
-def numbers_of(carried: Carried) -> dict[str, jax.Array]:
-    """Its numbers by their names."""
-    return carried._asdict() | carried.rise._asdict()
+"""While `age` is at most 1, up to ten times `lowest_signal` is accepted: the ratio that
+an outlier may have too (`recurring.MAX_RATIO`). It was not measured alone."""
 
 
 class Decision(NamedTuple):
@@ -94,6 +69,10 @@ class Decision(NamedTuple):
     """It exploded and is taken, clipped to the limit on the norm."""
     is_skipped: jax.Array
     """It exploded and is not accepted, or moments are mended, or it is a trial."""
+    is_mended: jax.Array
+    """Moments of the inner state were non-finite."""
+    is_broken: jax.Array
+    """The parameters hold NaN."""
     is_started: jax.Array
     """A trial starts: the parameters are put aside, and go back to the snapshot."""
     is_at_snapshot: jax.Array
@@ -104,8 +83,21 @@ class Decision(NamedTuple):
     is_replaced: jax.Array
     """The newer snapshot takes the place of the older."""
     counts: dict[str, jax.Array]
-    """New values of `COUNTS`."""
+    """Those of the `COUNTS` that change."""
     carried: Carried
+
+
+class Aging(NamedTuple):
+    """How the snapshots age in a step."""
+
+    age: jax.Array
+    """Healthy steps since the older one."""
+    is_copied: jax.Array
+    """A copy is due."""
+    is_swapped: jax.Array
+    """The newer one takes the place of the older."""
+    has_risen: jax.Array
+    """They stay: the loss has slowly risen, and the older one is to be tried."""
 
 
 def decide(
@@ -113,9 +105,8 @@ def decide(
     seen: Verdict,
     now: dict[str, Any],
     carried: Carried,
-    is_away: jax.Array,
+    compared: Comparison,
     is_spoiled: jax.Array,
-    pull: jax.Array,
 ) -> Decision:
     """Decides on one step.
 
@@ -124,76 +115,69 @@ def decide(
       seen: What is known of the step.
       now: The `COUNTS`, with this step.
       carried: As it was before.
-      is_away: Whether a trial is not at the parameters of the snapshot.
+      compared: What the snapshot says of the parameters.
       is_spoiled: Whether moments of the inner state were found to be non-finite.
-      pull: See `Rise.pulls`.
     """
-    phase = now["phase"]
-    is_trial = is_trial_in(phase)
+    is_trial = is_trial_in(now["phase"])
     is_healthy = ~(seen.is_bad | is_spoiled | is_trial)
+    every = settings.snapshot_every
+    rise = learn(carried.rise, seen, now, compared.pull, is_healthy, every)
     is_change = _is_change(settings, seen, now, carried.lowest_signal)
-    rise = learn(carried.rise, seen, now, pull, is_healthy, settings.snapshot_every)
     is_outlier, is_recurring = find_outlier(seen, now, is_trial)
     # It starts no trial: after another outlier, one suspect step is not enough.
-    is_recurring &= phase == TRAINING
+    is_recurring &= now["phase"] == TRAINING
     is_accepted = (is_change | is_recurring) & ~is_spoiled
-    age, is_copied, is_swapped = _next_age(settings, now, is_healthy, is_accepted)
-    has_risen = is_copied & (phase == TRAINING) & is_at_fault(rise)
-    trial = next_trial(settings, seen, now, carried, is_change, is_away, has_risen)
-    # Snapshots stay while the older one is tried.
-    is_copied, is_swapped = (x & ~has_risen for x in (is_copied, is_swapped))
-    # What was before a trial was of other parameters, or of other data. While updates
-    # are cooled down, explosions are more likely the fault of the steps.
-    is_over = trial.is_confirmed | trial.is_failed | (carried.scale < 1)
+    aging = _age_snapshots(every, now, rise, is_healthy, is_accepted)
+    has_risen = aging.has_risen
+    is_away, to_beat = compared.is_away, carried.to_beat
+    trial = next_trial(settings, seen, now, to_beat, is_change, is_away, has_risen)
+    # Here alone it is decided that a step is skipped.
     is_skipped = (seen.is_bad & ~is_accepted) | is_spoiled
     is_skipped |= is_trial | trial.is_started
     # If the snapshot is better but suspect as well, it is the data that have changed.
     is_cut = trial.is_confirmed & ~is_suspect(seen)
     strikes, scale = cool(settings, carried.scale, now, is_cut, is_healthy)
-    lowest_signal = _next_lowest_signal(seen, now, carried, trial.is_started)
-    to_beat = jnp.where(has_risen, rise.middle, half_of(lowest_signal, seen))
-    # If the trial fails, the risen level is what explosions are compared with.
-    lowest_signal = jnp.where(has_risen, rise.level, lowest_signal)
     return Decision(
         is_accepted=is_accepted,
         is_skipped=materialize(is_skipped),
+        is_mended=is_spoiled,
+        is_broken=compared.is_broken,
         is_started=materialize(trial.is_started),
         is_at_snapshot=materialize(trial.is_started | (is_trial & ~trial.is_confirmed)),
-        is_copied=materialize(is_copied),
-        is_replaced=materialize(is_swapped | trial.is_failed),
+        is_copied=materialize(aging.is_copied),
+        is_replaced=materialize(aging.is_swapped | trial.is_failed),
         counts={
             "phase": _next_phase(settings, now, trial, is_cut, is_healthy),
-            "age": jnp.where(trial.is_confirmed | trial.is_failed, 0, age),
-            **remember(now, is_outlier, is_over),
+            "age": jnp.where(trial.is_over, 0, aging.age),
+            # What was before a trial was of other parameters, or of other data. While
+            # updates are cooled down, explosions are rather the fault of the steps.
+            **remember(now, is_outlier, trial.is_over | (carried.scale < 1)),
             "strikes": jnp.where(is_cut, strikes, now["strikes"]),
             "last_cut": jnp.where(is_cut, now["steps"], now["last_cut"]),
             "gave_up": now["nonfinite_updates_in_a_row"] >= settings.give_up_after,
-            **_counted(now, trial, is_skipped),
+            **_increment_counts(now, trial, is_skipped),
         },
-        carried=Carried(
-            scale=scale,
-            lowest_signal=lowest_signal,
-            to_beat=jnp.where(trial.is_started, to_beat, carried.to_beat),
-            rise=follow(
-                rise, trial.is_confirmed, trial.is_failed, is_copied, is_swapped
-            ),
-        ),
+        carried=_next_carried(seen, now, carried, trial, aging, rise, scale),
     )
 
 
-def _counted(now, trial, is_skipped) -> dict[str, jax.Array]:
-    """Those of the `COUNTS` that count what was done."""
+def _increment_counts(
+    now: dict[str, Any], trial: Trial, is_skipped: jax.Array
+) -> dict[str, jax.Array]:
+    """Increments the skip and rollback counts."""
     done = {
         "skipped": is_skipped,
         "rollbacks": trial.is_confirmed,
         "blocked_rollbacks": trial.is_blocked,
     }
     last = jnp.where(trial.is_confirmed, now["steps"], now["last_rollback"])
-    counted = {name: now[name] + x.astype(jnp.int32) for name, x in done.items()}
-    return counted | {"last_rollback": last}
+    counts = {name: now[name] + x.astype(jnp.int32) for name, x in done.items()}
+    return counts | {"last_rollback": last}
 
 
-def _is_change(settings, seen, now, lowest_signal) -> jax.Array:
+def _is_change(
+    settings: Settings, seen: Verdict, now: dict[str, Any], lowest_signal: jax.Array
+) -> jax.Array:
     """Whether a step that exploded is taken, as a change for good."""
     # Up to twice the lowest of the row, or of before the trial; at first ten times. If
     # no step was applied since the snapshot, anything: there is nothing to go back to.
@@ -214,7 +198,13 @@ def _is_change(settings, seen, now, lowest_signal) -> jax.Array:
     return is_finite_explosion & ~is_trial_in(now["phase"]) & is_change
 
 
-def _next_phase(settings, now, trial, is_cut, is_healthy) -> jax.Array:
+def _next_phase(
+    settings: Settings,
+    now: dict[str, Any],
+    trial: Trial,
+    is_cut: jax.Array,
+    is_healthy: jax.Array,
+) -> jax.Array:
     """The phase of the next step. `is_cut`: a rollback after which training goes on."""
     phase = now["phase"]
     # A snapshot that is better may still be suspect: then the rest is accepted.
@@ -229,7 +219,32 @@ def _next_phase(settings, now, trial, is_cut, is_healthy) -> jax.Array:
     return jnp.where(is_training, TRAINING, following)
 
 
-def _next_lowest_signal(seen, now, carried, is_started) -> jax.Array:
+def _next_carried(
+    seen: Verdict,
+    now: dict[str, Any],
+    carried: Carried,
+    trial: Trial,
+    aging: Aging,
+    rise: Rise,
+    scale: jax.Array,
+) -> Carried:
+    """What goes on to the next step."""
+    lowest = _next_lowest_signal(seen, now, carried, trial.is_started)
+    to_beat = jnp.where(aging.has_risen, rise.middle, halve_excess(seen, lowest))
+    return Carried(
+        scale=scale,
+        # If the trial fails, the risen level is what explosions are compared with.
+        lowest_signal=jnp.where(aging.has_risen, rise.level, lowest),
+        to_beat=jnp.where(trial.is_started, to_beat, carried.to_beat),
+        rise=follow(
+            rise, trial.is_confirmed, trial.is_failed, aging.is_copied, aging.is_swapped
+        ),
+    )
+
+
+def _next_lowest_signal(
+    seen: Verdict, now: dict[str, Any], carried: Carried, is_started: jax.Array
+) -> jax.Array:
     """See the table above; +inf if a step in the row was non-finite."""
     phase, lowest = now["phase"], carried.lowest_signal
     is_first = (now["suspect_in_a_row"] <= 1) | (phase == ACCEPTING)
@@ -239,15 +254,27 @@ def _next_lowest_signal(seen, now, carried, is_started) -> jax.Array:
     return jnp.where(is_kept, lowest, jnp.where(is_known, found, jnp.inf))
 
 
-def _next_age(settings, now, is_healthy, is_accepted):
-    """Healthy steps since the older snapshot; whether one is due, and takes its place.
+def _age_snapshots(
+    every: int,
+    now: dict[str, Any],
+    rise: Rise,
+    is_healthy: jax.Array,
+    is_accepted: jax.Array,
+) -> Aging:
+    """Counts healthy steps since the older snapshot, and says what is due.
 
     An accepted step makes it 1 at least: it was applied. After 2 * `snapshot_every` the
     newer snapshot is the older one, of age `snapshot_every`.
     """
-    every = settings.snapshot_every
     age = now["age"] + is_healthy.astype(jnp.int32)
     age = jnp.where(is_accepted, jnp.maximum(age, 1), age)
     is_swapped = is_healthy & (age == 2 * every)
     is_copied = is_healthy & (is_swapped | (age == every))
-    return jnp.where(is_swapped, every, age), is_copied, is_swapped
+    has_risen = is_copied & (now["phase"] == TRAINING) & is_at_fault(rise)
+    return Aging(
+        age=jnp.where(is_swapped, every, age),
+        # Snapshots stay while the older one is tried.
+        is_copied=is_copied & ~has_risen,
+        is_swapped=is_swapped & ~has_risen,
+        has_risen=has_risen,
+    )

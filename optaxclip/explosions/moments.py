@@ -1,4 +1,7 @@
-"""What the inner optimizer has made non-finite in its state: finds and resets it."""
+"""What the inner optimizer has made non-finite, in its state or updates: resets it.
+
+Internal.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,7 @@ def mend_moments(
     like = updates if params is None else params
 
     def at_start(flag):
-        tied = jax.tree.map(lambda x: _tied(flag, x), like)
+        tied = jax.tree.map(lambda x: _tie_array(flag, x), like)
         first = jax.tree.leaves(init(tied))
         return [jnp.asarray(first[i]) for i in others]
 
@@ -82,10 +85,26 @@ def mend_moments(
         scopes,
     )
     for i, moment in zip(of, moments, strict=True):
-        leaves[i] = mended(is_spoiled, moment)
+        leaves[i] = mend(is_spoiled, moment)
     for i, other in zip(others, found, strict=True):
         leaves[i] = other
     return materialize(is_spoiled), jax.tree.unflatten(structure, leaves)
+
+
+def drop_overflow(updates: Any, params: Any) -> Any:
+    """Updates that are 0 wherever the new parameter would not be finite."""
+
+    def drop(u, param=None):
+        if not is_gradient(u):
+            return u
+        applied = u = jnp.asarray(u)
+        if param is not None:
+            # A finite update may still overflow the dtype of its parameter.
+            param = jnp.asarray(param)
+            applied = add(param, u).astype(param.dtype)
+        return lax.select(jnp.isfinite(applied), u, jnp.zeros_like(u))
+
+    return jax.tree.map(drop, *([updates] if params is None else [updates, params]))
 
 
 def look(
@@ -149,7 +168,7 @@ def are_spoiled(x: jax.Array, first: jax.Array) -> jax.Array:
     return ~jnp.isfinite(x) & (x != first) & ~jnp.isnan(first)
 
 
-def mended(when: jax.Array, moment: jax.Array) -> jax.Array:
+def mend(when: jax.Array, moment: jax.Array) -> jax.Array:
     """A moment, `when` it is spoiled with 0 for elements that are non-finite."""
     finite = lax.select(jnp.isfinite(moment), moment, jnp.zeros_like(moment))
     return lax.select(when, finite, moment)
@@ -223,7 +242,7 @@ def find_others(state: Any, updates: Any) -> list[int]:
     ]
 
 
-def _tied(flag: jax.Array, x: Any) -> Any:
+def _tie_array(flag: jax.Array, x: Any) -> Any:
     """As `tie`, of an array alone: parameters may be numbers and functions too."""
     return tie(flag, lax.stop_gradient(x)) if isinstance(x, jax.Array) else x
 

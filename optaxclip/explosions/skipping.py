@@ -1,18 +1,20 @@
 """Skips exploded steps, cools down, and rolls back.
 
-`deciding.decide` says whether a step is skipped, on the verdict of `detecting` and on
-whether `moments.mend_moments` found any to mend. Then `responding.unlearn` takes back
-what the rules learned, `selecting.update_or_keep` keeps the state of the inner
-optimizer, and `responding.respond` makes the updates zero, or the way to a snapshot.
+Internal but for `skip_explosions`. `deciding.decide` says whether a step is skipped;
+the rest is here. `_accept` clips what is accepted, and makes the rules forget what is
+skipped; `_apply` runs the inner optimizer, or keeps its state; `_cool_down` scales its
+updates; `_skip_or_roll_back` makes them zero, or the way to a snapshot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.typing import ArrayLike
 
 from optaxclip.checks import (
@@ -23,34 +25,35 @@ from optaxclip.checks import (
     with_extra_args,
 )
 from optaxclip.clipping.rescaling import limit_updates
-from optaxclip.explosions.deciding import FIRST, carried_of, decide, numbers_of
+from optaxclip.explosions.carried import first_carried, pack_carried, unpack_carried
+from optaxclip.explosions.counting import count_response
+from optaxclip.explosions.deciding import Decision, decide
 from optaxclip.explosions.detecting import make_detection
-from optaxclip.explosions.moments import mend_moments
-from optaxclip.explosions.responding import (
-    check_trial,
-    count_response,
-    move_snapshots,
-    respond,
-    unlearn,
-)
+from optaxclip.explosions.moments import drop_overflow, mend_moments
 from optaxclip.explosions.rules import LOSS_LIMIT, MAX_GAP, NORM_LIMIT, SHARE_LIMIT
 from optaxclip.explosions.selecting import update_or_keep
 from optaxclip.explosions.settings import check_settings
 from optaxclip.explosions.snapshots import (
-    check_is_on_host,
+    check_can_roll_back,
+    compare_with_snapshot,
     empty_snapshots,
+    go_back,
+    is_on_host,
+    move_snapshots,
+    way_back,
 )
 from optaxclip.explosions.state import (
-    CARRIED,
     COUNTS,
     NUM_SKIPPED,
+    DetectExplosionsState,
     SkipExplosionsState,
-    with_skipped,
-    with_values,
+    Snapshots,
+    Verdict,
 )
 from optaxclip.limits.limit import LimitLike
 from optaxclip.norms.names import Stacked
 from optaxclip.norms.scopes import find_scopes
+from optaxclip.numerics import is_gradient, scale
 from optaxclip.recording import WINDOW
 
 
@@ -60,10 +63,13 @@ def skip_explosions(
     norm: LimitLike | None = NORM_LIMIT,
     share: LimitLike | None = SHARE_LIMIT,
     loss: LimitLike | None = LOSS_LIMIT,
+    # More than the 3 to 5 that start a trial: a row is tried before it is taken.
     max_consecutive: int = 10,
     cool_down: ArrayLike | None = None,
+    # A cut to 1/10 is back after 462 healthy steps, one to 1/64 after 834.
     recovery: ArrayLike = 1.005,
     rollback: bool | Literal["host"] = False,
+    # A rollback costs 50 to 100 steps, and copies 1/50 of one a step.
     snapshot_every: int = 50,
     rollback_after: int = 3,
     give_up_after: int = 100,
@@ -78,14 +84,10 @@ def skip_explosions(
 
     A step is skipped if `detect_explosions` would notice an explosion, unless the loss
     alone is non-finite: the updates are zeros, the inner state stays, bit for bit, and
-    the rules learn nothing from it. From the `max_consecutive`-th explosion in a row
-    on, finite ones are taken as a change of regime. The first of a row, with a norm of
-    at most ten times its limit, is taken too if two others came in the 128 steps
-    before, early in a run if one did. Where such a step is taken, a norm above its
-    limit is clipped to it. A step with non-finite gradients is never taken; after
-    `give_up_after` in a row the run is given up. `help(optaxclip.explosions)` says all
-    of this step by step, what `rollback` and `cool_down` add, and what goes where in a
-    trainer.
+    the rules learn nothing from it. Explosions that persist, or recur as outliers, are
+    taken in the end, clipped to the limit on the norm. A step with non-finite gradients
+    is never taken; after `give_up_after` in a row the run is given up. All of it step
+    by step, and what goes where in a trainer, is in `help(optaxclip.explosions)`.
 
     Updates that `inner` makes non-finite out of finite gradients become 0. They are not
     counted: another read of every update can cost more than the step. To count them,
@@ -93,13 +95,9 @@ def skip_explosions(
 
     The update of a rollback is `snapshot - params`, and it has to be applied as it is:
     put `skip_explosions` around everything that changes updates. It needs the memory of
-    two copies of the parameters; with `rollback="host"` that of the host, of the kind
-    "pinned_host". Then one copy goes there every `snapshot_every` healthy steps and
-    where a trial starts, and one comes back in each step of a trial, of non-finite
-    gradients, and in up to 16 before a snapshot is due if the loss has risen; in all
-    other steps nothing travels. But the updates are stored before they are applied,
-    which takes as much memory as the gradients. It needs JAX 0.10, and has been run on
-    CPUs only.
+    two copies of the parameters; with `rollback="host"` that of the host (of the kind
+    "pinned_host"), and on the device as much as the gradients, because the updates are
+    stored before they are applied. That needs JAX 0.10, and has been run on CPUs only.
 
     Args:
       inner: The optimizer; it gets all extra arguments.
@@ -171,71 +169,129 @@ def skip_explosions(
     inner = with_extra_args(inner)
 
     def init(params):
-        inner_state = inner.init(params)
-        snapshots = empty_snapshots(params, on_host=on_host) if rollback else ()
         return {
             label: SkipExplosionsState(
                 explosions=detection.init(params),
-                inner_state=inner_state,
-                carried=jnp.array(FIRST, jnp.float32),
-                snapshots=snapshots,
+                inner_state=inner.init(params),
+                carried=first_carried(),
+                snapshots=empty_snapshots(params, on_host=on_host) if rollback else (),
             )
         }
 
     def update(updates, state, params=None, **extra_args):
         state = own_state(state, label, SkipExplosionsState)
-        if on_host:
-            check_is_on_host(state.snapshots)
-        if rollback and params is None:
-            raise ValueError(
-                "a rollback is an update from the parameters: call "
-                "update(updates, state, params) with params, or give rollback=False"
-            )
-        explosions, seen = detection.update(
-            updates, extra_args, state.explosions, params
-        )
+        if rollback:
+            check_can_roll_back(state.snapshots, params, on_host=on_host)
+        before = state.explosions
+        explosions, seen = detection.update(updates, extra_args, before, params)
         # Found anew in each trace: the updates may be wider than the parameters.
         scopes = find_scopes(updates, "leaf", specs=specs, stacked=stacked)
         now = COUNTS.unpack(explosions.record.counts)
-        carried = carried_of(CARRIED.unpack(state.carried))
-        is_away, is_broken, pull = check_trial(
-            state, seen, now, params, updates, scopes, carried.rise, settings
+        carried = unpack_carried(state.carried)
+        compared = compare_with_snapshot(
+            settings, seen, now, carried.rise, state.snapshots, params, updates, scopes
         )
-        is_spoiled, kept = mend_moments(
-            state.explosions.counts.steps,
+        steps = before.counts.steps
+        is_spoiled, mended = mend_moments(
+            steps, state.inner_state, updates, params, scopes, inner.init
+        )
+        decision = decide(settings, seen, now, carried, compared, is_spoiled)
+        updates, explosions = _accept(decision, seen, updates, explosions, before)
+        is_skipped_after_copies, snapshots = move_snapshots(
+            decision, steps, params, state.snapshots
+        )
+        updates, inner_state = _apply(
+            lambda x: inner.update(updates, x, params, **extra_args),
             state.inner_state,
-            updates,
-            params,
-            scopes,
-            inner.init,
+            is_skipped_after_copies,
+            mended,
         )
-        decision = decide(settings, seen, now, carried, is_away, is_spoiled, pull)
-        explosions = unlearn(explosions, state.explosions, decision.is_skipped)
-        # An accepted step may be a thousand times too large; at the limit it is usual.
-        updates = limit_updates(
-            updates, decision.is_accepted, seen.norm, seen.norm_limit
+        if cool_down is not None:
+            updates = _cool_down(updates, decision.carried.scale)
+        updates = drop_overflow(updates, params)
+        updates = _skip_or_roll_back(
+            updates, params, decision, is_skipped_after_copies, snapshots
         )
-        is_skipped, snapshots = move_snapshots(decision, state, params)
-
-        def update_inner(inner_state):
-            found, new = inner.update(updates, inner_state, params, **extra_args)
-            check_structure(inner_state, new)
-            return found, new
-
-        updates, inner_state = update_or_keep(
-            update_inner, state.inner_state, is_skipped, kept
-        )
-        # Without it the updates are not touched, not even by a factor of 1.
-        factor = decision.carried.scale if cool_down is not None else None
-        updates = respond(updates, params, decision, is_skipped, snapshots, factor)
-        explosions = with_skipped(explosions, seen.event, now["skipped"], is_skipped)
-        counts = count_response(now, decision, is_spoiled, is_broken)
-        state = SkipExplosionsState(
-            explosions=with_values(explosions, counts),
-            inner_state=inner_state,
-            carried=CARRIED.pack(numbers_of(decision.carried)),
-            snapshots=snapshots,
-        )
+        explosions = count_response(explosions, seen, decision, is_skipped_after_copies)
+        carried = pack_carried(decision.carried)
+        state = SkipExplosionsState(explosions, inner_state, carried, snapshots)
         return updates, {label: state}
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _accept(
+    decision: Decision,
+    seen: Verdict,
+    updates: Any,
+    explosions: DetectExplosionsState,
+    before: DetectExplosionsState,
+) -> tuple[Any, DetectExplosionsState]:
+    """Limits what is accepted, and makes the rules forget what is skipped."""
+
+    def keep(new, old):
+        return jnp.where(decision.is_skipped, old, new)
+
+    # What comes of bad parameters would soon look healthy. Not `update_or_keep`: these
+    # are few numbers, and nothing is saved.
+    kept = jax.tree.map(keep, explosions.rule_states, before.rule_states)
+    # An accepted step may be a thousand times too large; at the limit it is usual.
+    updates = limit_updates(updates, decision.is_accepted, seen.norm, seen.norm_limit)
+    return updates, explosions._replace(rule_states=kept)
+
+
+def _apply(
+    update: Callable[[Any], tuple[Any, Any]],
+    inner_state: Any,
+    is_skipped: jax.Array,
+    mended: Any,
+) -> tuple[Any, Any]:
+    """Runs the inner optimizer; its state stays, but mended, if the step is skipped."""
+
+    def update_inner(inner_state):
+        updates, new = update(inner_state)
+        check_structure(inner_state, new)
+        return updates, new
+
+    return update_or_keep(update_inner, inner_state, is_skipped, mended)
+
+
+def _cool_down(updates: Any, factor: jax.Array) -> Any:
+    """Scales the updates by the factor of the last rollbacks."""
+
+    def cool(u):
+        if not is_gradient(u):
+            return u
+        u = jnp.asarray(u)  # it may be a Python number, or NumPy's float64
+        return scale(u, factor.astype(u.real.dtype))
+
+    return jax.tree.map(cool, updates)
+
+
+def _skip_or_roll_back(
+    updates: Any,
+    params: Any,
+    decision: Decision,
+    is_skipped: jax.Array,
+    snapshots: Snapshots | tuple[()],
+) -> Any:
+    """Makes updates 0 if the step is skipped, or the way to the snapshot."""
+
+    def skip(u, param=None, snapshot=None):
+        if not is_gradient(u):
+            return u
+        u = jnp.asarray(u)
+        # Not a product with 0, which NaN would survive.
+        if_skipped = jnp.zeros_like(u)
+        if snapshot is not None:
+            way = way_back(u, jnp.asarray(param), snapshot)
+            if_skipped = lax.select(decision.is_at_snapshot, way, if_skipped)
+        return lax.select(is_skipped, if_skipped, u)
+
+    if not isinstance(snapshots, Snapshots):
+        return jax.tree.map(skip, updates)
+    if not is_on_host(snapshots.older):
+        return jax.tree.map(skip, updates, params, snapshots.older)
+    # A select would fetch the snapshot in every step.
+    updates = jax.tree.map(skip, updates)
+    return go_back(decision.is_at_snapshot, updates, params, snapshots.older)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from optaxclip.explosions.rules import RULES, Fired
 from optaxclip.packing import Packing, View, flags_of
@@ -59,7 +57,7 @@ CARRIED = Packing(
         "squares",
     )
 )
-"""How `SkipExplosionsState.carried` is packed: a `deciding.Carried`."""
+"""How `SkipExplosionsState.carried` is packed: a `carried.Carried`."""
 
 NUM_ONSETS = 2
 """The first rows of `events`: where the last explosion began, and where the last
@@ -158,14 +156,6 @@ class DetectExplosionsState(NamedTuple):
         return self._replace(rule_states=((), (), ()))
 
 
-def with_values(
-    state: DetectExplosionsState, values: dict[str, jax.Array]
-) -> DetectExplosionsState:
-    """The state with other `COUNTS`."""
-    counts = COUNTS.pack(COUNTS.unpack(state.record.counts) | values)
-    return state._replace(record=state.record._replace(counts=counts))
-
-
 class Event(NamedTuple):
     """What is known of one step; see `DetectExplosionsState`."""
 
@@ -187,27 +177,6 @@ def event_of(row: Any) -> Event:
     """A row of `events`, or several: `[..., 9 + 2 * num_columns]`."""
     event = Event(**EVENT.unpack(row), tag=EVENT.read_others(row))
     return event._replace(fired=flags_of(event.fired, len(RULES)))
-
-
-def with_skipped(
-    state: DetectExplosionsState,
-    event: jax.Array,
-    num_skipped: jax.Array,
-    is_skipped: jax.Array,
-) -> DetectExplosionsState:
-    """The state that knows a step as skipped, if it is.
-
-    Args:
-      state: The state.
-      event: The step, as a row of `events`.
-      num_skipped: How many were skipped before.
-      is_skipped: Whether it is.
-    """
-    row = lax.broadcasted_iota(jnp.int32, (len(state.events), 1), 0)
-    # A select, which fuses with the one that makes the first two rows, and not a write
-    # at an index: that would be an array and a kernel of its own.
-    is_here = is_skipped & (row == NUM_ONSETS + num_skipped % NUM_SKIPPED)
-    return state._replace(events=jnp.where(is_here, event, state.events))
 
 
 class Verdict(NamedTuple):
@@ -257,7 +226,7 @@ class SkipExplosionsState(NamedTuple):
     inner_state: Any
     """State of the wrapped transformation."""
     carried: jax.Array
-    """float32 `[9]`, the numbers of a `deciding.Carried`: the factor of the updates,
+    """float32 `[9]`, the numbers of a `carried.Carried`: the factor of the updates,
     below 1 while they cool down; two signals, and what is known of the level of the
     loss. +inf for none. `scale` reads the first."""
     snapshots: Snapshots | tuple[()]

@@ -5,12 +5,13 @@ Internal. `deciding` has the table of the phases, and says what becomes of the s
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optaxclip.explosions.recurring import num_passed
+from optaxclip.explosions.settings import Settings
 from optaxclip.explosions.state import Verdict
 
 PHASES = ("training", "first trial", "second trial", "accepting")
@@ -31,6 +32,17 @@ def is_suspect(seen: Verdict) -> jax.Array:
     return seen.signal > seen.signal_limit
 
 
+class Comparison(NamedTuple):
+    """What the older snapshot says of the parameters, where it is asked."""
+
+    is_away: jax.Array
+    """Whether a trial is not at the parameters of the snapshot."""
+    is_broken: jax.Array
+    """Whether the parameters hold NaN."""
+    pull: jax.Array
+    """See `Rise.pulls`; 0 where it is of no use."""
+
+
 class Trial(NamedTuple):
     """How a trial of the snapshot goes on; bool `[]` each."""
 
@@ -40,14 +52,34 @@ class Trial(NamedTuple):
     is_confirmed: jax.Array
     """It succeeded: that is a rollback."""
     is_blocked: jax.Array
-    """It failed since the snapshot was not reached: the updates were not applied as
+    """It failed because the snapshot was not reached: the updates were not applied as
     they were."""
 
+    @property
+    def is_over(self) -> jax.Array:
+        """It has ended, either way."""
+        return self.is_confirmed | self.is_failed
 
-def next_trial(settings, seen, now, carried, is_change, is_away, has_risen) -> Trial:
+
+def next_trial(
+    settings: Settings,
+    seen: Verdict,
+    now: dict[str, Any],
+    to_beat: jax.Array,
+    is_change: jax.Array,
+    is_away: jax.Array,
+    has_risen: jax.Array,
+) -> Trial:
     """Starts a trial, ends it, or goes on: the table of phases in `deciding`.
 
-    `is_away`: the parameters of a trial are not those of the snapshot.
+    Args:
+      settings: The arguments.
+      seen: What is known of the step.
+      now: The `COUNTS`, with this step.
+      to_beat: The signal up to which the snapshot is better.
+      is_change: Whether the step is taken as a change for good.
+      is_away: Whether a trial is not at the parameters of the snapshot.
+      has_risen: Whether the loss has slowly risen, and the parameters are at fault.
     """
     is_trial = is_trial_in(now["phase"])
     if not settings.has_snapshots:
@@ -58,7 +90,7 @@ def next_trial(settings, seen, now, carried, is_change, is_away, has_risen) -> T
     is_due = ((is_persistent & ~is_change) | is_nonfinite) & ~is_trial
     # At age 0 no step was applied since the snapshot: it is what the run has.
     is_started = (is_due & (now["age"] > 0)) | has_risen
-    is_better = (seen.signal <= carried.to_beat) & ~seen.has_nonfinite_updates
+    is_better = (seen.signal <= to_beat) & ~seen.has_nonfinite_updates
     # From parameters that have grown far the first update may miss the snapshot by a
     # rounding of theirs: then the second trial decides. Whoever misses it twice does
     # not apply the updates as they are.
@@ -72,10 +104,11 @@ def next_trial(settings, seen, now, carried, is_change, is_away, has_risen) -> T
     )
 
 
-def half_of(lowest_signal, seen) -> jax.Array:
+def halve_excess(seen: Verdict, lowest_signal: jax.Array) -> jax.Array:
     """The signal at which half of the excess is gone; +inf if none is known.
 
     The rest may be usual for the snapshot: the limit has followed the run since.
     """
+    # Halves first: the sum of the two may overflow.
     middle = 0.5 * seen.signal_limit + 0.5 * lowest_signal
     return jnp.where(lowest_signal < jnp.inf, middle, jnp.inf)

@@ -15,9 +15,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import optaxclip
-from optaxclip.explosions.deciding import carried_of
+from optaxclip.explosions.carried import unpack_carried
 from optaxclip.explosions.rising import NUM_PULLS, RISE, SPAN, Rise, is_at_fault
-from optaxclip.explosions.state import CARRIED
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -157,8 +156,7 @@ def test_the_level_and_the_pulls_are_those_of_a_naive_count(rate, loss, num):
             way = params[i] - params[0]
             size = np.linalg.norm(way) * np.linalg.norm(grads[i])
             pulls.append(float(way @ grads[i] / size))
-    numbers = CARRIED.unpack(found.state["explosions"].carried[num - 1])
-    rise = carried_of(numbers).rise
+    rise = unpack_carried(found.state["explosions"].carried[num - 1]).rise
     np.testing.assert_allclose(rise.level, level, rtol=1e-5)
     np.testing.assert_allclose(rise.older, found.loss[0], rtol=1e-6)
     np.testing.assert_allclose(rise.pulls, sum(pulls), rtol=1e-5)
