@@ -26,6 +26,7 @@ class Carried(NamedTuple):
 
 def first_carried() -> jax.Array:
     """Packed, before the first step: no signal is known, and nothing is scaled."""
+    # The last two are the sums of `Rise`.
     return jnp.array((1.0, *[math.inf] * 6, 0.0, 0.0), jnp.float32)
 
 

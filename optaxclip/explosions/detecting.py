@@ -160,6 +160,7 @@ def make_detection(
 
     def init(params):
         scopes = find_scopes(params, "leaf", specs=specs, stacked=stacked)
+        # Their number and dtype alone: nothing of the parameters is read.
         norms, _ = jax.eval_shape(lambda: measure_leaves(params, scopes))
         sizes = scopes.sizes().astype(norms.dtype)
         first = {name: np.inf if name.endswith("limit") else 0 for name in EVENT.names}
@@ -188,6 +189,7 @@ def make_detection(
         bounds, rule_states = apply_rules(rules, signals, state.rule_states)
         leaf, has_grown = _compare_leaves(state, signals)
         fired = fired_of(signals, bounds, has_grown)
+        # Known while tracing, so that no step selects between loss and norm.
         has_loss_rule = value is not None and rules[2] is not None
         verdict = _judge(state, signals, bounds, fired, leaf, tag, has_loss_rule)
         flags = list(fired)

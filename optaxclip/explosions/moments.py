@@ -72,6 +72,7 @@ def mend_moments(
     like = updates if params is None else params
 
     def at_start(flag):
+        # Or XLA would make the start of the optimizer in each step, before the loop.
         tied = jax.tree.map(lambda x: _tie_array(flag, x), like)
         first = jax.tree.leaves(init(tied))
         return [jnp.asarray(first[i]) for i in others]
@@ -170,6 +171,7 @@ def are_spoiled(x: jax.Array, first: jax.Array) -> jax.Array:
 
 def mend(when: jax.Array, moment: jax.Array) -> jax.Array:
     """A moment, `when` it is spoiled with 0 for elements that are non-finite."""
+    # One by one: the other moments of the leaf are as good as before.
     finite = lax.select(jnp.isfinite(moment), moment, jnp.zeros_like(moment))
     return lax.select(when, finite, moment)
 
@@ -191,6 +193,7 @@ def find_moments(state: Any, updates: Any) -> dict[int, int]:
             return
         (children, structure), (others, _) = map(_split_node, (tree, like))
         if structure == _LEAF:
+            # A factored moment has another shape; `find_others` finds it.
             if is_gradient(tree) and np.shape(tree) == np.shape(like):
                 found[place] = index
             return
@@ -226,6 +229,7 @@ def find_others(state: Any, updates: Any) -> list[int]:
     def flags(tree):
         return jax.tree.map(lambda _: isinstance(tree, OURS), tree)
 
+    # A flag for each leaf, because their paths do not say whose state they are in.
     are_ours = jax.tree.map(flags, state, is_leaf=lambda x: isinstance(x, OURS))
     return [
         place

@@ -63,8 +63,8 @@ def remember(
 def num_passed(now: dict[str, Any]) -> jax.Array:
     """How many of the remembered were not long ago, and before this row.
 
-    0 to 2; from the second step of a row that an outlier began 0 or 1, since that is
-    one of the two.
+    0 to 2; from the second step of a row that an outlier began 0 or 1, because that
+    is one of the two.
     """
     began = _step(now) - now["in_a_row"] + 1
     steps = jnp.stack([now["last_outlier"], now["last_outlier_but_one"]])

@@ -87,6 +87,7 @@ def learn(
     """
     if not seen.has_loss_rule:
         return rise
+    # The first loss is its own level: inf - inf would make the average NaN for good.
     before = jnp.where(rise.level < jnp.inf, rise.level, seen.signal)
     # At first as a plain mean does.
     rate = jnp.maximum(1 / now["steps"], 1 / SPAN)
@@ -130,6 +131,7 @@ def follow(
     pulls, squares = (jnp.where(is_over, 0, x) for x in (rise.pulls, rise.squares))
     return Rise(
         first=rise.first,
+        # The parameters are those of the snapshot again.
         level=jnp.where(is_confirmed, rise.older, rise.level),
         older=jnp.where(is_failed, rise.level, older),
         newer=jnp.where(is_copied, rise.level, rise.newer),

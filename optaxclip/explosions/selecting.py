@@ -1,4 +1,4 @@
-"""Updates an optimizer or keeps its state, at no cost when it is updated."""
+"""Updates an optimizer or keeps its state, at no cost when it is updated. Internal."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def update_or_keep(
     kept = state if kept is None else kept
     is_traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((state, keep)))
     if not is_traced:
+        # Nothing is compiled, so there is no copy to avoid.
         updates, new = update(state)
         return updates, jax.tree.map(lambda x, y: _select(keep, x, y), kept, new)
     # Numbers that the user puts into a state have no type to compare.

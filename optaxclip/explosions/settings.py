@@ -35,6 +35,7 @@ def check_settings(
     """The settings; raises the errors of those that are out of range."""
     if not isinstance(rollback, bool) and rollback != "host":
         raise TypeError(f'rollback must be True, False or "host", not {rollback!r}')
+    # What may be traced is checked where it is a number, and clipped in `cool`.
     check_number("recovery", recovery, lambda x: x >= 1, ">= 1")
     if cool_down is not None:
         check_number("cool_down", cool_down, lambda x: 0 < x <= 1, "within (0, 1]")

@@ -280,7 +280,6 @@ def _skip_or_roll_back(
     def skip(u, param=None, snapshot=None):
         if not is_gradient(u):
             return u
-        u = jnp.asarray(u)
         # Not a product with 0, which NaN would survive.
         if_skipped = jnp.zeros_like(u)
         if snapshot is not None:

@@ -114,7 +114,7 @@ def compare(
         anew = lax.optimization_barrier((x, y, u))
         wide = accumulator([x, y, u])
         x, y = (widen(z, wide) for z in (x, y))
-        # Sums, since for them alone XLA stores nothing for every element; nor does it
+        # Sums, because for them alone XLA stores nothing for every element; nor does it
         # where a number would be multiplied with each, so `eps` stands outside.
         distance, size = (jnp.sum((z * z.conj()).real, axes) for z in (x - y, y))
         x, y, u = (widen(z, wide) for z in anew)

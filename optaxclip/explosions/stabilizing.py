@@ -1,4 +1,4 @@
-"""The recommended stack in one call."""
+"""The recommended stack in one call. Internal but for `stabilize`."""
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ def stabilize(
         norm=norm,
         share=share,
         loss=loss,
-        # 1/64, since steps that explode may be a hundred times too large, and a search
-        # in smaller cuts loses a snapshot's age with each. 1.002: what exploded at 1
-        # and is stable at 1/16 explodes again when it recovers within some hundred
-        # steps, often too slowly to be noticed.
+        # 1/64, because steps that explode may be a hundred times too large, and a
+        # search in smaller cuts loses a snapshot's age with each. 1.002: what exploded
+        # at 1 and is stable at 1/16 explodes again when it recovers within some hundred
+        # steps, often too slowly to be noticed; so it takes 1388 steps.
         cool_down=1 / 64 if rollback else None,
         recovery=1.002,
         rollback=rollback,
