@@ -63,7 +63,7 @@ NUM_ONSETS = 2
 """The first rows of `events`: where the last explosion began, and where the last
 non-finite steps did."""
 NUM_SKIPPED = 64
-"""The rows behind these: the last skipped steps, however long ago they were. A choice of
+"""The rows behind these: the last skipped steps, however long ago they were. Chosen by
 size: 64 rows of nine int32 are 2304 bytes, whatever the number of leaves."""
 FLAGS = (*RULES, "after_skipped")
 """The flags in "fired" of a row. The last says that the step before it was skipped:
