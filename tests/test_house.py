@@ -15,10 +15,10 @@ PACKAGE = Path(__file__).parents[1] / "optaxclip"
 # `norms` and lies below `recording`. The guides `trainers` and `tracking` need nothing.
 FLOORS = [
     ["checks", "numerics", "tracking", "trainers"],
-    ["xla", "extras", "limits"],
+    ["xla", "extras"],
     ["norms", "packing"],
-    ["clipping", "ring"],
-    ["recording"],
+    ["limits", "ring"],
+    ["clipping", "recording"],
     ["explosions"],
     ["reporting"],
 ]

@@ -72,7 +72,7 @@ def find_states(opt_state: Any) -> dict[str, Any]:
                 )
             found[label] = state
             # A clip or a recorder may stand inside of what skips.
-            visit(state.inner_state if state.is_skipping else ())
+            visit(getattr(state, "inner_state", ()))
 
     visit(opt_state)
     return found
