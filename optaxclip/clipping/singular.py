@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from optaxclip.numerics import where
+from optaxclip.xla import run_if, tie
 
 NUM_LANCZOS = 24
 """Steps of the Lanczos process: of a matrix of random elements, whose singular values
@@ -41,6 +42,13 @@ KINK = POLYNOMIALS[0, 0]
 # The 0.1 % keep what is rounded, or near the kink, below the limit.
 INVERSE_ROOT = 2.60271, -3.63601, 2.98754, -0.95572
 
+LEAST_SIDE = 1024
+"""From this number of rows and columns on, few singular values beyond the limit are
+clipped one by one: where the products with whole matrices take the longest, instead of
+the starts of many small ones."""
+NUM_ROUNDS = 4
+"""How often that finds some and clips them, before all are clipped by products."""
+
 matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
@@ -50,32 +58,69 @@ def adjoint(x: jax.Array) -> jax.Array:
 
 
 def largest_singular_value(x: jax.Array) -> jax.Array:
-    """The largest singular value, at most 0.5 % too small and never too large.
+    """The largest singular value, at most 0.5 % too small and never too large."""
+    alpha, beta, *_ = bidiagonalize(x, starts_of(x, 1)[0], keep=False)
+    return largest_of(alpha, beta)
 
-    Golub-Kahan-Lanczos: 24 products with a vector from each side, which give a
-    bidiagonal matrix with the same largest singular value.
+
+def starts_of(x: jax.Array, number: int) -> jax.Array:
+    """Unit vectors `[number, n]` of random elements.
+
+    No gradient is orthogonal to them but by chance.
     """
-    tiny = jnp.finfo(x.real.dtype).tiny
-    # Of random elements, which no gradient is orthogonal to but by chance.
-    start = np.random.default_rng(0).standard_normal(x.shape[1])
-    # A sum, so that under `vmap` it is sharded as the matrices are.
-    v = jnp.zeros_like(x[0]) + jnp.asarray(start / np.linalg.norm(start), x.dtype)
+    starts = np.random.default_rng(0).standard_normal((number, x.shape[1]))
+    starts /= np.linalg.norm(starts, axis=1, keepdims=True)
+    # A sum, so that under `vmap` they are sharded as the matrices are.
+    return jnp.zeros_like(x[:1]) + jnp.asarray(starts, x.dtype)
 
-    def normalize(vector):
-        # Zero, once the process has found all there is.
-        size = jnp.sqrt(jnp.sum(jnp.square(vector.real) + jnp.square(vector.imag)))
-        return vector / jnp.maximum(size, tiny).astype(x.dtype), size
 
-    def step(carry, _):
-        v, u, beta = carry
-        u, alpha = normalize(matmul(x, v) - beta.astype(x.dtype) * u)
-        v, beta = normalize(matmul(adjoint(x), u) - alpha.astype(x.dtype) * v)
-        return (v, u, beta), (alpha, beta)
+def bidiagonalize(
+    x: jax.Array, start: jax.Array, *, keep: bool
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Golub-Kahan-Lanczos: 24 products with a vector from each side.
 
-    start = v, jnp.zeros_like(x[:, 0]), jnp.zeros_like(x[0, 0].real)
+    Returns the diagonal `alpha` and what stands right of it, `beta`, of an upper
+    bidiagonal matrix B. If `keep`, also orthonormal columns with `x V = U B`, of which
+    each new one is made orthogonal to those before; else without columns.
+    """
     num_steps = min(NUM_LANCZOS, *x.shape)
-    _, (alpha, beta) = lax.scan(step, start, length=num_steps)
-    # The bidiagonal matrix times its transpose.
+
+    def normalize(vector, basis):
+        # Twice, since once leaves roundings where little remains.
+        for _ in range(2):
+            vector = vector - matmul(basis, left_product(vector, basis))
+        size = jnp.sqrt(jnp.sum(jnp.square(vector.real) + jnp.square(vector.imag)))
+        # Zero, once the process has found all there is but roundings.
+        is_new = size > 8 * jnp.finfo(size.dtype).eps
+        size = where(is_new, size, 0)
+        return where(is_new, vector, 0) / where(is_new, size, 1).astype(x.dtype), size
+
+    def step(carry, place):
+        v, u, beta, left, right = carry
+        right = right + jnp.outer(v, place)
+        u, alpha = normalize(matmul(x, v) - beta.astype(x.dtype) * u, left)
+        left = left + jnp.outer(u, place)
+        v, beta = normalize(left_product(u, x) - alpha.astype(x.dtype) * v, right)
+        return (v, u, beta, left, right), (alpha, beta)
+
+    places = jnp.eye(num_steps, num_steps if keep else 0, dtype=x.dtype)
+    u, zero = jnp.zeros_like(x[:, 0]), jnp.zeros_like(x[0, 0].real)
+    bases = (jnp.zeros_like(jnp.outer(vector, places[0])) for vector in (u, start))
+    carry, (alpha, beta) = lax.scan(step, (start, u, zero, *bases), places)
+    *_, left, right = carry
+    return alpha, beta, left, right
+
+
+def left_product(u: jax.Array, x: jax.Array) -> jax.Array:
+    """The conjugate transpose of `x` times the vector `u`."""
+    # Written as that, XLA's CPU compiler would transpose the matrix each time.
+    return matmul(u.conj(), x).conj()
+
+
+def largest_of(alpha: jax.Array, beta: jax.Array) -> jax.Array:
+    """The largest singular value of what `bidiagonalize` found."""
+    tiny = jnp.finfo(alpha.dtype).tiny
+    # The bidiagonal matrix, and the last beta, times its transpose.
     coupling = beta[:-1] * alpha[1:]
     gram = jnp.diag(jnp.square(alpha) + jnp.square(beta))
     gram = gram + jnp.diag(coupling, 1) + jnp.diag(coupling, -1)
@@ -133,8 +178,64 @@ def soften_singular_values(x: jax.Array, limit: jax.Array) -> jax.Array:
     return orthogonalize(both, limit / largest)[: x.shape[0]]
 
 
+@jax.custom_jvp
 def cap_singular_values(x: jax.Array, limit: jax.Array) -> jax.Array:
     """`min(s, limit)`, in units of the limit, for each singular value s."""
+    if min(x.shape) < LEAST_SIDE:
+        return cap_all(x, limit)[0]
+    is_done, found = cap_leading(x, limit)
+    return run_if(~is_done, lambda flag, _: cap_all(tie(flag, x), limit)[0], found)[1]
+
+
+@cap_singular_values.defjvp
+def _(primals, tangents):
+    # That of the process in `cap_leading` would be one of its roundings.
+    return jax.jvp(lambda x, limit: cap_all(x, limit)[0], primals, tangents)
+
+
+def cap_leading(x: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What `cap_singular_values` returns, where few singular values exceed the limit; and whether so.
+
+    In the space that `bidiagonalize` finds, x is a matrix of 24 rows, which is clipped
+    there. Of equal singular values each round finds one or a few; the last one finds
+    that all fit.
+    """
+    starts = starts_of(x, NUM_ROUNDS + 1)
+    rounds = jnp.arange(NUM_ROUNDS + 1)
+
+    def step(carry):
+        y, place, _, _ = carry
+        chosen = jnp.where(rounds[:, None] == place, starts, jnp.zeros_like(starts))
+        alpha, beta, left, right = bidiagonalize(y, jnp.sum(chosen, 0), keep=True)
+        found = largest_of(alpha, beta)
+        lower = jnp.diag(alpha) + jnp.diag(beta[:-1], -1)
+        clipped, beyond = cap_all(lower, limit)
+        for _ in range(3):  # The 8th power: nothing of what is hardly beyond.
+            beyond = matmul(beyond, beyond)
+        # How far those that exceed the limit are from being singular vectors.
+        rest = beta[-1] * jnp.sqrt(jnp.sum(jnp.square(beyond[-1])))
+        fits = found <= limit * (1 + 1e-3)
+        # Beyond 2000 times the limit, roundings of what is large count.
+        is_known = fits | ((rest <= 2e-3 * limit) & (found <= 2000 * limit))
+        change = matmul(left, (limit * clipped - lower).mT.astype(x.dtype))
+        y = jnp.where(fits, y, y + matmul(change, adjoint(right)))
+        return y, place + 1, fits, is_known
+
+    def goes_on(carry):
+        _, place, fits, is_known = carry
+        return ~fits & is_known & (place <= NUM_ROUNDS)
+
+    zero = jnp.zeros_like(limit + x[0, 0].real)
+    start = x, zero.astype(rounds.dtype), zero > 0, zero <= 0
+    y, _, fits, _ = lax.while_loop(goes_on, step, start)
+    return fits, y / limit.astype(x.dtype)
+
+
+def cap_all(x: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`min(s, limit)`, in units of the limit, for each singular value s.
+
+    Also the projection `[n, n]` to the right vectors of those beyond the limit.
+    """
     # What is soft has squares t = s^2 / (limit^2 + s^2), over 1/2 beyond the limit, and
     # min(s / limit, 1) is its root divided by that of max(t, 1 - t): of numbers from
     # 1/2 to 1, so that nothing is rounded to more than the limit.
@@ -147,4 +248,4 @@ def cap_singular_values(x: jax.Array, limit: jax.Array) -> jax.Array:
     inverse_root = highest * one
     for coefficient in reversed(lower):
         inverse_root = coefficient * one + matmul(larger, inverse_root)
-    return matmul(soft, inverse_root)
+    return matmul(soft, inverse_root), (one + sign) / 2

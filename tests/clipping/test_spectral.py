@@ -124,10 +124,100 @@ def test_singular_values_are_at_most_the_limit(name, dtype):
         assert state.num_clipped == 1
 
 
+BULK = np.linspace(0.8, 0.1, 128)  # of the limit, and in the names what exceeds it
+FEW = {
+    "one": [3],
+    "one hardly": [1.02],
+    "one at 1000": [1000],
+    "five": [8, 5, 3, 2, 1.3],
+    "five at 1000": [1000, 300, 30, 5, 1.3],
+    "close together": [3.004, 3.003, 3.002, 3.001, 3],
+}
+MANY = {
+    "half": np.linspace(3, 1, 64),
+    "a condition of 10000": np.geomspace(100, 0.01, 128),
+    "one at 5000": [5000],
+    "many that hardly exceed": np.linspace(1.3, 1, 64),
+}
+
+
+@pytest.fixture
+def few_by_few(monkeypatch):
+    """Small matrices, too, are clipped by their leading singular values."""
+    monkeypatch.setattr(singular, "LEAST_SIDE", 8)
+
+
+def beyond(values) -> np.ndarray:
+    return matrix([*values, *BULK[len(values) :]], shape=(160, 128))
+
+
+def in_units(x) -> tuple[jax.Array, jax.Array]:
+    """A matrix of Frobenius norm 1, and the limit that was 1 before."""
+    size = np.linalg.norm(x)
+    return jnp.float32(x / size), jnp.float32(1 / size)
+
+
+cap_leading, cap_all = jax.jit(singular.cap_leading), jax.jit(singular.cap_all)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_few_singular_values_are_clipped_one_by_one(name):
+    x, limit = in_units(beyond(FEW[name]))
+    is_done, found = cap_leading(x, limit)
+    assert is_done
+    assert singular_values(found)[0] <= 1 + 1e-6
+    expected = reference(x, float(limit)) / float(limit)
+    assert np.linalg.norm(wide(found) - expected, 2) <= 3e-3
+
+
+@pytest.mark.slow
+def test_of_equal_ones_a_round_finds_some():
+    # In an exact process each round finds one.
+    values = [3.0, 3.0, *np.linspace(0.8, 0.1, 20)]
+    x, limit = in_units(np.eye(128, 22) * values)
+    is_done, found = cap_leading(x, limit)
+    assert is_done
+    expected = np.eye(128, 22) * np.minimum(values, 1)
+    np.testing.assert_allclose(found, expected, atol=3e-3)
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_where_many_exceed_the_limit_few_does_not_do(name):
+    assert not cap_leading(*in_units(beyond(MANY[name])))[0]
+
+
+@pytest.mark.usefixtures("few_by_few")
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)]
+)
+def test_layers_of_which_few_and_of_which_many_exceed_the_limit(dtype):
+    values = [FEW["five"], MANY["half"], [0.9], FEW["one at 1000"]]
+    layers = jnp.asarray(np.stack([beyond(x) for x in values]), dtype)
+    clip = make(1.0, stacked=lambda name: True)
+    found, state = jax.jit(clip.update)(layers, clip.init(layers))
+    room = 1e-6 if dtype == jnp.float32 else 3e-3
+    for x, y in zip(layers, found, strict=True):
+        assert singular_values(y)[0] <= 1 + room
+        assert np.linalg.norm(wide(y) - reference(x, 1.0), 2) <= 3e-3 + room
+    assert state["clip"].num_clipped.tolist() == [1, 1, 0, 1]
+    chex.assert_trees_all_equal(found[2], layers[2])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_by_few")
+def test_the_derivative_where_few_exceed_the_limit_is_that_of_all():
+    x, limit = in_units(beyond(FEW["five"]))
+    tangents = jnp.float32(np.random.default_rng(1).standard_normal(x.shape)), limit
+    _, slope = jax.jvp(singular.cap, (x, limit), tangents)
+    _, expected = jax.jvp(lambda *x: cap_all(*x)[0], (x, limit), tangents)
+    scale = float(jnp.linalg.norm(expected))
+    np.testing.assert_allclose(slope / scale, expected / scale, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", cases(MATRICES))
 def test_the_smooth_form_is_that_of_spectra(name):
     x = MATRICES[name] / np.linalg.norm(MATRICES[name], 2)
-    for ratio in (0.1, 1, 30, 1e3):
+    for ratio in (0.1, 0.99, 30, 1e3):
         expected = reference(x, 1 / ratio, smooth=True)
         np.testing.assert_allclose(spectra(x, 1 / ratio), expected, atol=1e-7 / ratio)
         found, state = clipped(jnp.float32(x), jnp.float32(1 / ratio), smooth=True)
@@ -277,12 +367,14 @@ def test_complex_and_double_matrices(x64):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("least_side", [8, 1024])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(
     "spec",
     [P("x"), *(pytest.param(x, marks=pytest.mark.slow) for x in (P(None, "x"), P()))],
 )
-def test_sharded_matrices_are_whole(kind, spec):
+def test_sharded_matrices_are_whole(kind, spec, least_side, monkeypatch):
+    monkeypatch.setattr(singular, "LEAST_SIDE", least_side)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
     clip = make(1.0)
     x = jnp.float32(np.random.default_rng(0).standard_normal((16, 24)))
@@ -307,9 +399,14 @@ def test_sharded_matrices_are_whole(kind, spec):
     "check_vma", [pytest.param(False, marks=pytest.mark.slow), True]
 )
 @pytest.mark.parametrize(
-    "smooth", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["cap", "smooth"]
+    ("smooth", "least_side"),
+    [(False, 1024), (True, 1024), (False, 8)],
+    ids=["cap", "smooth", "few"],
 )
-def test_matrices_are_whole_inside_shard_map(smooth, check_vma):
+def test_matrices_are_whole_inside_shard_map(
+    smooth, least_side, check_vma, monkeypatch
+):
+    monkeypatch.setattr(singular, "LEAST_SIDE", least_side)
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     shapes = {"both": (16, 24), "last": (8, 32), "layers": (3, 8, 16)}
     shapes |= {"same": (8, 8), "vector": (8,)}
