@@ -183,14 +183,19 @@ def cap_singular_values(x: jax.Array, limit: jax.Array) -> jax.Array:
     """`min(s, limit)`, in units of the limit, for each singular value s."""
     if min(x.shape) < LEAST_SIDE:
         return cap_all(x, limit)[0]
-    is_done, found = cap_leading(x, limit)
-    return run_if(~is_done, lambda flag, _: cap_all(tie(flag, x), limit)[0], found)[1]
+    return cap_first(x, limit)
 
 
 @cap_singular_values.defjvp
 def _(primals, tangents):
     # That of the process in `cap_leading` would be one of its roundings.
     return jax.jvp(lambda x, limit: cap_all(x, limit)[0], primals, tangents)
+
+
+def cap_first(x: jax.Array, limit: jax.Array) -> jax.Array:
+    """What `cap` returns: if few exceed the limit, these alone are looked for."""
+    is_done, found = cap_leading(x, limit)
+    return run_if(~is_done, lambda flag, _: cap_all(tie(flag, x), limit)[0], found)[1]
 
 
 def cap_leading(x: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:

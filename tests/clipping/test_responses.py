@@ -436,6 +436,20 @@ def test_norms_of_many_experts_are_those_of_the_unstacked_tree():
     np.testing.assert_allclose(norms[7 * 384 : 7 * 384 + 20], some, rtol=2e-7)
 
 
+@pytest.mark.slow
+def test_metrics_and_memory_of_many_experts_under_stabilize():
+    params = {"experts": jnp.zeros((48, 384, 1, 1)), "router": jnp.zeros(2)}
+    tx = optaxclip.stabilize(
+        optax.sgd(0.1), stacked=lambda name: 2 * (name == "experts")
+    )
+    state = jax.eval_shape(tx.init, params)
+    sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
+    assert max(sizes) == 4 * 256 * (48 * 384 + 1 + 6)  # the record, 19 MB
+    assert sum(sizes) < 1.05 * max(sizes)
+    found = jax.eval_shape(lambda state: optaxclip.metrics(state, params), state)
+    assert len(found) < 100
+
+
 @pytest.mark.parametrize(
     ("stacked", "error", "match"),
     [
