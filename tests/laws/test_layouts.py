@@ -110,7 +110,7 @@ ROWS: dict[str, Callable] = {
     "clip_by_norm, soft": clip(3.0, respond="soft"),
     "clip_by_norm, set": clip(3.0, respond="set", per="unit"),
     "clip_by_norm, band": clip(3.0, min_norm=limits.quantile(), per="leaf"),
-    "clip_by_norm, where": clip(3.0, where=lambda name: "kernel" in name),
+    "clip_by_norm, where": clip(3.0, where=lambda name: name != "hidden"),
     "limits.with_global": clip(limits.with_global(2.0, 3.0), per=group),
     "gradient_stabilizer, limits.mean_over_rms": of(optaxclip.gradient_stabilizer),
     "aggc": of(optaxclip.aggc, 0.5, 1.5, per=group),
@@ -130,6 +130,7 @@ ROWS: dict[str, Callable] = {
     "autoclip, limits.percentile": of(optaxclip.autoclip, per="leaf", window=4),
     "adagc, limits.ema": of(optaxclip.adagc, warmup=2),
     "agc, limits.params": of(optaxclip.agc),
+    "agc, unit_axis": of(optaxclip.agc, unit_axis=lambda name: -(name != "hidden")),
     "block_rms, limits.rms": of(optaxclip.block_rms, 0.5),
     "detect_explosions": of(optaxclip.detect_explosions),
     "detect_explosions, stacked": of(optaxclip.detect_explosions, stacked=is_stacked),
@@ -253,9 +254,12 @@ def specs_of(state, specs) -> Any:
 
     def of_units(norms):
         for norm, (name, spec) in zip(norms, sorted(specs.items()), strict=True):
-            axes = (*spec, None, None, None)[: len(SHAPES[name])]
+            shape = SHAPES[name]
+            axes = (*spec, None, None, None)[: len(shape)]
+            is_last = norm.ndim == 0 or norm.shape[-1] == shape[-1]
             # The first axis is that of the layers of a stacked leaf.
-            kept = {0: (), 1: axes[-1:], 2: axes[:1] + axes[-1:]}
+            unit = axes[-1:] if is_last else axes[:1]
+            kept = {0: (), 1: unit, 2: axes[:1] + axes[-1:]}
             yield P(*kept[norm.ndim])
 
     def spec_of(x):
@@ -430,6 +434,7 @@ ALL_REDUCES = dict.fromkeys(ROWS, (0, 1, 1, 3)) | {
     "clip_by_norm, stacked units": (0, 2, 1, 3),
     "unit_norms": (0, 2, 1, 3),
     "agc, limits.params": (0, 3, 1, 4),
+    "agc, unit_axis": (0, 3, 3, 4),
     "skip_explosions": (0, 2, 2, 6),
     "skip_explosions, rollback": (0, 2, 2, 6),
 }
