@@ -199,7 +199,7 @@ def cap_first(x: jax.Array, limit: jax.Array) -> jax.Array:
 
 
 def cap_leading(x: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What `cap_singular_values` returns, where few singular values exceed the limit; and whether so.
+    """The result where few singular values exceed the limit, and whether that is so.
 
     In the space that `bidiagonalize` finds, x is a matrix of 24 rows, which is clipped
     there. Of equal singular values each round finds one or a few; the last one finds
