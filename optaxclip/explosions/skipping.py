@@ -206,6 +206,7 @@ def skip_explosions(
             is_skipped_after_copies,
             mended,
         )
+        # Without it the updates are not touched, not even by a factor of 1.
         if cool_down is not None:
             updates = _cool_down(updates, decision.carried.scale)
         updates = drop_overflow(updates, params)
