@@ -23,7 +23,7 @@ class Packing:
     """Which number stands where in the last axis of an array.
 
     Of int32 if there are whole numbers, among which a float32 stands as its bits, so
-    that it comes back as it was; else of float32, or of the dtype given to `pack`.
+    that it comes back as it was; else of float32, or from `stack` of any dtype.
 
     Args:
       ints: The names of the whole numbers, which stand first.
@@ -36,22 +36,17 @@ class Packing:
         self._kept = jnp.int32 if ints else jnp.float32
 
     def pack(
-        self,
-        values: Mapping[str, jax.Array],
-        others: Sequence[jax.Array] = (),
-        *,
-        dtype: Any = jnp.float32,
+        self, values: Mapping[str, jax.Array], others: Sequence[jax.Array] = ()
     ) -> jax.Array:
-        """One array `[..., num_names + num_others]` of numbers `[...]`.
+        """One array `[num_names + num_others]` of numbers `[]`.
 
-        `others` are floats without names, and stand last. `dtype`: of the floats;
-        another one only where there are no whole numbers.
+        `others` are of float32 and without names, and stand last.
         """
         numbers = [
-            self._to_kept(values[name], jnp.int32 if name in self._ints else dtype)
-            for name in self.names
+            self._to_kept(values[name], self._dtype(name)) for name in self.names
         ]
-        return stack_scalars(numbers + [self._to_kept(x, dtype) for x in others])
+        others = [self._to_kept(x, jnp.float32) for x in others]
+        return stack_scalars(numbers + others)
 
     def pack_known(
         self, values: Mapping[str, float], others: Sequence[float] = ()
@@ -62,33 +57,43 @@ class Packing:
         bits = np.asarray([*floats, *others], np.float32).view(self._kept)
         return np.concatenate([np.asarray(ints, self._kept), bits])
 
+    def stack(self, values: Mapping[str, jax.Array]) -> jax.Array:
+        """As `pack`, of floats `[...]` of any one dtype: `[..., num_names]`.
+
+        With selects the numbers of a limit, which are long to compute, would take five
+        more kernels of a detector.
+        """
+        return jnp.stack([values[name] for name in self.names], axis=-1)
+
     def read(self, packed: Any, name: str) -> jax.Array:
         """One number of each array in `[..., num_names + num_others]`: `[...]`."""
         number = packed[..., self.names.index(name)]
-        return number if name in self._ints else self._float_of(number)
+        return self._from_kept(number, self._dtype(name))
 
     def read_others(self, packed: Any) -> jax.Array:
         """`[..., num_others]`."""
-        return self._float_of(packed[..., len(self.names) :])
+        return self._from_kept(packed[..., len(self.names) :], jnp.float32)
 
     def unpack(self, packed: Any) -> dict[str, jax.Array]:
         """`{name: [...]}`."""
         return {name: self.read(packed, name) for name in self.names}
 
+    def _dtype(self, name: str) -> Any:
+        return jnp.int32 if name in self._ints else jnp.float32
+
     def _to_kept(self, x: jax.Array, dtype: Any) -> jax.Array:
         x = jnp.asarray(x)
         is_float = jnp.issubdtype(x.dtype, jnp.floating)
         x = saturating_cast(x, dtype) if is_float else x.astype(dtype)
-        is_bits = self._ints and jnp.issubdtype(dtype, jnp.floating)
-        return lax.bitcast_convert_type(x, jnp.int32) if is_bits else x
+        return x if dtype == self._kept else lax.bitcast_convert_type(x, self._kept)
 
-    def _float_of(self, x: Any) -> Any:
-        if not self._ints:
+    def _from_kept(self, x: Any, dtype: Any) -> Any:
+        if dtype == self._kept:
             return x
         # On the host without a program of its own.
         if isinstance(x, np.ndarray | np.generic):
-            return np.ascontiguousarray(x).view(np.float32).reshape(x.shape)
-        return lax.bitcast_convert_type(x, jnp.float32)
+            return np.ascontiguousarray(x).view(dtype).reshape(x.shape)
+        return lax.bitcast_convert_type(x, dtype)
 
 
 class View:

@@ -1,4 +1,7 @@
-"""What is written so only for the compiler. Internal."""
+"""What is written so only for the compiler. Internal.
+
+Each docstring names the test that is red without it, on XLA's CPU compiler.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ from optaxclip.numerics import where
 def materialize(x: jax.Array) -> jax.Array:
     """The numbers or flags themselves.
 
-    XLA computes again what is cheap in every loop that reads it, but no division.
+    XLA computes again what is cheap in every loop that reads it, but no division: with
+    one flag for all elements there was a quarter less of `stabilize` to compile. Test:
+    `test_stabilize_decides_once_for_all_elements`.
     """
     if x.dtype == bool:
         return materialize(x.astype(jnp.float32)) > 0
@@ -25,13 +30,15 @@ def materialize(x: jax.Array) -> jax.Array:
 
 
 def stack_scalars(values: Sequence[jax.Array]) -> jax.Array:
-    """As `jnp.stack` along a new last axis, with which XLA would not fuse."""
+    """As `jnp.stack` of single numbers, with which XLA would not fuse.
+
+    Test: `test_what_is_packed_is_one_kernel`.
+    """
     # Selects fuse with what reads the stack; a concatenation is a kernel of its own.
-    shape = (*values[0].shape, len(values))
-    place = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
-    found = jnp.zeros(shape, values[0].dtype)
+    place = lax.iota(jnp.int32, len(values))
+    found = jnp.zeros(len(values), values[0].dtype)
     for i, x in enumerate(values):
-        found = jnp.where(place == i, x[..., None] if x.ndim else x, found)
+        found = jnp.where(place == i, x, found)
     return found
 
 
@@ -39,7 +46,8 @@ def store(x: jax.Array) -> jax.Array:
     """The array as it is, which XLA stores before anything reads it.
 
     It makes a chain of additions of a sum of numbers that lie apart, and on CPU takes
-    time cubic in their number to fuse it.
+    time cubic in their number to fuse it: norms of 2000 leaves compiled in 59 s, stored
+    in 14 s. Test: `test_norm_of_many_leaves_is_not_one_chain_of_additions`.
     """
     return lax.optimization_barrier(x)
 
@@ -60,7 +68,8 @@ def tie_both(x: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Both as they are, in a loop that makes the factor: each known with the other.
 
     XLA would else convert the array before the loop, in every healthy step, and store
-    one array of the factor for each shape.
+    one array of the factor for each shape, 6 % of the gradients of a GPT-2 of 12
+    layers. Tests: `test_norm_keeps_no_copy_of_the_gradients` and the one after it.
     """
     x, factor = lax.optimization_barrier((x, factor))
     return x, factor
@@ -71,7 +80,8 @@ def repeat_while(
 ) -> Any:
     """`start`, replaced by its function as long as the condition holds; free if not.
 
-    A loop also where it has one turn: `vmap` would run both sides of a `cond`.
+    A loop also where it has one turn: `vmap` would run both sides of a `cond`. Test:
+    `test_norm_branches_once_for_all_leaves`.
     """
     return lax.while_loop(condition, function, start)
 
@@ -83,7 +93,8 @@ def run_if(
 
     A `repeat_while` of at most one turn; a select would read and write all. `start` is
     replaced in place if what follows depends on the False, since XLA then runs that
-    after the loop. What the function reads besides it has to be tied to the True.
+    after the loop. What the function reads besides it has to be tied to the True. Test:
+    `test_skipping_stays_in_place`, with `rollback`.
     """
 
     def body(carry):
@@ -103,7 +114,8 @@ def after(done: jax.Array, flag: jax.Array) -> jax.Array:
 def tie(flag: jax.Array, tree: Any) -> Any:
     """The tree as it is, read in the loop of `run_if` whose flag this is.
 
-    XLA would otherwise compute what depends on it alone before the loop, on each step.
+    XLA is free to compute what depends on it alone before the loop, on each step. On
+    CPU it leaves that in the loop also without this, and no test is red.
     """
     # Each array by itself: together all would vary over the mesh axes of any.
     return jax.tree.map(lambda x: lax.optimization_barrier((flag, x))[1], tree)
@@ -142,23 +154,36 @@ def replace_where(when, new, old):
 
 
 def like(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The array in the dtype and in the memory of another one."""
+    """The array in the dtype and in the memory of another one.
+
+    Test: `test_nothing_travels_in_a_healthy_step`.
+    """
     return put(x.astype(y.dtype), jax.typeof(y).memory_space)
 
 
 def put(x: jax.Array, memory: Any) -> jax.Array:
-    """The array in a `jax.memory.Space`; as it is if it is there."""
+    """The array in a `jax.memory.Space`; as it is if it is there.
+
+    Test: `test_nothing_travels_in_a_healthy_step`.
+    """
     # JAX marks it as moved even if it stays.
     return x if jax.typeof(x).memory_space == memory else jax.device_put(x, memory)
 
 
 def reshard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """The array, sharded as told, on a mesh with explicit axes; else as it is."""
+    """The array, sharded as told, on a mesh with explicit axes; else as it is.
+
+    There JAX refuses what it would have to move by itself. Test:
+    `test_on_a_mesh_with_explicit_axes`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     is_explicit = AxisType.Explicit in mesh.axis_types
     return jax.sharding.reshard(x, spec) if is_explicit else x
 
 
 def replicate(x: jax.Array) -> jax.Array:
-    """The whole array, on each device of a mesh with explicit axes; else as it is."""
+    """The whole array, on each device of a mesh with explicit axes; else as it is.
+
+    Test: `test_experts_on_eight_devices`.
+    """
     return reshard(x, PartitionSpec(*[None] * x.ndim))

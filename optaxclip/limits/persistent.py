@@ -125,7 +125,7 @@ def sustained_rise(
             "num_seen": jnp.minimum(before.num_seen + 1, window),
             "num_above": jnp.minimum(num_above, patience),
         }
-        learned = SustainedRiseState(RISE.pack(learned, dtype=norms.dtype))
+        learned = SustainedRiseState(RISE.stack(learned))
         return limits, keep_finite(norms, learned, state)
 
     return Limit(init, update)
@@ -197,7 +197,7 @@ def above_lowest(
             "num_seen": num_seen,
             "num_above": jnp.where(is_lasting, 0, num_above),
         }
-        learned = LOWEST.pack(learned, dtype=norms.dtype)
+        learned = LOWEST.stack(learned)
         learned = jnp.where((norms > 0)[..., None], learned, 0)
         return limits, keep_finite(jnp.abs(norms), LowestState(learned), state)
 
@@ -252,7 +252,7 @@ def fraction_of_start(fraction: ArrayLike = 1e-3, *, num_steps: int = 8) -> Limi
             "mean": jnp.where(is_first, next_mean, mean),
             "num_seen": jnp.where(is_first, num, num_seen),
         }
-        learned = START.pack(learned, dtype=norms.dtype)
+        learned = START.stack(learned)
         learned = jnp.where((norms > 0)[..., None], learned, -1)
         return limits, keep_finite(jnp.abs(norms), StartState(learned), state)
 

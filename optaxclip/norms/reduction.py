@@ -9,6 +9,7 @@ two from `_SafeRange`: the rescue. Any other ord always divides by the largest e
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -136,7 +137,7 @@ def _sums_of_powers(
         # Inverted by a division: XLA would compute what is cheaper again for each leaf.
         inverses = jax.tree.map(lambda unit: 1 / unit, units)
         pairs = zip(gradients, sharing.spread(inverses), strict=True)
-        tied = [tie_both(x, factor) for x, factor in pairs]
+        tied = itertools.starmap(tie_both, pairs)
         sums = sums_of([scale(widen(x, dtype), factor) for x, factor in tied])
         if starts_in_loop:
             keep = functools.partial(where, num_reads == 0)
