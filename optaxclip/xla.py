@@ -56,7 +56,8 @@ def read_apart(x: jax.Array, reader: Literal["norm", "clip"]) -> jax.Array:
     """The array as it is; what a reader makes of it is shared with no other one.
 
     XLA would else store what both can use: the squares for a norm and an optimizer, or
-    a bfloat16 leaf in float32 for a norm and its clip.
+    a bfloat16 leaf in float32 for a norm and its clip. Test, red without both or with
+    two that are equal: `test_bfloat16_gradients_are_not_kept_in_float32`.
     """
     # XLA merges two barriers that are equal: the 0 makes them differ.
     if reader == "norm":
@@ -107,7 +108,10 @@ def run_if(
 
 
 def after(done: jax.Array, flag: jax.Array) -> jax.Array:
-    """The flag as it is, known only after the `run_if` that gave the False `done`."""
+    """The flag as it is, known only after the `run_if` that gave the False `done`.
+
+    Test: as of `run_if`.
+    """
     return flag | done
 
 
@@ -125,7 +129,7 @@ def replace_where(when, new, old):
     """(False, `new` if `when`, else `old`): two trees; costs nothing if not.
 
     What reads `new`, or takes its place, must depend on the False, see `run_if`.
-    Derivatives are those of the select.
+    Derivatives are those of the select. Test: as of `run_if`.
     """
 
     @jax.custom_jvp
