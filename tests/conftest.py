@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import gc
 import os
 import shutil
 import tempfile
@@ -31,6 +32,9 @@ import pytest
 
 chex.set_n_cpu_devices(8)
 
+# What JAX has traced and compiled stays, and is not worth looking through so often.
+gc.set_threshold(50_000, 20, 100)
+
 
 def needs_xla(*, since: tuple[int, ...], reason: str) -> pytest.MarkDecorator:
     """Skips where the compiler, which comes with JAX, is older than JAX `since`.
@@ -46,6 +50,11 @@ def needs_xla(*, since: tuple[int, ...], reason: str) -> pytest.MarkDecorator:
 stores_no_squares = needs_xla(
     since=(0, 10, 2), reason="stores the squares of the gradients that it adds up"
 )
+
+
+def pytest_collection_finish():
+    """Nothing that is imported by now is garbage."""
+    gc.freeze()
 
 
 @pytest.fixture
