@@ -58,7 +58,7 @@ together, so the norm of all updates stays exact. Which leaves vanish is not kno
 >>> recorder = optaxclip.record(top=2, stacked=lambda name: 2 * (name == "experts"))
 >>> model = {"experts": jnp.ones((2, 3, 4, 4)), "router": jnp.ones(3)}
 >>> grads = {"experts": model["experts"].at[1, 2].set(9.0), "router": jnp.ones(3)}
->>> _, opt_state = recorder.update(grads, recorder.init(model))
+>>> _, opt_state = jax.jit(recorder.update)(grads, recorder.init(model))
 >>> kept = optaxclip.history(opt_state, model)
 >>> print(kept.names, kept.norms[0].round(2))
 ['top/1', 'top/2', 'rest'] [36.    4.    8.19]
@@ -168,15 +168,15 @@ def record(
       in place of `num_scopes`.
 
     Example:
-      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> import jax, jax.numpy as jnp, optax, optaxclip
       >>> tx = optax.chain(
       ...     optaxclip.record("before"), optaxclip.clip_by_norm(1.0),
       ...     optaxclip.record("after"), optax.sgd(0.1),
       ... )
       >>> params = {"w": jnp.ones(2)}
-      >>> state = tx.init(params)
+      >>> state, update = tx.init(params), jax.jit(tx.update)
       >>> for size in [0.5, 3.0]:
-      ...     updates, state = tx.update({"w": jnp.array([size, 0.0])}, state, params)
+      ...     updates, state = update({"w": jnp.array([size, 0.0])}, state, params)
       >>> for label in ["before", "after"]:
       ...     print(optaxclip.history(state, params, label=label).norm.round(3))
       [0.5 3. ]

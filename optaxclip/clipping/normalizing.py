@@ -48,10 +48,10 @@ def gradient_stabilizer(
       The transformation, with the state `{label: ClipByNormState}`.
 
     Example:
-      >>> import jax.numpy as jnp, optaxclip
+      >>> import jax, jax.numpy as jnp, optaxclip
       >>> clip = optaxclip.gradient_stabilizer()
       >>> grads = {"w": jnp.array([30.0, 40.0])}
-      >>> updates, state = clip.update(grads, clip.init(grads))
+      >>> updates, state = jax.jit(clip.update)(grads, clip.init(grads))
       >>> print(updates["w"].round(3))
       [0.6 0.8]
 

@@ -77,11 +77,11 @@ def zscore(
       The limit. State: 3 numbers per scope.
 
     Example:
-      >>> import jax.numpy as jnp, optaxclip
+      >>> import jax, jax.numpy as jnp, optaxclip
       >>> limit = optaxclip.limits.zscore(2.0, warmup=2)
-      >>> state = limit.init(jnp.ones(()))
+      >>> state, update = limit.init(jnp.ones(())), jax.jit(limit.update)
       >>> for norm in [1.0, 3.0, 100.0]:
-      ...     value, state = limit.update(jnp.array(norm), state, None)
+      ...     value, state = update(jnp.array(norm), state, None)
       ...     print(round(float(value), 3))
       inf
       inf
@@ -167,11 +167,11 @@ def ema(
       The limit. State: 2 numbers per scope.
 
     Example:
-      >>> import jax.numpy as jnp, optaxclip
+      >>> import jax, jax.numpy as jnp, optaxclip
       >>> limit = optaxclip.limits.ema(2.0, decay=0.5, warmup=2)
-      >>> state = limit.init(jnp.ones(()))
+      >>> state, update = limit.init(jnp.ones(())), jax.jit(limit.update)
       >>> for norm in [1.0, 100.0, 1.0]:
-      ...     value, state = limit.update(jnp.array(norm), state, None)
+      ...     value, state = update(jnp.array(norm), state, None)
       ...     print(value)
       inf
       2.0
@@ -240,11 +240,11 @@ def quantile(
       The limit. State: 1 number per scope.
 
     Example:
-      >>> import jax.numpy as jnp, optaxclip
+      >>> import jax, jax.numpy as jnp, optaxclip
       >>> limit = optaxclip.limits.quantile(0.5)
-      >>> state = limit.init(jnp.ones(()))
+      >>> state, update = limit.init(jnp.ones(())), jax.jit(limit.update)
       >>> for _ in range(100):
-      ...     value, state = limit.update(jnp.array(5.0), state, None)
+      ...     value, state = update(jnp.array(5.0), state, None)
       >>> print(4.5 < value < 5.5)
       True
 

@@ -86,11 +86,11 @@ def sustained_rise(
       The limit. State: 5 numbers per scope.
 
     Example:
-      >>> import jax.numpy as jnp, optaxclip
+      >>> import jax, jax.numpy as jnp, optaxclip
       >>> limit = optaxclip.limits.sustained_rise(patience=2)
-      >>> state = limit.init(jnp.ones(()))
+      >>> state, update = limit.init(jnp.ones(())), jax.jit(limit.update)
       >>> for norm in [1.0] * 50 + [8.0, 8.0]:
-      ...     value, state = limit.update(jnp.array(norm), state, None)
+      ...     value, state = update(jnp.array(norm), state, None)
       >>> print(round(float(value), 1))
       5.2
     """
@@ -160,11 +160,11 @@ def above_lowest(
       The limit. State: 4 numbers per scope.
 
     Example:
-      >>> import jax.numpy as jnp, optaxclip
+      >>> import jax, jax.numpy as jnp, optaxclip
       >>> limit = optaxclip.limits.above_lowest(window=2)
-      >>> state = limit.init(jnp.ones(()))
+      >>> state, update = limit.init(jnp.ones(())), jax.jit(limit.update)
       >>> for loss in [2.0, 1.0, 3.0, 12.5, 13.0]:
-      ...     value, state = limit.update(jnp.array(loss), state, None)
+      ...     value, state = update(jnp.array(loss), state, None)
       >>> print(round(float(value), 1))
       12.0
     """
@@ -223,11 +223,11 @@ def fraction_of_start(fraction: ArrayLike = 1e-3, *, num_steps: int = 8) -> Limi
       The limit. State: 2 numbers per scope.
 
     Example:
-      >>> import jax.numpy as jnp, optaxclip
+      >>> import jax, jax.numpy as jnp, optaxclip
       >>> limit = optaxclip.limits.fraction_of_start(0.01, num_steps=2)
-      >>> state = limit.init(jnp.ones(()))
+      >>> state, update = limit.init(jnp.ones(())), jax.jit(limit.update)
       >>> for loss in [100.0, 25.0, 3.0]:
-      ...     value, state = limit.update(jnp.array(loss), state, None)
+      ...     value, state = update(jnp.array(loss), state, None)
       >>> print(round(float(value), 3))
       0.5
     """

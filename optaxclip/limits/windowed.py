@@ -47,11 +47,11 @@ def percentile(percent: ArrayLike = 10.0, *, window: int = 1024) -> Limit:
       The limit. State: two windows per scope.
 
     Example:
-      >>> import jax.numpy as jnp, optaxclip
+      >>> import jax, jax.numpy as jnp, optaxclip
       >>> limit = optaxclip.limits.percentile(50.0, window=3)
-      >>> state = limit.init(jnp.ones(()))
+      >>> state, update = limit.init(jnp.ones(())), jax.jit(limit.update)
       >>> for norm in [1.0, 2.0, 9.0, 3.0]:
-      ...     value, state = limit.update(jnp.array(norm), state, None)
+      ...     value, state = update(jnp.array(norm), state, None)
       ...     print(value)
       1.0
       1.5
@@ -100,11 +100,11 @@ def window_sigma(sigmas: ArrayLike = 3.0, *, window: int = 128) -> Limit:
       The limit. State: one window per scope.
 
     Example:
-      >>> import jax.numpy as jnp, optaxclip
+      >>> import jax, jax.numpy as jnp, optaxclip
       >>> limit = optaxclip.limits.window_sigma(2.0, window=4)
-      >>> state = limit.init(jnp.ones(()))
+      >>> state, update = limit.init(jnp.ones(())), jax.jit(limit.update)
       >>> for norm in [1.0, 3.0, 100.0]:
-      ...     value, state = limit.update(jnp.array(norm), state, None)
+      ...     value, state = update(jnp.array(norm), state, None)
       ...     print(round(float(value), 3))
       inf
       inf
@@ -186,11 +186,11 @@ def log_quantile(
       The limit. State: two windows per scope.
 
     Example:
-      >>> import jax.numpy as jnp, optaxclip
+      >>> import jax, jax.numpy as jnp, optaxclip
       >>> limit = optaxclip.limits.log_quantile(window=4)
-      >>> state = limit.init(jnp.ones(()))
+      >>> state, update = limit.init(jnp.ones(())), jax.jit(limit.update)
       >>> for norm in [1.0, 2.0, 100.0]:
-      ...     value, state = limit.update(jnp.array(norm), state, None)
+      ...     value, state = update(jnp.array(norm), state, None)
       ...     print(round(float(value), 3))
       inf
       5.0

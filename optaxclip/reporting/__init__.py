@@ -19,9 +19,9 @@ the leaves their names; without it they are numbered.
 >>> import json, jax, jax.numpy as jnp, optax, optaxclip
 >>> tx = optax.chain(optaxclip.record("gradients"), optaxclip.clip_by_norm(1.0))
 >>> params = {"w": jnp.ones(2), "b": jnp.ones(1)}
->>> opt_state = tx.init(params)
+>>> opt_state, update = tx.init(params), jax.jit(tx.update)
 >>> grads = {"w": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
->>> _, opt_state = tx.update(grads, opt_state, params, value=jnp.array(0.5))
+>>> _, opt_state = update(grads, opt_state, params, value=jnp.array(0.5))
 >>> metrics = optaxclip.metrics(opt_state, params)
 >>> names = ["clip/norm", "clip/norm_after", "clip/clipped_fraction"]
 >>> for name in [*names, "gradients/norm/b"]:
