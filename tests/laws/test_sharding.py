@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 import optaxclip
 
+pytestmark = pytest.mark.usefixtures("quick_by_default")
+
 PERS = {
     "tree": "tree",
     "leaf": "leaf",

@@ -16,7 +16,7 @@ from optaxclip.norms import reduction
 from optaxclip.norms.measuring import measure_leaves
 from optaxclip.norms.scopes import find_scopes
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = pytest.mark.usefixtures("strict", "quick_by_default")
 
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64]
 ORDS = [1, 1.5, 2, 3, 7.5, math.inf]

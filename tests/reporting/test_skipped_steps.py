@@ -53,7 +53,7 @@ def batches_of(num_steps) -> np.ndarray:
 def test_they_are_those_that_were_not_taken_with_batch_and_rules():
     """Among them two trials of a rollback, against which no rule says anything."""
     bad = {70: 50.0, 90: np.nan, 200: 50.0, 201: 60.0, 202: 70.0}
-    sizes, batches = sizes_of(260, bad), batches_of(260)
+    sizes, batches = sizes_of(400, bad), batches_of(400)
     state, was_taken = run(TX, TX.init(PARAMS), sizes, batches)
     found = optaxclip.skipped_steps(state)
     skipped = np.flatnonzero(~np.asarray(was_taken))
