@@ -17,9 +17,14 @@ import optaxclip
 from conftest import stores_no_squares
 from optaxclip import limits
 
-pytestmark = pytest.mark.skipif(
-    jax.default_backend() != "cpu", reason="the bounds are those of XLA's CPU compiler"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        jax.default_backend() != "cpu",
+        reason="the bounds are those of XLA's CPU compiler",
+    ),
+    # What is counted is what XLA makes, before LLVM compiles it.
+    pytest.mark.usefixtures("quick_by_default"),
+]
 
 CLIPS = {
     "none": optax.identity(),

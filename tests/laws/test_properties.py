@@ -6,10 +6,13 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 import optaxclip
 import reference
+
+pytestmark = pytest.mark.usefixtures("quick_by_default")
 
 DTYPES = {
     "float16": (2.0**-11, 1e-3, 6e4),
