@@ -231,7 +231,14 @@ RUNS = {
     "equinox": run_equinox,
     "haiku": run_haiku,
 }
-every_framework = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+# But for plain JAX they are slow: by default each trains as that does, below.
+every_framework = pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(run, id=name, marks=[] if name == "plain" else pytest.mark.slow)
+        for name, run in RUNS.items()
+    ],
+)
 
 
 def naive_clipped_sgd(max_norm: float):
@@ -299,11 +306,9 @@ def test_every_framework_trains_as_plain_jax_does(name):
     assert expected.losses[-1] < expected.losses[0]
 
 
-# The recipes of `help(optaxclip.trainers)` do so as well; it has none for Haiku.
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(x, marks=[] if x == "haiku" else pytest.mark.slow) for x in RUNS],
-)
+# The recipes of `help(optaxclip.trainers)` do so as well, and the loop of the README.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_every_framework_skips_a_bad_batch(name, monkeypatch):
     bad = functools.partial(batches, bad=3)
     monkeypatch.setitem(globals(), "batches", bad)

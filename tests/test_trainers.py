@@ -227,7 +227,7 @@ def test_specs_of_the_parameters_are_those_of_the_snapshots(masks):
     assert found == ["spec of b", "spec of w"]
 
 
-@pytest.mark.parametrize("bad", [False, True])
+@pytest.mark.parametrize("bad", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_hyperparameter_set_inside_jit_may_be_a_python_number(bad):
     tx = stabilize(optax.inject_hyperparams(optax.sgd)(0.1))
     grads = {
@@ -300,6 +300,7 @@ def test_a_run_that_was_saved_without_it_goes_on_from_its_moments():
 # What stands behind a rollback, and from where it returns.
 
 
+@pytest.mark.slow
 def test_a_rollback_that_something_undoes_is_told():
     tx = optax.chain(stabilize(optax.identity()), optax.scale(-0.01))
     _, state = train(tx, [*FINE * 3, *BAD, *FINE * 2])
@@ -410,6 +411,7 @@ def test_accumulation_around_it_is_told_at_once():
     assert "should_skip_update_fn=optax.skip_not_finite" in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["stabilize around", "skip_not_finite"])
 def test_of_accumulation_one_micro_batch_is_lost(order):
     sgd = optax.sgd(0.1)

@@ -373,14 +373,9 @@ def test_per_example_clip():
 # `apply_if_finite`, and what is better.
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        optaxclip.skip_explosions,
-        pytest.param(optaxclip.stabilize, marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.parametrize("momentum", [None, pytest.param(0.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [optaxclip.skip_explosions, optaxclip.stabilize])
+@pytest.mark.parametrize("momentum", [None, 0.0])
 def test_apply_if_finite(make, momentum):
     """It takes the fifth NaN, after two and two; ours never takes one."""
     tx = make(optax.sgd(1.0, momentum))

@@ -84,6 +84,7 @@ def test_a_bad_batch_at_any_step_leaves_nothing():
         assert np.flatnonzero(~taken).tolist() == [bad]
 
 
+@pytest.mark.slow
 def test_bad_batches_at_two_steps_leave_nothing():
     """The same in a loop, which compiles less."""
     run, found, expected, taken = jax.jit(step), start(), start(), []

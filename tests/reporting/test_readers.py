@@ -104,6 +104,7 @@ def stacked_runs() -> Any:
     return members, runs, params, states
 
 
+@pytest.mark.slow
 def test_metrics_of_runs_stacked_by_vmap_are_those_of_each():
     members, runs, params, states = stacked_runs()
     found = optaxclip.metrics(states, params)
