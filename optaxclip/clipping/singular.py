@@ -44,8 +44,8 @@ INVERSE_ROOT = 2.60271, -3.63601, 2.98754, -0.95572
 
 LEAST_SIDE = 1024
 """From this number of rows and columns on, few singular values beyond the limit are
-clipped one by one: where the products with whole matrices take the longest, instead of
-the starts of many small ones."""
+clipped alone. On CPU that pays for smaller ones, too. On GPU it has not been timed;
+there many small products may take longer than a few large ones."""
 NUM_ROUNDS = 4
 """How often that finds some and clips them, before all are clipped by products."""
 
@@ -199,7 +199,7 @@ def cap_first(x: jax.Array, limit: jax.Array) -> jax.Array:
 
 
 def cap_leading(x: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The result where few singular values exceed the limit, and whether that is so.
+    """Whether few singular values exceed the limit; and the result if so.
 
     In the space that `bidiagonalize` finds, x is a matrix of 24 rows, which is clipped
     there. Of equal singular values each round finds one or a few; the last one finds
