@@ -193,7 +193,7 @@ def _(primals, tangents):
 
 
 def cap_first(x: jax.Array, limit: jax.Array) -> jax.Array:
-    """What `cap` returns: if few exceed the limit, these alone are looked for."""
+    """The same: of few that exceed the limit, these alone are looked for."""
     is_done, found = cap_leading(x, limit)
     return run_if(~is_done, lambda flag, _: cap_all(tie(flag, x), limit)[0], found)[1]
 
