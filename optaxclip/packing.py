@@ -119,4 +119,6 @@ def bits_of(flags: Sequence[jax.Array]) -> jax.Array:
 
 def flags_of(bits: Any, num: int) -> Any:
     """Bool `[..., num]`: the lowest bits of whole numbers."""
-    return (bits[..., None] >> np.arange(num, dtype=np.int32)) % 2 == 1
+    # Of equal rank, since a user may forbid to broadcast to a higher one.
+    places = np.arange(num, dtype=np.int32).reshape([1] * np.ndim(bits) + [num])
+    return (bits[..., None] >> places) % 2 == 1
