@@ -187,9 +187,9 @@ the network explodes while another dominates the norm:
     of a leaf, 24 by the loss. Step 675 was non-finite: the loss was inf, with finite
     gradients. It began on step 605: the share of leaf 'aux.l00.W' in the norm was
     6.14e-05, above its limit 6.48e-06. Leaf 'aux.l00.W' had grown most. The norm had
-    grown by 1.93x per step (a fit) since step 618, from 962 to 1.29e+19. In the end
-    that of 'aux.l00.W' had grown most, by 1.96x per step (a fit) since step 600, from
-    0.00068 to 1.29e+19.
+    grown by about 1.93x per step since step 618, from 962 to 1.29e+19. In the end that
+    of 'aux.l00.W' had grown most, by about 1.96x per step since step 600, from 0.00068
+    to 1.29e+19.
 
 `python tests/benchmarks/detection.py --explain` prints it. The fit is a line through
 the logarithms of all norms since that step; `explosions/growth` in the metrics is that

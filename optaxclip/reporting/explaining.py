@@ -54,7 +54,7 @@ def explain(opt_state: Any, params: Any = None) -> str:
       explosions: 1 of 6 steps exploded: 1 by the norm
       The last explosion began on step 5: the norm was 30, above its limit 15
       Leaf 'w' had grown most
-      The norm had grown by 5x per step (a fit) since step 3, from 1.2 to 30
+      The norm had grown by about 5x per step since step 3, from 1.2 to 30
       No loss was given as value=, so the rule on it was silent.
     """
     return "\n".join(

@@ -28,7 +28,7 @@ def growth_of(kept: History, began: int) -> list[str]:
         what = f"In the end that of {kept.names[most]!r} had grown most, by"
         found.append((what, _grown(kept.norms[:, most], unknown, began, end)))
     return [
-        f"{what} {grown.rate:.3g}x per step (a fit) since step "
+        f"{what} about {grown.rate:.3g}x per step since step "
         f"{kept.step[grown.start]}, from {grown.low:.3g} to {grown.high:.3g}."
         for what, grown in found
         if grown

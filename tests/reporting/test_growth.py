@@ -54,7 +54,7 @@ def test_the_growth_is_that_of_a_line_fitted_to_the_logarithms(kept):
     by_ends = np.exp((logs[-1] - logs[0]) / (logs.size - 1))
     assert abs(np.exp(slope) - by_ends) > 0.01
     (told,) = growth_of(kept, BEGAN)
-    assert f"by {np.exp(slope):.3g}x per step (a fit) since step {BEGAN - 1}" in told
+    assert f"by about {np.exp(slope):.3g}x per step since step {BEGAN - 1}" in told
     fitted = fit_growth(np.float32(norms[rise]))
     np.testing.assert_allclose(fitted, np.exp(slope), rtol=1e-5)
 
