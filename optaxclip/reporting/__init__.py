@@ -191,9 +191,9 @@ the network explodes while another dominates the norm:
     of 'aux.l00.W' had grown most, by about 1.96x per step since step 600, from 0.00068
     to 1.29e+19.
 
-`python tests/benchmarks/detection.py --explain` prints it. The fit is a line through
-the logarithms of all norms since that step; `explosions/growth` in the metrics is that
-of the last eight. There are six recorded runs of this kind. `explain` names a leaf of
+`python tests/benchmarks/detection.py --explain` prints it. The growth is fitted to the
+logarithms of all norms since that step; `explosions/growth` in the metrics is fitted to
+those of eight. There are six recorded runs of this kind. `explain` names a leaf of
 the exploding part in all six, and the step in five. In the sixth the explosion began
 before the steps that are kept.
 
