@@ -45,6 +45,7 @@ BEHIND = {"Levanter"}  # sees the updates, and so stands behind the optimizer
 COLORS = dict(zip(CLIPS, ("#000000", *curves.COLORS[:-1], "#999999"), strict=True))
 MEASURES = ("clip/norm", "clip/limit", "clip/clipped_fraction")
 CHUNK = 20  # steps between two updates of the progress bar
+COLUMNS = 4  # of the picture
 HIGHEST = 100  # higher losses and norms, as of a diverged run, are drawn here
 ROW = "{:8} | {:22} | {:16} | {:24} | {:8} | {}"
 
@@ -212,28 +213,33 @@ def report(result: Result) -> None:
 
 def draw(path: Path, result: Result) -> None:
     """Draws the losses, the norms with their limits, and the loss of each seed."""
-    num_clips = len(result.runs)
-    figure = Figure(figsize=(2.2 * num_clips, 8), layout="constrained")
-    rows: Any = [
-        [f"{name}: loss" for name in result.runs],
-        [f"{name}: norm, limit" for name in result.runs],
-        ["final loss of each seed"] * num_clips,
-    ]
-    axes = figure.subplot_mosaic(rows, height_ratios=[3, 3, 2])
+    names = list(result.runs)
+    rows: Any = []
+    for start in range(0, len(names), COLUMNS):
+        block = names[start : start + COLUMNS]
+        empty = ["."] * (COLUMNS - len(block))
+        rows.append([f"{name}: loss" for name in block] + empty)
+        rows.append([norm_title(name) for name in block] + empty)
+    heights = [3] * len(rows) + [2.5]
+    rows.append(["final loss of each seed"] * COLUMNS)
+    figure = Figure(figsize=(2.2 * COLUMNS, 0.8 * sum(heights)), layout="constrained")
+    axes = figure.subplot_mosaic(rows, height_ratios=heights)
     for name, of_clip in result.runs.items():
-        loss_axis = axes[f"{name}: loss"]
-        norm_axis = axes[f"{name}: norm, limit"]
+        loss_axis, norm_axis = axes[f"{name}: loss"], axes[norm_title(name)]
+        # Updates are larger than gradients, by the learning rate.
+        unit = 20 if name in BEHIND else 1
         draw_spread(loss_axis, of_clip.losses, COLORS[name])
-        draw_spread(norm_axis, of_clip.norms, COLORS[name])
+        draw_spread(norm_axis, of_clip.norms, COLORS[name], unit=unit)
         norm_axis.plot(np.median(of_clip.limits, axis=1), "k--", linewidth=1)
         loss_axis.set(ylim=(0.9, 110), yscale="log")
-        norm_axis.set(ylim=(0.03, 110), yscale="log", xlabel="step")
+        norm_axis.set(ylim=(0.03 * unit, 110 * unit), yscale="log", xlabel="step")
 
     end_axis = axes["final loss of each seed"]
     for name, found in result.summaries.items():
         ends = np.minimum(found["loss"], HIGHEST)
         end_axis.plot(ends, [name] * len(ends), "o", color=COLORS[name], alpha=0.6)
-    end_axis.set(xscale="log", xlim=(0.9, 110), ylim=(num_clips - 0.5, -0.5))
+    end_axis.set(xscale="log", xlim=(0.9, 110), ylim=(len(names) - 0.5, -0.5))
+    end_axis.set_xticks([1, 2, 5, 10, 20, 50, 100])
     end_axis.xaxis.set_major_formatter("{x:g}")
 
     for title, axis in axes.items():
@@ -243,9 +249,14 @@ def draw(path: Path, result: Result) -> None:
     figure.savefig(path, dpi=100)
 
 
-def draw_spread(axis: Any, values: np.ndarray, color: str) -> None:
+def norm_title(name: str) -> str:
+    """The title of the axis of its norms."""
+    return f"{name}: update, limit" if name in BEHIND else f"{name}: norm, limit"
+
+
+def draw_spread(axis: Any, values: np.ndarray, color: str, *, unit: float = 1) -> None:
     """Draws the median of `[steps, seeds]`, and the range of the seeds around it."""
-    values = np.minimum(np.nan_to_num(values, nan=np.inf), HIGHEST)
+    values = np.minimum(np.nan_to_num(values, nan=np.inf), HIGHEST * unit)
     steps = np.arange(1, len(values) + 1)
     axis.fill_between(
         steps, values.min(axis=1), values.max(axis=1), color=color, alpha=0.2
