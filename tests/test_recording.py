@@ -308,19 +308,19 @@ def test_columns_are_what_a_table_takes():
     np.testing.assert_allclose(found["norm/b/c"], norms[:, 1], rtol=1e-6)
 
 
-def test_the_first_leaf_that_is_not_finite_is_told():
+def test_the_first_leaf_that_is_non_finite_is_named():
     norms = noise(50)
     norms[40:45] *= 4.0 ** np.arange(1, 6)[:, None]
     norms[45, 1] = math.inf
     text = optaxclip.explain(run(optaxclip.record(), norms), PARAMS)
     assert "1 of 50 steps were non-finite." in text
     assert "On step 45 that of 'b/c' was the first non-finite." in text
-    assert re.search(r"by [34]\.\d*x per step \(a fit\) since step 3[89]", text), text
+    assert re.search(r"by about [34]\.\d*x per step since step 3[89]", text), text
     quiet = optaxclip.explain(run(optaxclip.record(), noise(50)), PARAMS)
     assert quiet == "gradients: 0 of 50 steps were non-finite."
 
 
-def test_names_are_told_as_they_are_and_large_norms_without_overflow():
+def test_names_are_unchanged_and_large_norms_without_overflow():
     params = {"Dense_0": {"Kernel": jnp.ones(2)}, "b": jnp.ones(2)}
     tx = optaxclip.detect_explosions(norm=3.2e38, share=None)
     state = tx.init(params)
@@ -328,7 +328,10 @@ def test_names_are_told_as_they_are_and_large_norms_without_overflow():
         grads = {"Dense_0": {"Kernel": jnp.array([size, 0.0])}, "b": jnp.zeros(2)}
         _, state = jax.jit(tx.update)(grads, state)
     story = optaxclip.explain(state, params)
-    assert "Leaf 'Dense_0/Kernel' had grown most. The norm had grown by 1.65x" in story
+    assert (
+        "Leaf 'Dense_0/Kernel' had grown most. The norm had grown by about 1.65x"
+        in story
+    )
 
 
 @pytest.mark.parametrize("loss", [2.0, pytest.param(math.nan, marks=pytest.mark.slow)])
