@@ -53,9 +53,10 @@ def stable_adam(
     which a large gradient does not enlarge while v lags.
 
     Args:
-      inner: An Adam-like transformation: one of its states has the fields `nu`, a tree
-        like the parameters, and `count`. As in the paper, `optax.adamw(...)` as a
-        whole, or `optax.scale_by_adam()` alone, so that weight decay is not scaled.
+      inner: An Adam-like transformation: one of its states has the fields `nu`, the
+        second moments of all elements, and `count`. As in the paper, `optax.adamw(...)`
+        as a whole, or `optax.scale_by_adam()` alone, so that weight decay is not
+        scaled. Not Adamax: its `nu` is no second moment, which nothing can check.
         Leaves that `optax.masked` or `partition` hides from it are not clipped.
       max_rms: The largest `rms` whose update is left as it is, > 0.
       b2: The decay of `nu`, as given to `inner`.
@@ -161,15 +162,31 @@ def _is_hidden(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
+def _is_belief(x: Any) -> bool:
+    return isinstance(x, optax.ScaleByBeliefState)
+
+
+def _fits(nu: Any, like: Any) -> bool:
+    """Whether there is a second moment of each element; NovoGrad has one of a leaf."""
+
+    def fits(v, x):
+        return _is_hidden(v) or not is_gradient(x) or jnp.shape(v) == jnp.shape(x)
+
+    return jax.tree.all(jax.tree.map(fits, nu, like, is_leaf=_is_hidden))
+
+
 def _second_moments(state: Any, like: Any) -> tuple[Any, Any]:
     """`nu` and `count` of the only Adam in a state; the error of none or several."""
 
     def is_adam(x):
-        return hasattr(x, "nu") and hasattr(x, "count")
+        # Every tuple has a method of the name "count".
+        has_count = hasattr(x, "count") and not callable(x.count)
+        # That of AdaBelief is the variance around the mean.
+        return has_count and hasattr(x, "nu") and not _is_belief(x)
 
     found = [x for x in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(x)]
     found = [(_expanded(x.nu, like), x.count) for x in found]
-    found = [(nu, count) for nu, count in found if nu is not None]
+    found = [(nu, count) for nu, count in found if nu is not None and _fits(nu, like)]
     if len(found) != 1:
         raise ValueError(
             "inner must have one state with second moments nu of all parameters and "

@@ -373,8 +373,27 @@ class TestStableAdam:
         chex.assert_trees_all_equal(found, expected)
 
     @pytest.mark.parametrize(
+        "inner", [optax.amsgrad, optax.nadam, optax.radam, optax.lamb, optax.yogi]
+    )
+    def test_around_other_optimizers_like_adam(self, inner):
+        _, state = self.trained(optaxclip.stable_adam(inner(1e-3)), [1.0] * 10)
+        # Yogi's second moments of equal gradients grow a little faster.
+        rtol = 0.01 if inner is optax.yogi else 1e-4
+        np.testing.assert_allclose(state[0]["clip"].norm, [1, 1], rtol=rtol)
+
+    @pytest.mark.parametrize(
         ("inner", "num"),
-        [(optax.sgd(0.1), 0), (optax.chain(optax.adam(0.1), optax.adam(0.1)), 2)],
+        [
+            (optax.sgd(0.1), 0),
+            (optax.chain(optax.adam(0.1), optax.adam(0.1)), 2),
+            # No count, though a tuple has a method of that name; a nu of each leaf; and
+            # a variance in its place.
+            (optax.scale_by_rms(), 0),
+            (optax.scale_by_stddev(), 0),
+            (optax.scale_by_sm3(), 0),
+            (optax.scale_by_novograd(), 0),
+            (optax.scale_by_belief(), 0),
+        ],
     )
     def test_without_one_adam_inside(self, inner, num):
         with pytest.raises(ValueError, match=f"inner must have one .* found {num}"):
