@@ -72,10 +72,10 @@ These arguments mean the same in every function that has them:
 | `value` | of `update`: the loss, a real number, reduced over the devices |
 | `tag` | of `update`: `{name: number}` for all `columns`; more names are allowed |
 
-`help(optaxclip.norms)` explains the first four. `where` is an argument of all clips but
-`clip_by_value` and `scale_params`; norms, detectors and recorders take all leaves. The
-default label is `"clip"`, `"explosions"` or `"gradients"`. Two transformations in one
-chain need different labels.
+`help(optaxclip.norms)` explains `per`, `ord` and `stacked`; `specs` is below. `where`
+is an argument of all clips but `clip_by_value` and `scale_params`; norms, detectors and
+recorders take all leaves. The default label is `"clip"`, `"explosions"` or
+`"gradients"`. Two transformations in one chain need different labels.
 
 Errors come as early as possible:
 
@@ -153,7 +153,9 @@ The two kinds of axes are `Auto` and `Explicit`. `shard_map` is compared with
 `check_vma` and without.
 
 * Each set of mesh axes that leaves are sharded over costs one all-reduce, for the norms
-  of all these leaves together. There is no all-gather.
+  of all these leaves together. No leaf is gathered, but by `clip_by_spectral_norm`: it
+  needs the whole matrix, and its results are equal to 1e-4. Of stacked layers or
+  experts on several devices one number each is gathered.
 * With two norms it costs two: with `ord=3`, and with `skip_explosions` around a clip.
 * Where units are sharded, each norm takes one more. `agc` has two norms.
 

@@ -52,7 +52,7 @@ Several recorders may stand in one chain, under different labels.
 An array `[layers, experts, in, out]` with 48 layers of 384 experts has 18,432 norms,
 and a record of all of them takes 19 MB. With `top=10` the record keeps the ten largest
 of each step and their scopes, in 28 KB. It also keeps the norm of all other scopes
-together, so the norm of all updates stays exact. Which leaves vanish is not known then.
+together, so the norm of all updates stays exact. Vanished leaves are then not reported.
 
 ```python
 >>> recorder = optaxclip.record(top=2, stacked=lambda name: 2 * (name == "experts"))

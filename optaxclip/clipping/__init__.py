@@ -112,7 +112,7 @@ How exact is the result?
 |---|---|---|---|
 | rounded to within, in units in the last place | 2 | 3 | 4 |
 
-The rounding of the sum of squares limits the second table.
+The errors in the second table come from the rounding of the sum of squares.
 
 * NaN and inf do no damage outside of their scope, and stay visible.
 * "Unchanged" has one exception: subnormal elements may become 0.

@@ -28,7 +28,7 @@ group, but not per unit. Its state is a few arrays, so a checkpoint holds all of
 | `ema(1.05)` | 1.05 times the mean of the clipped norms | yes | `adagc()`, per leaf |
 | `window_sigma(3)` | 3 deviations above the mean | yes | `clip_by_historical_norm()` |
 | `quantile(0.5)` | follows the median with one number | yes | |
-| `mean_over_rms()` | mean / root mean square, to set | yes | `gradient_stabilizer()` |
+| `mean_over_rms()` | mean / RMS of the norms | yes | `gradient_stabilizer()` |
 | `minimum(a, b)` | the smaller of two limits | if a or b does | |
 | `maximum(a, b)` | the larger of two limits | if a or b does | |
 | `with_global(a, b)` | a for each scope, b for all together | if a or b does | |

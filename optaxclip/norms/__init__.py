@@ -77,7 +77,8 @@ names of the groups, sorted, which is the order of every array `[num_groups]`.
 run over layers, as `lax.scan` stacks them, or over layers and experts; True is 1. Each
 layer or expert then is a leaf of its own, called `"layers/kernel[0]"` or
 `"experts/kernel[0, 5]"`, and `unit_axis=` counts only the axes behind the stacked ones.
-Under `jit`, experts may lie on different devices; inside `shard_map`, only per unit.
+Under `jit`, experts may lie on different devices. Inside `shard_map` they may do so
+only with `per="unit"`.
 
 A state holds no names of leaves. Functions that read a state take `params`, or any tree
 of its structure, to name the leaves; without it they number them.
@@ -89,11 +90,11 @@ of its structure, to name the leaves; without it they number them.
   however many elements or leaves there are. Complex elements count by their modulus.
 * The result is float32, or float64 if a leaf is float64 or complex128.
 * A norm beyond the largest float reads as the largest float.
-* Subnormal elements may count as zero.
+* Subnormal elements may count as zero. `record` and `detect_explosions` scale all
+  leaves alike: there, elements under 1e-19 may count as zero, unless the norm of all
+  updates is under 2e-10.
 * Leaves that are not gradients have norm 0: integers, bools, keys, `None`,
   `optax.MaskedNode`, float0, and arrays without elements.
-* `record` and `detect_explosions` scale all leaves alike. There, elements under 1e-19
-  may count as zero, unless the norm of all updates is under 2e-10.
 
 A norm of inf or NaN means that the input holds inf or NaN.
 

@@ -192,10 +192,10 @@ the network explodes while another dominates the norm:
     to 1.29e+19.
 
 `python tests/benchmarks/detection.py --explain` prints it. The growth is fitted to the
-logarithms of all norms since that step; `explosions/growth` in the metrics is fitted to
-those of eight. There are six recorded runs of this kind. `explain` names a leaf of
-the exploding part in all six, and the step in five. In the sixth the explosion began
-before the steps that are kept.
+logarithms of all norms since that step; the metric `explosions/growth` is fitted to the
+last eight. There are six recorded runs of this kind. `explain` names a leaf of the
+exploding part in all six, and the starting step in five. In the sixth the explosion
+began before the steps that are kept.
 
 ## Several runs at once
 

@@ -42,7 +42,10 @@ CLIPS = {
     "aggc": optaxclip.aggc(0.5, 2.0),
     "clip_by_historical_norm": optaxclip.clip_by_historical_norm(),
     "spam": optaxclip.spam(),
+    "spectral": optaxclip.clip_by_spectral_norm(1.0),
+    # Around and behind Adam, not in front of it.
     "stable_adam": optax.identity(),
+    "scale_params": optax.identity(),
     "record": optax.chain(optaxclip.record(), optaxclip.clip_by_norm(1.0)),
 }
 
@@ -73,20 +76,24 @@ def cost(clip_name: str, gradient_dtype: Any = jnp.float32, **sizes: int) -> Cos
     clip, adam = CLIPS[clip_name], optax.adam(1e-3)
     if clip_name == "stable_adam":
         adam = optaxclip.stable_adam(adam)
+    if clip_name == "scale_params":
+        adam = optax.chain(adam, optaxclip.scale_params())
+    adam = optax.with_extra_args_support(adam)
     shapes = make_shapes(**sizes)
 
     def like(dtype):
         return {n: jax.ShapeDtypeStruct(shape, dtype) for n, shape in shapes.items()}
 
-    def step(params, adam_state, gradients, clip_state):
+    def step(params, adam_state, gradients, clip_state, factors):
         updates, clip_state = clip.update(gradients, clip_state, params)
-        updates, adam_state = adam.update(updates, adam_state, params)
+        updates, adam_state = adam.update(updates, adam_state, params, factors=factors)
         return optax.apply_updates(params, updates), adam_state, clip_state
 
     params, gradients = like(jnp.float32), like(gradient_dtype)
     states = [jax.eval_shape(init, params) for init in (adam.init, clip.init)]
     step = jax.jit(step, donate_argnums=(0, 1))
-    compiled = step.lower(params, states[0], gradients, states[1]).compile()
+    factors = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in shapes}
+    compiled = step.lower(params, states[0], gradients, states[1], factors).compile()
     memory, analysis = compiled.memory_analysis(), compiled.cost_analysis()
     assert memory is not None
     assert analysis is not None
@@ -174,6 +181,22 @@ def test_stable_adam_stores_the_updates_that_it_scales():
     assert stable.accessed - none.accessed < 5.01
     assert stable.temporaries - none.temporaries < 1.01
     assert stable.aliased == pytest.approx(none.aliased, abs=1e-3)
+
+
+def test_scaled_parameters_cost_nothing():
+    # Besides the factors, which are numbers, nothing is read: where Adam's update is
+    # made, the parameter is at hand.
+    scaled, none = cost("scale_params"), cost("none")
+    assert scaled.accessed - none.accessed < 0.001
+    assert scaled.temporaries - none.temporaries < 0.001
+
+
+@pytest.mark.slow
+def test_the_spectral_clip_stores_a_few_matrices():
+    # Those of its iteration, one leaf after the other: not all at once. How often they
+    # are read depends on the matrix; `tests/benchmarks/spectral.py` times that.
+    spectral, none = cost("spectral"), cost("none")
+    assert spectral.temporaries - none.temporaries < 4
 
 
 def test_norm_of_many_leaves_is_not_one_chain_of_additions():
