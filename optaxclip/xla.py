@@ -1,6 +1,7 @@
 """What is written so only for the compiler. Internal.
 
-Each docstring names the test that is red without it, on XLA's CPU compiler.
+Each docstring names the test that is red without it, on XLA's CPU compiler, or says
+that there is none.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "optaxclip"
 # The folders and modules on each floor; a module imports from its own folder and from
-# lower floors only. Five floors were planned. Two more are needed: `xla` stands on
-# `numerics`, and below `norms`; and `ring`, which detectors and recorders share, needs
-# `norms` and lies below `recording`. The guides `trainers` and `tracking` need nothing.
+# lower floors only. `xla` stands on `numerics`, and below `norms`. `ring`, which
+# detectors and recorders share, needs `norms` and lies below `recording`. The guides
+# `trainers` and `tracking` need nothing.
 FLOORS = [
     ["checks", "numerics", "tracking", "trainers"],
     ["xla", "extras"],

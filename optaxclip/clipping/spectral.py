@@ -59,7 +59,9 @@ def clip_by_spectral_norm(
 
     The norm is the largest singular value, at most 0.5 % too small. Of norms up to
     10,000 times the limit, results are within 0.3 % of the limit of the formula; of
-    larger ones, what is below 1e-6 of the Frobenius norm shrinks with it. Of a sharded
+    larger ones, what is below 1e-6 of the Frobenius norm shrinks with it. Of a matrix
+    with at least 1024 rows and columns, of which few singular values exceed the limit,
+    these alone are clipped: what exceeds it by up to 0.6 % may stay. Of a sharded
     matrix, each device works on the whole; of stacked ones that lie on several devices,
     each works on its own. Derivatives through the clip are forward ones (`jax.jvp`): in
     reverse mode JAX raises an error of `while_loop`.

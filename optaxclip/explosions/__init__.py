@@ -76,7 +76,8 @@ ten steps apart (`max_gap`) count as one explosion.
 3. If explosions persist, they are a change of regime. After nine in a row the finite
    ones are taken and learned (`max_consecutive=10`), clipped to their limit, until the
    rules find them healthy. A loss above its limit needs nine such losses in a row. With
-   a rollback it may be at most twice the lowest of them, early in a run ten times.
+   a rollback it may be at most twice the lowest of them, or ten times if at most one
+   step was taken since the older snapshot.
 4. A step with non-finite gradients is never taken. After 100 in a row the run is given
    up (`give_up_after`); `metrics` and `raise_if_exploded` say so, until a finite step.
 5. Where the optimizer itself makes a non-finite update, or an update would overflow the
@@ -118,7 +119,7 @@ With `rollback=True` also:
 5. With `cool_down` a rollback also sets a factor for the updates, unless the loss is
    above its limit at the snapshot too: then the data have changed. Before step 64 the
    factor is `cool_down`. Later it is the larger of `cool_down` and 1/16, or `cool_down`
-   if it is at most 1/16 already. A second cut within 300 steps divides the factor by 8,
+   if it is at most 1/16 already. Each cut within 300 steps of another divides it by 8,
    to `cool_down` or less, but not below 1/4096. Each healthy step multiplies it by
    `recovery`, up to 1.
 6. If the parameters are NaN, the run is given up at once.

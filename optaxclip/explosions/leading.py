@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from the middle add up to 42, so noise of 10 % in each norm changes the growth p
 by 10 % / sqrt(42), that is 1.5 %."""
 STEPS_BEFORE = np.arange(1, 64, 8, dtype=np.int32)
 """How far back a leaf is looked at, to find the one that has grown most on average:
-each eighth of the last 64 steps. That is the shortest window of a record, and a leaf
+every eighth of the last 64 steps. 64 is the shortest window of a record, and a leaf
 costs eight logarithms in each step."""
 
 
@@ -28,7 +29,7 @@ def fitted_growth(record: RecordState) -> jax.Array:
     return fit_growth(jax.vmap(root_sum_squares)(rows_of(record, steps)[1]))
 
 
-def fit_growth(norms):
+def fit_growth(norms: Any) -> jax.Array:
     """Growth per step of the norms `[num_steps]` that are finite and not 0.
 
     `exp` of the slope of a line fitted to the logarithms; 1 with fewer than two.

@@ -72,7 +72,7 @@ def mend_moments(
     like = updates if params is None else params
 
     def at_start(flag):
-        # Or XLA would make the start of the optimizer in each step, before the loop.
+        # Or XLA would be free to make it in each step, before the loop.
         tied = jax.tree.map(lambda x: _tie_array(flag, x), like)
         first = jax.tree.leaves(init(tied))
         return [jnp.asarray(first[i]) for i in others]

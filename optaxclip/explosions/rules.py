@@ -35,9 +35,9 @@ NORM_LIMIT = limits.maximum(
 )
 
 # All three are choices: half and twice of each give the same there, since MIN_GROWTH,
-# below, decides. 5 is the `max_jump` of the norm. 64 steps are those over which the
-# growth of a leaf is measured. 3 in a row, because one value above is as often the
-# fault of its batch: the alarm comes two steps after the share has risen.
+# below, decides. 64 steps are those over which the growth of a leaf is measured. 3 in a
+# row, because one value above is as often the fault of its batch: the alarm comes two
+# steps after the share has risen.
 SHARE_LIMIT = limits.sustained_rise(5.0, window=64, patience=3)
 
 # A loss jumps less than a norm. With a power of 1.8: 18.0 alarms; of 3.4: 98.0 %. With

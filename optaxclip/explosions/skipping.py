@@ -69,7 +69,7 @@ def skip_explosions(
     # A cut to 1/10 is back after 462 healthy steps, one to 1/64 after 834.
     recovery: ArrayLike = 1.005,
     rollback: bool | Literal["host"] = False,
-    # A rollback costs 50 to 100 steps, and copies 1/50 of one a step.
+    # A rollback loses 50 to 100 steps; 1/50 of the parameters is copied per step.
     snapshot_every: int = 50,
     rollback_after: int = 3,
     give_up_after: int = 100,

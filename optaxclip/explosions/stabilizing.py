@@ -85,7 +85,7 @@ def stabilize(
         # 1/64, because steps that explode may be a hundred times too large, and a
         # search in smaller cuts loses a snapshot's age with each. 1.002: what exploded
         # at 1 and is stable at 1/16 explodes again when it recovers within some hundred
-        # steps, often too slowly to be noticed; so it takes 1388 steps.
+        # steps, often too slowly to be noticed; so from 1/16 it takes 1388 steps.
         cool_down=1 / 64 if rollback else None,
         recovery=1.002,
         rollback=rollback,

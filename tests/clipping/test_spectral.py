@@ -161,13 +161,25 @@ cap_leading, cap_all = jax.jit(singular.cap_leading), jax.jit(singular.cap_all)
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_few_singular_values_are_clipped_one_by_one(name):
+def test_few_singular_values_are_clipped_alone(name):
     x, limit = in_units(beyond(FEW[name]))
     is_done, found = cap_leading(x, limit)
     assert is_done
     assert singular_values(found)[0] <= 1 + 1e-6
     expected = reference(x, float(limit)) / float(limit)
     assert np.linalg.norm(wide(found) - expected, 2) <= 3e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edge", [1.002, 1.004, 1.006, 1.01, 1.02])
+def test_what_hardly_exceeds_the_limit_may_stay(edge):
+    """That a norm is at most 1.001 times the limit is known to 0.5 %."""
+    values = [3.0, *np.linspace(edge, 0.1, 127)]
+    x, limit = in_units(matrix(values, shape=(160, 128)))
+    found = jax.jit(singular.cap_first)(x, limit)
+    assert singular_values(found)[0] <= 1.006
+    expected = reference(x, float(limit)) / float(limit)
+    assert np.linalg.norm(wide(found) - expected, 2) <= 6e-3
 
 
 @pytest.mark.slow
@@ -216,7 +228,7 @@ def test_the_derivative_where_few_exceed_the_limit_is_that_of_all():
 @pytest.mark.parametrize("name", cases(MATRICES))
 def test_the_smooth_form_is_that_of_spectra(name):
     x = MATRICES[name] / np.linalg.norm(MATRICES[name], 2)
-    for ratio in (0.1, 0.99, 30, 1e3):
+    for ratio in (0.1, 1, 30, 1e3):
         expected = reference(x, 1 / ratio, smooth=True)
         np.testing.assert_allclose(spectra(x, 1 / ratio), expected, atol=1e-7 / ratio)
         found, state = clipped(jnp.float32(x), jnp.float32(1 / ratio), smooth=True)
@@ -341,7 +353,8 @@ def test_a_limit_in_proportion_to_the_parameters():
     clip = make(limits.params(0.1))
     params = {"w": jnp.diag(jnp.array([5.0, 1.0]))}
     updates, state = clip.update({"w": jnp.eye(2)}, clip.init(params), params)
-    np.testing.assert_allclose(state["clip"].limit, [0.5], rtol=1e-6)
+    # The norm is reduced by 16 roundings, so that it is never too large.
+    np.testing.assert_allclose(state["clip"].limit, [0.5], rtol=20 * 2.0**-23)
     np.testing.assert_allclose(updates["w"], 0.5 * np.eye(2), atol=2e-3)
     with pytest.raises(ValueError, match="params"):
         clip.update({"w": jnp.eye(2)}, clip.init(params))

@@ -83,7 +83,7 @@ def test_explain_names_the_leaf_and_the_step(detection, traces):
         # Where the loss began it, the first sentence names no leaf.
         leaves = re.findall(r"'(\S+)' had grown most", story)
         assert all(leaf.startswith("aux.") for leaf in leaves), story
-        pattern = r"'(\S+)' had grown most, by \S+ per step \(a fit\) since step (\d+)"
+        pattern = r"'(\S+)' had grown most, by about \S+ per step since step (\d+)"
         ((leaf, start),) = re.findall(pattern, story)
         assert leaf.startswith("aux."), story
         began = re.findall(r"It began on step (\d+)", story)
