@@ -26,8 +26,9 @@ class Carried(NamedTuple):
 
 def first_carried() -> jax.Array:
     """Packed, before the first step: no signal is known, and nothing is scaled."""
-    # The last two are the sums of `Rise`.
-    return jnp.array((1.0, *[math.inf] * 6, 0.0, 0.0), jnp.float32)
+    first = dict.fromkeys(CARRIED.names, math.inf)
+    first |= {"scale": 1.0, "pulls": 0.0, "squares": 0.0}
+    return jnp.asarray(CARRIED.pack_known(first), jnp.float32)
 
 
 def unpack_carried(packed: Any) -> Carried:
