@@ -147,3 +147,26 @@ def test_on_a_mesh_with_explicit_axes():
             found, _ = tx.update({"w": w}, (), {"w": w}, factors={"w": factor})
             np.testing.assert_array_equal(found["w"], np.zeros((4, 2)))
             assert found["w"].sharding.is_equivalent_to(w.sharding, 2)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_eight_devices_do_what_one_does_and_send_nothing(kind):
+    rng = np.random.default_rng(0)
+    params = {"query": jnp.float32(rng.standard_normal((8, 4, 6)))}
+    updates = {"query": jnp.float32(rng.standard_normal((8, 4, 6)))}
+    factors = {"query": jnp.array([[1.0], [0.5], [0.3], [jnp.nan]])}  # of each head
+    expected = run(updates, params, factors)
+    mesh = jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=(kind,) * 3)
+    tx: Any = optaxclip.scale_params()
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, PartitionSpec("x", "y", "z"))
+        of_heads = NamedSharding(mesh, PartitionSpec("y"))
+        updates, params = jax.device_put((updates, params), place)
+        for sharding in (of_heads, NamedSharding(mesh, PartitionSpec())):
+            given = jax.device_put(factors, sharding)
+            step = jax.jit(lambda u, p, f: tx.update(u, (), p, factors=f)[0])
+            found = step(updates, params, given)["query"]
+            np.testing.assert_array_equal(found, expected["query"])
+            assert found.sharding.is_equivalent_to(place, 3)
+            hlo = step.lower(updates, params, given).compile().as_text()
+            assert "all-" not in (hlo or "all-")
