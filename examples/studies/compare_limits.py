@@ -26,7 +26,7 @@ import optaxclip
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import cli
 import curves
-from python_manual import final_losses, load_texts, mean_loss, stack_models
+from python_manual import final_losses, load_texts, mean_loss, spikes, stack_models
 
 CLIPS = {
     "none": optaxclip.clip_by_norm(math.inf),  # measures, and never clips
@@ -42,6 +42,7 @@ CLIPS = {
 # gradients away, "soft" is a smaller learning rate as well, and `stable_adam` is for
 # Adam. AGGC is a band, `with_global` two of these; the spectral clip is in `muon.py`.
 BEHIND = {"Levanter"}  # sees the updates, and so stands behind the optimizer
+UPDATES = 20  # in units of gradients: they are drawn larger by the learning rate
 COLORS = dict(zip(CLIPS, ("#000000", *curves.COLORS[:-1], "#999999"), strict=True))
 MEASURES = ("clip/norm", "clip/limit", "clip/clipped_fraction")
 CHUNK = 20  # steps between two updates of the progress bar
@@ -123,18 +124,6 @@ def train(tx: Any, graphdef: Any, params: Any, texts: np.ndarray, bar: tqdm) -> 
         parts.append(jax.device_get(part))
         bar.update(len(part.losses))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
-
-
-def spikes(losses: np.ndarray, *, factor: float = 1.2, window: int = 50) -> np.ndarray:
-    """Counts the steps whose loss exceeds `factor` times the median of those before.
-
-    The median is of the `window` steps before, or of as many as there are; a loss that
-    is non-finite is +inf. From `[steps, seeds]` to `[seeds]`.
-    """
-    losses = np.where(np.isfinite(losses), losses.astype(float), np.inf)
-    before = (losses[max(0, i - window) : i or 1] for i in range(len(losses)))
-    medians = np.array([np.median(values, axis=0) for values in before])
-    return np.sum(losses > factor * medians, axis=0)
 
 
 def summarize(run: Run, without: Run, chance: float) -> dict[str, Any]:
@@ -226,8 +215,7 @@ def draw(path: Path, result: Result) -> None:
     axes = figure.subplot_mosaic(rows, height_ratios=heights)
     for name, of_clip in result.runs.items():
         loss_axis, norm_axis = axes[f"{name}: loss"], axes[norm_title(name)]
-        # Updates are larger than gradients, by the learning rate.
-        unit = 20 if name in BEHIND else 1
+        unit = UPDATES if name in BEHIND else 1
         draw_spread(loss_axis, of_clip.losses, COLORS[name])
         draw_spread(norm_axis, of_clip.norms, COLORS[name], unit=unit)
         norm_axis.plot(np.median(of_clip.limits, axis=1), "k--", linewidth=1)
@@ -275,7 +263,7 @@ def main(
     length: int = 64,
     logdir: Path | None = None,
 ) -> dict[str, Any]:
-    """Trains the same two-layer LSTM by SGD under seven clips, and says which helped.
+    """Trains the same two-layer LSTM by SGD under each clip, and says which helped.
 
     Args:
         steps: Training steps of each run.

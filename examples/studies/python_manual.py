@@ -55,3 +55,15 @@ def final_losses(losses: np.ndarray) -> np.ndarray:
     num_last = max(1, len(losses) // 20)
     means = losses[-num_last:].mean(axis=0, dtype=float)
     return np.where(np.isfinite(means), means, np.inf)
+
+
+def spikes(losses: np.ndarray, *, factor: float = 1.2, window: int = 50) -> np.ndarray:
+    """Counts the steps whose loss exceeds `factor` times the median of those before.
+
+    The median is of the `window` steps before, or of as many as there are; a loss that
+    is non-finite is +inf. From `[steps, seeds]` to `[seeds]`.
+    """
+    losses = np.where(np.isfinite(losses), losses.astype(float), np.inf)
+    before = (losses[max(0, i - window) : i or 1] for i in range(len(losses)))
+    medians = np.array([np.median(values, axis=0) for values in before])
+    return np.sum(losses > factor * medians, axis=0)
