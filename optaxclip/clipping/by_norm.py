@@ -186,8 +186,8 @@ def clip_by_norm(
             least = _broadcast(least, seen)
             targets = jax.tree.map(raise_to, targets, norms, least, limits)
         fits = jax.tree.map(fits_limit, norms, excess, limits)
-        told = () if is_cap else _cast(targets, seen)
-        state = next_state(state, seen, limits, fits, limit_state, told)
+        kept = () if is_cap else _cast(targets, seen)
+        state = next_state(state, seen, limits, fits, limit_state, kept)
         updates = rescale_scopes(updates, scopes, norms, excess, targets)
         return updates, {label: state}
 

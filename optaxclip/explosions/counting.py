@@ -37,8 +37,9 @@ def count_step(state: DetectExplosionsState, verdict: Verdict) -> jax.Array:
     )
     is_reset = _by_count({name: ~flag for name, flag in in_a_row.items()})
     is_last = _by_count({"last": verdict.is_exploded})
-    # `counts[0]` is the index of this step: the steps before it.
-    return jnp.where(is_reset, 0, jnp.where(is_last, counts[0], grown))
+    # The number of steps before this one is its index.
+    index = state.counts.steps
+    return jnp.where(is_reset, 0, jnp.where(is_last, index, grown))
 
 
 def count_response(
