@@ -4,24 +4,25 @@ Internal; `skip_explosions` says what it is for. A finite explosion may be the f
 the batch, of the data from now on, or of the parameters. Steps that are skipped leave
 the parameters as they are, so the batches that follow test the same parameters again;
 and two batches at those of the snapshot tell the last two causes apart. They are tried
-as well where the loss has risen too slowly for any rule, see `rising`. `decide` decides
-whether a step is skipped; `skipping` does it.
+as well where the loss has risen too slowly for any rule, and where most gradients have
+become 0: see `rising` and `dying`. `decide` decides whether a step is skipped;
+`skipping` does it.
 
 | phase | next phase |
 |---|---|
-| training | first trial, when a rollback is due, or the loss has risen |
+| training | first trial, when a rollback is due, or the parameters are doubted |
 | first trial | accepting if the snapshot is reached and not better; else second trial |
-| second trial | accepting if not reached, not better, or suspect; else training |
+| second trial | accepting if not reached, not better, suspect, or dead; else training |
 | accepting | training after `NUM_ACCEPTED` healthy steps; or first trial, as above |
 
 A second trial that is better is a rollback. The signal is the loss, or the norm where
-there is no rule on the loss; a step is suspect where it is above its limit. What
-`lowest_signal` stands for depends on the phase:
+there is no rule on the loss; a step is suspect where it is above its limit,
+and dead if the network had died. What `lowest_signal` stands for depends on the phase:
 
 | phase | `lowest_signal` |
 |---|---|
 | training | the lowest signal of the suspect steps in a row, +inf for none |
-| first and second trial | the one before; for a loss that has risen, its level |
+| first and second trial | the one before; the level, if parameters are doubted |
 | accepting | the same; up to twice of it is accepted, at first ten times |
 
 A step is healthy if it is not bad (see `Verdict`), mends nothing, and is no trial.
@@ -36,6 +37,12 @@ import jax.numpy as jnp
 
 from optaxclip.explosions.carried import Carried
 from optaxclip.explosions.cooling import cool
+from optaxclip.explosions.dying import (
+    count_living,
+    follow_living,
+    has_died,
+    twice_level,
+)
 from optaxclip.explosions.recurring import find_outlier, remember
 from optaxclip.explosions.rising import Rise, follow, is_at_fault, learn
 from optaxclip.explosions.settings import Settings
@@ -96,8 +103,9 @@ class Aging(NamedTuple):
     """A copy is due."""
     is_swapped: jax.Array
     """The newer one takes the place of the older."""
-    has_risen: jax.Array
-    """They stay: the loss has slowly risen, and the older one is to be tried."""
+    is_doubted: jax.Array
+    """They stay, and the older one is to be tried: the loss has slowly risen, or the
+    network has died."""
 
 
 def decide(
@@ -122,20 +130,26 @@ def decide(
     is_healthy = ~(seen.is_bad | is_spoiled | is_trial)
     every = settings.snapshot_every
     rise = learn(carried.rise, seen, now, compared.pull, is_healthy, every)
+    now = now | count_living(settings, seen, now, is_healthy)
     is_change = _is_change(settings, seen, now, carried.lowest_signal)
     is_outlier, is_recurring = find_outlier(seen, now, is_trial)
     # It starts no trial: after another outlier, one suspect step is not enough.
     is_recurring &= now["phase"] == TRAINING
     is_accepted = (is_change | is_recurring) & ~is_spoiled
-    aging = _age_snapshots(every, now, rise, is_healthy, is_accepted)
-    has_risen = aging.has_risen
+    is_doubted = is_at_fault(rise) | has_died(now)
+    aging = _age_snapshots(every, now, is_doubted, is_healthy, is_accepted)
     is_away, to_beat = compared.is_away, carried.to_beat
-    trial = next_trial(settings, seen, now, to_beat, is_change, is_away, has_risen)
+    trial = next_trial(
+        settings, seen, now, to_beat, is_change, is_away, aging.is_doubted
+    )
     # Here alone it is decided that a step is skipped.
     is_skipped = (seen.is_bad & ~is_accepted) | is_spoiled
     is_skipped |= is_trial | trial.is_started
     # If the snapshot is better but suspect as well, it is the data that have changed.
-    is_cut = trial.is_confirmed & ~is_suspect(seen)
+    is_back = trial.is_confirmed & ~is_suspect(seen)
+    # To the rules all is suspect that lives, if they know of the dead alone.
+    is_cut = trial.is_confirmed & (is_back | has_died(now))
+    is_back &= ~has_died(now)
     strikes, scale = cool(settings, carried.scale, now, is_cut, is_healthy)
     return Decision(
         is_accepted=is_accepted,
@@ -147,7 +161,7 @@ def decide(
         is_copied=materialize(aging.is_copied),
         is_replaced=materialize(aging.is_swapped | trial.is_failed),
         counts={
-            "phase": _next_phase(settings, now, trial, is_cut, is_healthy),
+            "phase": _next_phase(settings, now, trial, is_back, is_healthy),
             "age": jnp.where(trial.is_over, 0, aging.age),
             # What was before a trial was of other parameters, or of other data. While
             # updates are cooled down, explosions are rather the fault of the steps.
@@ -156,6 +170,7 @@ def decide(
             "last_cut": jnp.where(is_cut, now["steps"], now["last_cut"]),
             "gave_up": now["nonfinite_updates_in_a_row"] >= settings.give_up_after,
             **_increment_counts(now, trial, is_skipped),
+            **follow_living(now, trial.is_failed, aging.is_copied, aging.is_swapped),
         },
         carried=_next_carried(seen, now, carried, trial, aging, rise, scale),
     )
@@ -202,16 +217,16 @@ def _next_phase(
     settings: Settings,
     now: dict[str, Any],
     trial: Trial,
-    is_cut: jax.Array,
+    is_back: jax.Array,
     is_healthy: jax.Array,
 ) -> jax.Array:
-    """The phase of the next step. `is_cut`: a rollback after which training goes on."""
+    """The phase of the next step. `is_back`: after a rollback, training goes on."""
     phase = now["phase"]
     # A snapshot that is better may still be suspect: then the rest is accepted.
-    is_accepting = trial.is_failed | (trial.is_confirmed & ~is_cut)
+    is_accepting = trial.is_failed | (trial.is_confirmed & ~is_back)
     num_accepted = min(NUM_ACCEPTED, settings.snapshot_every)
     is_settled = (phase == ACCEPTING) & (now["age"] >= num_accepted) & is_healthy
-    is_training = is_cut | is_settled
+    is_training = is_back | is_settled
     # The next in order, unless a trial starts or has ended.
     following = jnp.where(is_trial_in(phase), phase + 1, phase)
     following = jnp.where(trial.is_started, FIRST_TRIAL, following)
@@ -230,11 +245,12 @@ def _next_carried(
 ) -> Carried:
     """What goes on to the next step."""
     lowest = _next_lowest_signal(seen, now, carried, trial.is_started)
-    to_beat = jnp.where(aging.has_risen, rise.middle, halve_excess(seen, lowest))
+    doubted = jnp.where(has_died(now), twice_level(rise), rise.middle)
+    to_beat = jnp.where(aging.is_doubted, doubted, halve_excess(seen, lowest))
     return Carried(
         scale=scale,
-        # If the trial fails, the risen level is what explosions are compared with.
-        lowest_signal=jnp.where(aging.has_risen, rise.level, lowest),
+        # If the trial fails, the level is what explosions are compared with.
+        lowest_signal=jnp.where(aging.is_doubted, rise.level, lowest),
         to_beat=jnp.where(trial.is_started, to_beat, carried.to_beat),
         rise=follow(
             rise, trial.is_confirmed, trial.is_failed, aging.is_copied, aging.is_swapped
@@ -257,7 +273,7 @@ def _next_lowest_signal(
 def _age_snapshots(
     every: int,
     now: dict[str, Any],
-    rise: Rise,
+    is_doubted: jax.Array,
     is_healthy: jax.Array,
     is_accepted: jax.Array,
 ) -> Aging:
@@ -270,11 +286,11 @@ def _age_snapshots(
     age = jnp.where(is_accepted, jnp.maximum(age, 1), age)
     is_swapped = is_healthy & (age == 2 * every)
     is_copied = is_healthy & (is_swapped | (age == every))
-    has_risen = is_copied & (now["phase"] == TRAINING) & is_at_fault(rise)
+    is_doubted &= is_copied & (now["phase"] == TRAINING)
     return Aging(
         age=jnp.where(is_swapped, every, age),
         # Snapshots stay while the older one is tried.
-        is_copied=is_copied & ~has_risen,
-        is_swapped=is_swapped & ~has_risen,
-        has_risen=has_risen,
+        is_copied=is_copied & ~is_doubted,
+        is_swapped=is_swapped & ~is_doubted,
+        is_doubted=is_doubted,
     )

@@ -251,6 +251,7 @@ def _judge(
         # A loss of float64 may be finite and beyond float32.
         signal=saturating_cast(signal, jnp.float32),
         signal_limit=saturating_cast(limit, jnp.float32),
+        num_alive=jnp.sum(signals.norms > 0, dtype=jnp.int32),
         event=_pack_event(state.counts.steps, leaf, fired, signals, bounds, tag),
         has_loss_rule=has_loss_rule,
     )

@@ -31,6 +31,9 @@ COUNTS = Packing(
         "last_cut",
         "last_outlier",
         "last_outlier_but_one",
+        "dead_in_a_row",
+        "most_alive",
+        "next_most",
         "last_skipped",
         "last",
     )
@@ -90,7 +93,7 @@ class DetectExplosionsState(NamedTuple):
     rule_states: tuple[Any, Any, Any]
     """States of the limits on norm, share and loss."""
     record: RecordState
-    """Of the last `window` steps, per leaf. Its `counts`, int32 `[24]`: the number of
+    """Of the last `window` steps, per leaf. Its `counts`, int32 `[27]`: the number of
     steps; on how many of them the four rules fired (non-finite, norm, share, loss) and
     on how many any; how many `skip_explosions` skipped, its rollbacks, those that did
     not reach the parameters, and how often it mended the inner state; how many in a
@@ -99,8 +102,10 @@ class DetectExplosionsState(NamedTuple):
     parameters (by the loss, or without one by the norm); whether it gave up, 2 for NaN
     in the parameters; where it stands in a rollback (`trials.PHASES`), healthy steps
     since the older snapshot, cuts of the updates in succession, the number of steps at
-    the last rollback and at the last cut; and the last two outliers (see `recurring`),
-    the last step that was skipped, and that exploded. -1 for none."""
+    the last rollback and at the last cut; and the last two outliers (see `recurring`);
+    how many steps in a row most leaves had gradients of 0, and the most leaves that had
+    others, since each of the two snapshots (see `dying`); the last step that was
+    skipped, and that exploded. -1 for none."""
 
     # What kind of a state it is, for those that read all kinds.
     has_record = True
@@ -198,6 +203,8 @@ class Verdict(NamedTuple):
     """What tells bad parameters from a bad batch: the loss, or the norm where no loss
     is given or no rule looks at it."""
     signal_limit: jax.Array
+    num_alive: jax.Array
+    """How many leaves have gradients that are not all 0."""
     event: jax.Array
     """The step as a row of `events`, `[9 + 2 * num_columns]`."""
     has_loss_rule: bool

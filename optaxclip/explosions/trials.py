@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optaxclip.explosions.dying import has_died, lives
 from optaxclip.explosions.recurring import num_passed
 from optaxclip.explosions.settings import Settings
 from optaxclip.explosions.state import Verdict
@@ -68,7 +69,7 @@ def next_trial(
     to_beat: jax.Array,
     is_change: jax.Array,
     is_away: jax.Array,
-    has_risen: jax.Array,
+    is_doubted: jax.Array,
 ) -> Trial:
     """Starts a trial, ends it, or goes on: the table of phases in `deciding`.
 
@@ -79,7 +80,8 @@ def next_trial(
       to_beat: The signal up to which the snapshot is better.
       is_change: Whether the step is taken as a change for good.
       is_away: Whether a trial is not at the parameters of the snapshot.
-      has_risen: Whether the loss has slowly risen, and the parameters are at fault.
+      is_doubted: Whether the snapshot is to be tried for another reason than a row of
+        explosions.
     """
     is_trial = is_trial_in(now["phase"])
     if not settings.has_snapshots:
@@ -89,8 +91,9 @@ def next_trial(
     is_nonfinite = now["nonfinite_updates_in_a_row"] >= NUM_NONFINITE
     is_due = ((is_persistent & ~is_change) | is_nonfinite) & ~is_trial
     # At age 0 no step was applied since the snapshot: it is what the run has.
-    is_started = (is_due & (now["age"] > 0)) | has_risen
+    is_started = (is_due & (now["age"] > 0)) | is_doubted
     is_better = (seen.signal <= to_beat) & ~seen.has_nonfinite_updates
+    is_better &= lives(seen, now) | ~has_died(now)
     # From parameters that have grown far the first update may miss the snapshot by a
     # rounding of theirs: then the second trial decides. Whoever misses it twice does
     # not apply the updates as they are.
