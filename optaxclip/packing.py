@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from optaxclip.numerics import saturating_cast
-from optaxclip.xla import stack_scalars
+from optaxclip.xla import put_scalars, stack_scalars
 
 
 class Packing:
@@ -47,6 +47,19 @@ class Packing:
         ]
         others = [self._to_kept(x, jnp.float32) for x in others]
         return stack_scalars(numbers + others)
+
+    def replace(self, packed: jax.Array, values: Mapping[str, jax.Array]) -> jax.Array:
+        """The array `[num_names + num_others]` with some of its numbers replaced."""
+        numbers = {
+            self.names.index(name): self._to_kept(x, self._dtype(name))
+            for name, x in values.items()
+        }
+        return put_scalars(packed, numbers)
+
+    def flags(self, values: Mapping[str, jax.Array]) -> jax.Array:
+        """A flag for each number, bool `[num_names]`: as given, or else False."""
+        flags = {self.names.index(name): x for name, x in values.items()}
+        return put_scalars(jnp.zeros(len(self.names), bool), flags)
 
     def pack_known(
         self, values: Mapping[str, float], others: Sequence[float] = ()

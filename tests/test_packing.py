@@ -40,6 +40,19 @@ def test_without_whole_numbers_it_is_an_array_of_floats():
     np.testing.assert_array_equal(packed, [1, 3])
 
 
+def test_some_numbers_are_replaced_and_others_stay():
+    changed = {"leaf": jnp.asarray(7), "loss": jnp.asarray(0.25)}
+    packed = jnp.asarray(EVENT.pack_known(VALUES, OTHERS))
+    replaced = EVENT.replace(packed, changed)
+    expected = EVENT.pack_known(VALUES | {"leaf": 7, "loss": 0.25}, OTHERS)
+    np.testing.assert_array_equal(replaced, expected)
+
+
+def test_flags_stand_where_their_numbers_do():
+    found = EVENT.flags({"norm": jnp.asarray(True), "step": jnp.asarray(False)})
+    np.testing.assert_array_equal(found, [False, False, True, False])
+
+
 @pytest.mark.usefixtures("x64")
 def test_a_finite_number_that_is_too_large_stays_finite():
     packed = EVENT.pack(jax.tree.map(jnp.asarray, VALUES | {"norm": 1e300}))

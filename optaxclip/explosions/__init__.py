@@ -95,7 +95,7 @@ With `rollback=True` also:
 
 1. A snapshot of the parameters is taken after every 50 healthy steps
    (`snapshot_every`). Two are kept.
-2. The older snapshot is tried in one of three cases:
+2. The older snapshot is tried in one of four cases:
     * The loss exceeds its limit three times in a row (`rollback_after`); without a
       loss, or without a rule on it, the norm does. Each of the last two outliers within
       128 steps and before this row raises the count by one.
@@ -105,23 +105,27 @@ With `rollback=True` also:
       at least 10 of the last 16 steps agree that it falls on the way back. If targets
       move, as in TD learning, the loss falls in the direction the parameters are
       moving.
+    * Likewise, if the network has died, as where all ReLUs of a layer are below 0: in
+      the last 16 steps fewer than a third of the leaves that had gradients since the
+      snapshot still have any that are not 0.
 3. The batches cannot be at fault each time, so the data have changed, or the parameters
    are bad. To find out, the parameters go back to the older snapshot, and up to two
    batches are tried there. That snapshot is 50 to 100 healthy steps old, or from the
    last return or the start of the run.
 4. If at least half of the excess, or of the rise, is gone in both, the run goes on from
-   the snapshot. That is a rollback. If not, the parameters come back as they were, and
-   the explosions are accepted. The first may have any loss. The next ones may have up
-   to ten times the loss of before the trial, and twice once a step was healthy. A
-   larger one, third or later in its row, starts another trial. The state of the
+   the snapshot. That is a rollback. After a death the leaves have to live there, at a
+   loss of at most twice the present level. Otherwise the parameters come back as they
+   were, and the explosions are accepted. The first may have any loss. The next ones may
+   have up to ten times the loss of before the trial, and twice once a step was healthy.
+   A larger one, third or later in its row, starts another trial. The state of the
    optimizer stays in either case: the exploded steps were skipped, so it has not seen
    them.
-5. With `cool_down` a rollback also sets a factor for the updates, unless the loss is
-   above its limit at the snapshot too: then the data have changed. Before step 64 the
-   factor is `cool_down`. Later it is the larger of `cool_down` and 1/16, or `cool_down`
-   if it is at most 1/16 already. Each cut within 300 steps of another divides it by 8,
-   to `cool_down` or less, but not below 1/4096. Each healthy step multiplies it by
-   `recovery`, up to 1.
+5. With `cool_down` a rollback also sets a factor for the updates. It sets none if the
+   loss is above its limit at the snapshot too and nothing had died: then the data have
+   changed. Before step 64 the factor is `cool_down`. Later it is the larger of
+   `cool_down` and 1/16, or `cool_down` if it is at most 1/16 already. Each cut within
+   300 steps of another divides it by 8, to `cool_down` or less, but not below 1/4096.
+   Each healthy step multiplies it by `recovery`, up to 1.
 6. If the parameters are NaN, the run is given up at once.
 
 `rollback="host"` does the same with the snapshots in the memory of the host, so that
@@ -257,8 +261,9 @@ The first snapshot is of the parameters that the first step is given.
   initialization. There `max_norm=` adds a fixed clip.
 * A loss that rises slowly is noticed only when a snapshot is due, if the loss was
   positive at the older one and is at least half of the first loss. A loss that was
-  never negative is also noticed at eight times its lowest level. A network that dies,
-  whose loss goes back to where it began, is not noticed.
+  never negative is also noticed at eight times its lowest level.
+* A network that dies is noticed only when a snapshot is due, by gradients of exactly 0,
+  and mended only if it still lived at the older one.
 * It needs the loss. Without it, a rollback is judged by the norm alone.
 * A rollback keeps two copies of the parameters, on the device or on its host.
 * It raises false alarms: 8 in 10,000 healthy steps (1 to 21) of 72 recorded runs that

@@ -16,7 +16,6 @@ from optaxclip.explosions.state import (
     Verdict,
 )
 from optaxclip.numerics import increment
-from optaxclip.xla import stack_scalars
 
 
 def count_step(state: DetectExplosionsState, verdict: Verdict) -> jax.Array:
@@ -33,10 +32,10 @@ def count_step(state: DetectExplosionsState, verdict: Verdict) -> jax.Array:
     }
     # All at once, and not count by count, which would be a chain of small kernels.
     grown = increment(
-        counts, _by_count(flags | in_a_row | {"steps": jnp.ones([], bool)})
+        counts, COUNTS.flags(flags | in_a_row | {"steps": jnp.ones([], bool)})
     )
-    is_reset = _by_count({name: ~flag for name, flag in in_a_row.items()})
-    is_last = _by_count({"last": verdict.is_exploded})
+    is_reset = COUNTS.flags({name: ~flag for name, flag in in_a_row.items()})
+    is_last = COUNTS.flags({"last": verdict.is_exploded})
     # The number of steps before this one is its index.
     index = state.counts.steps
     return jnp.where(is_reset, 0, jnp.where(is_last, index, grown))
@@ -56,28 +55,25 @@ def count_response(
       decision: What becomes of it.
       is_skipped_after_copies: See `move_snapshots`.
     """
-    now = COUNTS.unpack(state.record.counts)
-    counts, step = now | decision.counts, now["steps"] - 1
-    gave_up = counts["gave_up"].astype(jnp.int32)
-    counts["gave_up"] = jnp.where(decision.is_broken, BROKEN, gave_up)
+    now, step = state.counts, state.counts.steps - 1
+    gave_up = decision.counts["gave_up"].astype(jnp.int32)
     # The rules may have counted this step already.
     is_new = decision.is_mended & ~seen.is_exploded
-    counts["exploded"] += is_new.astype(jnp.int32)
-    counts["last_skipped"] = jnp.where(decision.is_skipped, step, now["last_skipped"])
-    counts["mended"] += decision.is_mended.astype(jnp.int32)
-    counts["last"] = jnp.where(is_new, step, now["last"])
+    counts = decision.counts | {
+        "gave_up": jnp.where(decision.is_broken, BROKEN, gave_up),
+        "exploded": now.exploded + is_new.astype(jnp.int32),
+        "last_skipped": jnp.where(decision.is_skipped, step, now.last_skipped),
+        "mended": now.mended + decision.is_mended.astype(jnp.int32),
+        "last": jnp.where(is_new, step, now.last),
+    }
     row = lax.broadcasted_iota(jnp.int32, (len(state.events), 1), 0)
     is_here = is_skipped_after_copies
-    is_here &= row == NUM_ONSETS + now["skipped"] % NUM_SKIPPED
+    is_here &= row == NUM_ONSETS + now.skipped % NUM_SKIPPED
     return state._replace(
         # A select, which fuses with the one that makes the first two rows, and not a
         # write at an index: that would be an array and a kernel of its own.
         events=jnp.where(is_here, seen.event, state.events),
-        record=state.record._replace(counts=COUNTS.pack(counts)),
+        record=state.record._replace(
+            counts=COUNTS.replace(state.record.counts, counts)
+        ),
     )
-
-
-def _by_count(flags: dict[str, jax.Array]) -> jax.Array:
-    """bool, one for each of the `COUNTS`."""
-    no = jnp.zeros([], bool)
-    return stack_scalars([flags.get(name, no) for name in COUNTS.names])

@@ -80,8 +80,7 @@ def next_trial(
       to_beat: The signal up to which the snapshot is better.
       is_change: Whether the step is taken as a change for good.
       is_away: Whether a trial is not at the parameters of the snapshot.
-      is_doubted: Whether the snapshot is to be tried for another reason than a row of
-        explosions.
+      is_doubted: Whether the loss has slowly risen, or the network has died.
     """
     is_trial = is_trial_in(now["phase"])
     if not settings.has_snapshots:

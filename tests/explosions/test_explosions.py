@@ -23,7 +23,7 @@ from optaxclip.explosions.trials import PHASES
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
-PARAMS = {"a": jnp.ones(3), "b": {"c": jnp.full((2, 2), 2.0)}}
+PARAMS = {"a": jnp.ones(3), "b": {"c": 2 * jnp.ones((2, 2))}}
 ONLY_NONFINITE: Any = {"norm": None, "share": None, "loss": None}
 
 
