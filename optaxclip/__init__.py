@@ -20,7 +20,7 @@ precision, and cost one read of the gradients for `ord` 1 and 2. Everything is a
 ...     loss, grads = jax.value_and_grad(loss_of)(params)
 ...     updates, opt_state = tx.update(grads, opt_state, params, value=loss)
 ...     return optax.apply_updates(params, updates), opt_state
->>> for x in [jnp.ones((4, 3)), jnp.full((4, 3), jnp.nan)]:
+>>> for x in [jnp.ones((4, 3)), jnp.nan * jnp.ones((4, 3))]:
 ...     params, opt_state = step(params, opt_state, x)
 ...     optaxclip.raise_if_exploded(opt_state, params)  # silent: the step was skipped
 >>> metrics = optaxclip.metrics(opt_state)

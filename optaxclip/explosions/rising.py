@@ -22,8 +22,6 @@ RISE = 1.5
 it too, so it decides nothing alone. The loss of the zoo's "GPT, tied, zero projections,
 too large steps", which grows from 3.4 to 25, is at 1.5 after 50 steps, at 2.1 after
 100."""
-MIN_LEVEL = 0.01
-"""As in `limits.above_lowest`: a penalty that starts at zero grows by any factor."""
 MIN_OF_FIRST = 0.5
 """Nor is a level asked about below this part of the first loss. Without noise, momentum
 that overshoots a minimum lets a loss rise by any factor as well, and fall again: that
@@ -143,8 +141,7 @@ def follow(
 def _has_risen(rise: Rise) -> jax.Array:
     """Whether the level is far above that of the older snapshot."""
     # Of a loss of either sign ratios mean nothing.
-    least = RISE * jnp.maximum(rise.older, MIN_LEVEL)
-    least = jnp.maximum(least, MIN_OF_FIRST * rise.first)
+    least = jnp.maximum(RISE * rise.older, MIN_OF_FIRST * rise.first)
     return (rise.older > 0) & (rise.level > least) & (rise.level < jnp.inf)
 
 

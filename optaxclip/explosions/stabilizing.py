@@ -67,7 +67,7 @@ def stabilize(
       >>> params = {"w": jnp.ones(2)}
       >>> state = tx.init(params)
       >>> update = jax.jit(tx.update)
-      >>> for g in [jnp.ones(2), jnp.full(2, jnp.inf)]:
+      >>> for g in [jnp.ones(2), jnp.inf * jnp.ones(2)]:
       ...     updates, state = update({"w": g}, state, params, value=jnp.array(1.0))
       ...     params = optax.apply_updates(params, updates)
       >>> print(params["w"] < 1, optaxclip.metrics(state)["explosions/is_exploded"])

@@ -69,7 +69,7 @@ parameters would still learn from the bad batch. `keep` prevents that, in one li
 ...         new = 0.9 * average + 0.1 * params + 0 * grads  # NaN of a bad batch
 ...         average = optaxclip.keep(state, new, average)
 ...     return average
->>> good, bad = jnp.ones(2), jnp.full(2, jnp.nan)
+>>> good, bad = jnp.ones(2), jnp.nan * jnp.ones(2)
 >>> print(train([good, bad, good]) == train([good, good]))
 [ True  True]
 

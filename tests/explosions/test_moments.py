@@ -15,8 +15,8 @@ from optaxclip.explosions import moments
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
-MATRIX = {"w": jnp.full((3, 4), 0.5), "b": jnp.full(3, 0.5)}
-SCALAR = jnp.array(0.5)
+MATRIX = {"w": 0.5 * jnp.ones((3, 4)), "b": 0.5 * jnp.ones(3)}
+SCALAR = jnp.float32(0.5)
 CASES: dict[str, tuple[Any, Any]] = {
     "novograd, a number for each leaf": (optax.novograd(0.1), MATRIX),
     "dog, a number for all": (optax.contrib.dog(init_step=("heuristic", 1e-2)), MATRIX),
@@ -74,7 +74,7 @@ def best_of(start: float) -> Any:
     """As `optax.contrib.reduce_on_plateau`, which knows no best loss at first."""
 
     def init(params):
-        return {"best": jnp.array(start), "rate": jnp.array(0.25)}
+        return {"best": jnp.float32(start), "rate": jnp.float32(0.25)}
 
     def update(updates, state, params=None, **extra_args):
         value = extra_args["value"]

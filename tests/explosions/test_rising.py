@@ -189,15 +189,15 @@ def test_what_the_steps_are_not_at_fault_for_is_left_alone(rate, loss):
         (1.0, 0.1, 0.51, True),
         (1.0, 0.1, 0.49, False),
         (24.0, 0.005, 0.06, False),
-        (0.01, 0.001, 0.016, True),
-        (0.01, 0.001, 0.014, False),
+        (1e-6, 0.5e-6, 0.8e-6, True),
+        (1e-6, 0.5e-6, 0.7e-6, False),
         (-5.0, -1.0, 2.0, False),
         (-5.0, 1.0, 2.0, True),
         (math.inf, math.inf, math.inf, False),
     ],
 )
 def test_how_far_a_loss_has_risen(first, older, level, is_risen):
-    """By half, to half of the first loss at least, and from above zero."""
+    """By half, to half of the first loss at least, from above zero; in any unit."""
     numbers = [jnp.float32(x) for x in (first, level, older, math.inf, 4, 1)]
     assert is_at_fault(Rise(*numbers)) == is_risen
 
