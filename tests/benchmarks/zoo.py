@@ -6,7 +6,8 @@ were drawn after the limits of detection and the cut had been chosen, those of "
 later still; what recurs (`explosions/recurring.py`) was then chosen on a few of both.
 Those of "late" came after that; how a loss that rises slowly is noticed
 (`explosions/rising.py`) was chosen on runs of all of these that were not saved. Those
-of "newest" came last, and were judged by runs without protection alone.
+of "newest" came later, and those of "afresh" after everything else; both chose nothing,
+and their recipes were chosen by runs without protection alone.
 """
 
 import functools
@@ -19,6 +20,8 @@ import optax
 
 import optaxclip
 from tasks import (
+    afresh,
+    afresh_models,
     drawn,
     drawn_models,
     drawn_sequences,
@@ -38,6 +41,7 @@ from tasks.running import (
     DATA,
     HALF,
     HEALTHY,
+    INIT,
     RAMP,
     RATE,
     Run,
@@ -188,10 +192,11 @@ stat, new, regime = statistical, structured, regimes
 last, model = unseen, unseen_models
 late, late_model, late_text = drawn, drawn_models, drawn_sequences
 newer, newer_model = newest, newest_models
+again, again_model = afresh, afresh_models
 NAN = math.nan
 
 Rows = dict[str, tuple[Any, ...]]
-Part = Literal["tune", "test", "fresh", "unseen", "late", "newest"]
+Part = Literal["tune", "test", "fresh", "unseen", "late", "newest", "afresh"]
 PARTS: tuple[Part, ...] = get_args(Part)
 TASKS: dict[str, tuple[str, Callable[[], Task], Rows]] = {}
 """Of each task the part it belongs to, what makes it, and its runs by their names."""
@@ -1423,4 +1428,88 @@ add(
     ("Adam", HEALTHY, adam, 3e-3),
     ("lion", HEALTHY, lion, 5e-4),
     ("too large steps", RATE, lion, 0.05),
+)
+
+# Afresh: pictures, graphs, tags, and counts.
+add(
+    "denoiser",
+    "afresh",
+    again.denoiser,
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("momentum, one cycle", HEALTHY, one_cycle(momentum), 0.03),
+    ("rising step", RAMP, rising(momentum), 3.0),
+)
+add(
+    "boxes",
+    "afresh",
+    again.boxes,
+    ("nesterov, L2 and cosine", HEALTHY, decayed(cosine(nesterov)), 0.01),
+    ("AdamW", HEALTHY, adamw, 3e-3),
+    ("too large steps", RATE, nesterov, 3.0),
+)
+add(
+    "communities",
+    "afresh",
+    again.communities,
+    ("Adam with L2", HEALTHY, decayed(adam), 5e-3),
+    ("momentum", HEALTHY, momentum, 0.03),
+    ("too large steps", RATE, momentum, 3.0),
+)
+add(
+    "tagger",
+    "afresh",
+    again.tagger,
+    ("Adam after a clip", HEALTHY, clipped(5.0, adam), 5e-3),
+    ("SGD", HEALTHY, sgd, 0.03),
+    ("too large steps", RATE, sgd, 3.0),
+)
+add(
+    "sales",
+    "afresh",
+    again.sales,
+    ("RMSProp", HEALTHY, rmsprop, 3e-3),
+    ("SGD", HEALTHY, sgd, 0.03),
+    ("counts x1000", DATA, momentum, 0.03, {"corrupt": at(200, 100, factor=1e3)}),
+)
+
+# Afresh: patches, scans, splines, trees, and codes.
+add(
+    "patches",
+    "afresh",
+    again_model.patches,
+    ("AdamW with warm-up", HEALTHY, cosine(adamw), 5e-3),
+    ("muon", HEALTHY, muon, 0.01),
+    ("too large loss scale", HALF, adamw, 3e-3, HALF16 | {"loss_scale": 2.0**15}),
+)
+add(
+    "selective copying",
+    "afresh",
+    again_model.selective_copying,
+    ("AdamW with warm-up", HEALTHY, cosine(adamw), 0.01),
+    ("RMSProp", HEALTHY, rmsprop, 3e-3),
+    ("too large steps", RATE, adamw, 1.0),
+)
+add(
+    "splines",
+    "afresh",
+    again_model.splines,
+    ("Adam, one cycle", HEALTHY, one_cycle(adam), 0.03),
+    ("momentum", HEALTHY, momentum, 3e-3),
+    ("too large coefficients", INIT, momentum, 3e-3, {"gain": 30.0}),
+)
+add(
+    "soft trees",
+    "afresh",
+    again_model.soft_trees,
+    ("NAdam", HEALTHY, optax.nadam, 0.02),
+    ("momentum", HEALTHY, momentum, 3e-3),
+    ("too large steps", RATE, momentum, 1.0),
+)
+add(
+    "discrete codes",
+    "afresh",
+    again_model.discrete_codes,
+    ("Adam", HEALTHY, adam, 3e-3),
+    ("nesterov with warm-up", HEALTHY, warmed_up(50, nesterov), 3e-3),
+    ("too large steps", RATE, adam, 1.0),
 )
