@@ -59,12 +59,14 @@ def store(x: jax.Array) -> jax.Array:
     return lax.optimization_barrier(x)
 
 
-def read_apart(x: jax.Array, reader: Literal["norm", "clip"]) -> jax.Array:
+def read_apart(x: jax.Array, reader: Literal["norm", "clip", "slope"]) -> jax.Array:
     """The array as it is; what a reader makes of it is shared with no other one.
 
-    XLA would else store what both can use: the squares for a norm and an optimizer, or
-    a bfloat16 leaf in float32 for a norm and its clip. Test, red without both or with
-    two that are equal: `test_bfloat16_gradients_are_not_kept_in_float32`.
+    XLA would else store what both can use: the squares for a norm and an optimizer, a
+    bfloat16 leaf in float32 for a norm and its clip, or a difference for its norm and
+    its slope. Tests, red without the first two or with two that are equal:
+    `test_bfloat16_gradients_are_not_kept_in_float32`; without the third:
+    `test_stabilize_stores_nothing_for_every_element`.
     """
     # XLA merges two barriers that are equal: the 0 makes them differ.
     if reader == "norm":

@@ -23,7 +23,7 @@ from optaxclip.numerics import (
     saturating_cast,
     widen,
 )
-from optaxclip.xla import after, put, replace_where, run_if, tie
+from optaxclip.xla import after, put, read_apart, replace_where, run_if, tie
 
 
 def compare_with_snapshot(
@@ -111,7 +111,7 @@ def compare(
         eps = max(float(jnp.finfo(z.dtype).eps) for z in (x, u) if is_gradient(z))
         axes = tuple(i for i in range(x.ndim) if i not in leaf.kept)
         # The product reads them anew: XLA would store an x - y that two sums read.
-        anew = lax.optimization_barrier((x, y, u))
+        anew = [read_apart(z, "slope") for z in (x, y, u)]
         wide = accumulator([x, y, u])
         x, y = (widen(z, wide) for z in (x, y))
         # Sums, because for them alone XLA stores nothing for every element; nor does it
