@@ -179,11 +179,12 @@ def summarize(
         names = [n for n in ends if zoo.part_of(n) == part and n in counted]
         by_kind = {k: [n for n in names if zoo.kind_of(n) == k] for k in KINDS}
         exploding = [n for n in names if zoo.kind_of(n) != HEALTHY]
-        for kind, found in (by_kind | {"all that explode": exploding}).items():
+        rows = by_kind | {"all that explode": exploding}
+        for kind, found in ((kind, found) for kind, found in rows.items() if found):
             if kind == HEALTHY:
                 harmed = [n for n in found if ends[n].ratio > MAX_HARM]
-                worst = max((ends[n].ratios.max() for n in found), default=math.nan)
-                slow = max((ends[n].slow for n in found), default=math.nan)
+                worst = max(ends[n].ratios.max() for n in found)
+                slow = max(ends[n].slow for n in found)
                 lines.append(
                     f"{arm:16} {part:5} {kind:16} harmed "
                     f"{len(harmed)} of {len(found)}: "

@@ -124,6 +124,7 @@ def test_data_that_leave_the_gradients_0_are_tried_once():
     assert numbers_after(state, 250) == IN_VAIN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("protect", "has_loss"),
     [
