@@ -65,8 +65,10 @@ ten steps apart (`max_gap`) count as one explosion.
 ## What happens on one, step by step
 
 1. `skip_explosions` skips the step. The updates are zeros, the state of the optimizer
-   stays bit-identical, and the rules learn nothing from the step. A non-finite loss
-   with finite gradients is counted, but its step is taken.
+   stays bit-identical, and the rules learn nothing from the step. Two kinds of steps
+   are counted, but taken: those on which the loss alone is non-finite, and those on
+   which the share of a leaf alone exceeds its limit. A layer that wakes up late raises
+   its share just as one that explodes, and learns nothing from steps that are skipped.
 2. An outlier is an explosion after a step that did not explode, with finite gradients
    and a norm of at most ten times its limit; its loss may be of any size. Batches of a
    rare kind explode like this. So that the run learns from them, the third outlier

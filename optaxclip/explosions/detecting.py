@@ -244,7 +244,8 @@ def _judge(
         fired=fired,
         leaf=leaf,
         # Not `fired.nonfinite`: a loss that overflows says nothing of finite gradients.
-        is_bad=has_nonfinite_updates | fired.norm | fired.share | fired.loss,
+        # Nor `fired.share`, see `Verdict.is_bad`.
+        is_bad=has_nonfinite_updates | fired.norm | fired.loss,
         has_nonfinite_updates=has_nonfinite_updates,
         norm=signals.norm,
         norm_limit=bounds.norm,

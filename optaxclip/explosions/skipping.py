@@ -82,12 +82,13 @@ def skip_explosions(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer: skips the steps that explode.
 
-    A step is skipped if `detect_explosions` would notice an explosion, unless the loss
-    alone is non-finite: the updates are zeros, the inner state stays, bit for bit, and
-    the rules learn nothing from it. Explosions that persist, or recur as outliers, are
-    taken in the end, clipped to the limit on the norm. A step with non-finite gradients
-    is never taken; after `give_up_after` in a row the run is given up. All of it step
-    by step, and what goes where in a trainer, is in `help(optaxclip.explosions)`.
+    A step is skipped if `detect_explosions` would notice an explosion, unless the share
+    of a leaf alone exceeds its limit, or the loss alone is non-finite. The updates are
+    zeros, the inner state stays, bit for bit, and the rules learn nothing from it.
+    Explosions that persist, or recur as outliers, are taken in the end, clipped to the
+    limit on the norm. A step with non-finite gradients is never taken; after
+    `give_up_after` in a row the run is given up. All of it step by step, and what goes
+    where in a trainer, is in `help(optaxclip.explosions)`.
 
     Updates that `inner` makes non-finite out of finite gradients become 0. They are not
     counted: another read of every update can cost more than the step. To count them,
@@ -102,7 +103,7 @@ def skip_explosions(
     Args:
       inner: The optimizer; it gets all extra arguments.
       norm: As in `detect_explosions`.
-      share: As in `detect_explosions`.
+      share: Likewise; what it alone notices is not skipped.
       loss: As in `detect_explosions`.
       max_consecutive: From which explosion in a row on they are taken; at least 1, 10
         by default.

@@ -31,7 +31,7 @@ def stabilize(
     """Wraps an optimizer in the recommended stack, without a number to choose.
 
     `skip_explosions(inner, cool_down=1/64, recovery=1.002, rollback=True)`: skips
-    steps whose norm, share of a leaf or loss is an outlier for the run. If explosions
+    steps whose norm or loss is an outlier for the run. If explosions
     persist and earlier parameters are better, it returns to these with smaller steps.
     Give the loss as `value=`, of either sign: it shows best whether the parameters are
     bad, and nothing else shows slow divergence. The update of a rollback has to be
@@ -43,7 +43,7 @@ def stabilize(
         see the gradients before that. A number, schedule or limit; None for no clip.
         Any clip inside takes the memory of the gradients once more.
       norm: As in `detect_explosions`; None for no such rule.
-      share: Likewise.
+      share: Likewise; what it alone notices is not skipped.
       loss: Likewise.
       rollback: Whether to keep two copies of the parameters to return to, with "host"
         in the memory of the host, see `skip_explosions`. Without them it only skips,

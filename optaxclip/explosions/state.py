@@ -97,15 +97,14 @@ class DetectExplosionsState(NamedTuple):
     steps; on how many of them the four rules fired (non-finite, norm, share, loss) and
     on how many any; how many `skip_explosions` skipped, its rollbacks, those that did
     not reach the parameters, and how often it mended the inner state; how many in a
-    row, up to the last step, were bad (exploded, and not by a loss alone that is
-    non-finite), were non-finite, had non-finite updates, and spoke against the
-    parameters (by the loss, or without one by the norm); whether it gave up, 2 for NaN
-    in the parameters; where it stands in a rollback (`trials.PHASES`), healthy steps
-    since the older snapshot, cuts of the updates in succession, the number of steps at
-    the last rollback and at the last cut; and the last two outliers (see `recurring`);
-    how many steps in a row most leaves had gradients of 0, and the most leaves that had
-    others, since each of the two snapshots (see `dying`); the last step that was
-    skipped, and that exploded. -1 for none."""
+    row, up to the last step, were bad (see `Verdict`), were non-finite, had non-finite
+    updates, and spoke against the parameters (by the loss, or without one by the norm);
+    whether it gave up, 2 for NaN in the parameters; where it stands in a rollback
+    (`trials.PHASES`), healthy steps since the older snapshot, cuts of the updates in
+    succession, the number of steps at the last rollback and at the last cut; and the
+    last two outliers (see `recurring`); how many steps in a row most leaves had
+    gradients of 0, and the most leaves that had others, since each of the two snapshots
+    (see `dying`); the last step that was skipped, and that exploded. -1 for none."""
 
     # What kind of a state it is, for those that read all kinds.
     has_record = True
@@ -195,7 +194,9 @@ class Verdict(NamedTuple):
     """The index of the leading leaf, -1 for none."""
     is_bad: jax.Array
     """Whether it exploded, and not by a loss alone that is non-finite: with finite
-    gradients that says nothing, as where float16 overflows in the loss."""
+    gradients that says nothing, as where float16 overflows in the loss. Nor by a share
+    alone: it rises first where a layer explodes, but also where one wakes up late, and
+    without those steps such a layer is not learned."""
     has_nonfinite_updates: jax.Array
     norm: jax.Array
     norm_limit: jax.Array

@@ -77,7 +77,8 @@ def metrics(
     | `explosions/num_mended` | skip only: how often non-finite moments were reset |
     | `explosions/num_blocked_rollbacks` | skip only: rollbacks that something undid |
 
-    A step whose loss alone is non-finite has exploded, but it is not bad: it is taken.
+    A step that exploded is bad unless the loss alone was non-finite, or the share of a
+    leaf alone above its limit: such a step is taken.
 
     Each `record` gives, under its label, and `detect_explosions` and `skip_explosions`
     besides the above:

@@ -106,6 +106,17 @@ def test_a_leaf_that_explodes_under_a_larger_one():
     assert share[200:215].any()  # long before it is as large as the other, at 217
 
 
+def test_a_share_alone_is_noticed_and_its_step_is_taken():
+    """As above, up to where the leaf is as large as the other: it may have woken up."""
+    norms = np.stack([noise(210), 1e-3 * noise(210, seed=1)], axis=1)
+    norms[200:, 1] *= 1.5 ** np.arange(10)
+    params, metrics, _ = watch(STABILIZE, norms)
+    assert set(num_flagged(metrics)) == {"share"}
+    assert metrics["explosions/num_skipped"] == 0
+    assert metrics["explosions/num_in_a_row"] == 0
+    np.testing.assert_allclose(params[1], -1e-3 * norms[:, 1].sum(), rtol=1e-5)
+
+
 # The loss.
 
 
