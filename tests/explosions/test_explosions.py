@@ -221,6 +221,9 @@ def test_counts_and_the_step_at_which_it_began():
         "last_cut": -1,
         "last_outlier": -1,
         "last_outlier_but_one": -1,
+        "dead_in_a_row": 0,
+        "most_alive": 0,
+        "next_most": 0,
         "last_skipped": -1,
         "last": 35,
     }
