@@ -170,7 +170,9 @@ def decide(
             "last_cut": jnp.where(is_cut, now["steps"], now["last_cut"]),
             "gave_up": now["nonfinite_updates_in_a_row"] >= settings.give_up_after,
             **_increment_counts(now, trial, is_skipped),
-            **follow_living(now, trial.is_failed, aging.is_copied, aging.is_swapped),
+            **follow_living(
+                now, trial.is_over, trial.is_failed, aging.is_copied, aging.is_swapped
+            ),
         },
         carried=_next_carried(seen, now, carried, trial, aging, rise, scale),
     )

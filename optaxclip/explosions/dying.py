@@ -36,8 +36,9 @@ def count_living(
     is_compared = settings.has_snapshots and seen.has_loss_rule
     if not is_compared or settings.cool_down is None:
         return {}
-    # Where all gradients are 0, as without a reward, a step says nothing.
-    is_known = is_healthy & (seen.num_alive > 0)
+    # Where all gradients are 0, as without a reward, a step says nothing; nor does one
+    # whose loss is non-finite, of which there is no level.
+    is_known = is_healthy & (seen.num_alive > 0) & jnp.isfinite(seen.signal)
     num = jnp.where(is_known, seen.num_alive, 0)
     most = {name: jnp.maximum(now[name], num) for name in ("most_alive", "next_most")}
     is_dead = MIN_ALIVE * num < most["most_alive"]
@@ -62,6 +63,7 @@ def twice_level(rise: Rise) -> jax.Array:
 
 def follow_living(
     now: dict[str, Any],
+    is_over: jax.Array,
     is_failed: jax.Array,
     is_copied: jax.Array,
     is_swapped: jax.Array,
@@ -72,5 +74,6 @@ def follow_living(
         # What was put aside is the snapshot from now on.
         "most_alive": jnp.where(is_failed, 0, most),
         "next_most": jnp.where(is_copied, 0, now["next_most"]),
-        "dead_in_a_row": now["dead_in_a_row"],
+        # Steps that say nothing would leave it as it is, and start trial after trial.
+        "dead_in_a_row": jnp.where(is_over, 0, now["dead_in_a_row"]),
     }

@@ -42,13 +42,14 @@ class Case(NamedTuple):
     """Before this step the unit is moved far below zero; -1 for never."""
     blind_from: int = 1000
     """From this step on inputs are 0, so that no parameters have other gradients."""
-    has_bias: bool = True
+    bias_until: int = 1000
+    """From this step on the gradient of the bias is 0."""
     size: float = 0.5
     rate: float = 0.02
 
 
 @functools.cache
-def training(protect: Callable, has_loss: bool) -> Callable:
+def training(protect: Callable, shown: Any) -> Callable:
     """The training under `protect(optimizer)`, as a function of the case."""
 
     def train(case: Case):
@@ -60,8 +61,10 @@ def training(protect: Callable, has_loss: bool) -> Callable:
             params = params | {"u": jnp.where(is_killed, -5.0, params["u"])}
             inputs = jnp.where(step >= case.blind_from, 0, jnp.arange(2.0))
             loss, grads = jax.value_and_grad(network)(params, inputs)
-            grads = grads | {"bias": jnp.where(case.has_bias, grads["bias"], 0)}
-            given = {"value": loss} if has_loss else {}
+            grads = grads | {
+                "bias": jnp.where(step < case.bias_until, grads["bias"], 0)
+            }
+            given = {} if shown is None else {"value": shown * loss}
             updates, state = tx.update(grads, state, params, **given)
             return (optax.apply_updates(params, updates), state), (loss, state)
 
@@ -72,10 +75,13 @@ def training(protect: Callable, has_loss: bool) -> Callable:
 
 
 def train(
-    case: Case, protect: Callable = optaxclip.stabilize, *, has_loss: bool = True
+    case: Case, protect: Callable = optaxclip.stabilize, *, shown: Any = 1.0
 ) -> tuple[jax.Array, Any]:
-    """The loss of each step, and the state after it."""
-    return training(protect, has_loss)(jax.tree.map(jnp.asarray, case))
+    """The loss of each step, and the state after it.
+
+    `shown`: by what the loss is multiplied where `update` sees it; None for no loss.
+    """
+    return training(protect, shown)(jax.tree.map(jnp.asarray, case))
 
 
 def numbers_after(state: Any, num_steps: int) -> dict[str, int]:
@@ -110,7 +116,7 @@ def test_a_network_that_steps_have_killed_is_taken_back():
         # Seen at the snapshot, that loss is above its limit.
         (Case(killed_at=3, size=3.0, rate=1e-4), IN_VAIN | {"num_exploded": 1}),
         (Case(killed_at=DUE - NUM_DEAD + 1), NONE),
-        (Case(killed_at=3, has_bias=False), NONE),
+        (Case(killed_at=3, bias_until=0), NONE),
     ],
     ids=["by the data", "from a loss far above", "only lately", "all gradients are 0"],
 )
@@ -119,23 +125,27 @@ def test_what_the_snapshot_does_not_mend_is_left_alone(case, expected):
     assert numbers_after(state, DUE + 10) == expected
 
 
-def test_data_that_leave_the_gradients_0_are_tried_once():
-    _, state = train(Case(blind_from=30))
+@pytest.mark.parametrize("bias_until", [1000, DUE + 1])
+def test_data_that_leave_the_gradients_0_are_tried_once(bias_until):
+    """Also where no gradient is left after that, so that no step says anything."""
+    _, state = train(Case(blind_from=30, bias_until=bias_until))
     assert numbers_after(state, 250) == IN_VAIN
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("protect", "has_loss"),
+    ("protect", "shown"),
     [
-        (optaxclip.stabilize, False),
-        (lambda x: optaxclip.skip_explosions(x, rollback=True), True),
+        (optaxclip.stabilize, None),
+        (optaxclip.stabilize, np.inf),
+        (lambda x: optaxclip.skip_explosions(x, rollback=True), 1.0),
     ],
-    ids=["no loss", "no smaller steps"],
+    ids=["no loss", "inf", "no smaller steps"],
 )
-def test_without_a_loss_or_smaller_steps_nothing_is_tried(protect, has_loss):
-    _, state = train(Case(killed_at=3), protect, has_loss=has_loss)
-    assert numbers_after(state, 2 * DUE) == NONE
+def test_without_a_loss_or_smaller_steps_nothing_is_tried(protect, shown):
+    _, state = train(Case(killed_at=3), protect, shown=shown)
+    found = numbers_after(state, 2 * DUE)
+    assert found["num_skipped"] == found["num_rollbacks"] == 0
 
 
 def test_the_counts_are_those_of_a_naive_count():
