@@ -162,6 +162,7 @@ def test_the_counts_are_those_of_a_naive_count():
         _, state = tx.update(grads, state, params, value=jnp.float32(1))
         return state, state["explosions"].explosions.record.counts
 
+    final: Any
     final, _ = jax.jit(lambda: jax.lax.scan(step_once, tx.init(params), lives))()
     counts = final["explosions"].explosions.counts
     older = newer = in_a_row = 0
