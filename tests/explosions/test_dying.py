@@ -161,7 +161,8 @@ def test_the_counts_are_those_of_a_naive_count():
     def step_once(state, is_alive):
         grads = [jnp.full(2, x, jnp.float32) for x in is_alive]
         _, state = tx.update(grads, state, params, value=jnp.float32(1))
-        return state, state["explosions"].explosions.record.counts
+        kept: Any = state
+        return state, kept["explosions"].explosions.record.counts
 
     _, counts = jax.jit(lambda: jax.lax.scan(step_once, tx.init(params), lives))()
     counts = COUNTS.unpack(np.asarray(counts)[-1])
