@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from optaxclip.numerics import saturating_cast
-from optaxclip.xla import put_scalars, stack_scalars
+from optaxclip.xla import put_scalars
 
 
 class Packing:
@@ -46,7 +46,9 @@ class Packing:
             self._to_kept(values[name], self._dtype(name)) for name in self.names
         ]
         others = [self._to_kept(x, jnp.float32) for x in others]
-        return stack_scalars(numbers + others)
+        numbers += others
+        empty = jnp.zeros(len(numbers), self._kept)
+        return put_scalars(empty, dict(enumerate(numbers)))
 
     def replace(self, packed: jax.Array, values: Mapping[str, jax.Array]) -> jax.Array:
         """The array `[num_names + num_others]` with some of its numbers replaced."""

@@ -6,7 +6,7 @@ that there is none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -30,17 +30,11 @@ def materialize(x: jax.Array) -> jax.Array:
     return x / where(jnp.isnan(x), 2, jnp.ones_like(x))
 
 
-def stack_scalars(values: Sequence[jax.Array]) -> jax.Array:
-    """As `jnp.stack` of single numbers, with which XLA would not fuse.
+def put_scalars(array: jax.Array, values: Mapping[int, jax.Array]) -> jax.Array:
+    """The array `[n]` with single numbers in their places.
 
     Test: `test_what_is_packed_is_one_kernel`.
     """
-    zeros = jnp.zeros(len(values), values[0].dtype)
-    return put_scalars(zeros, dict(enumerate(values)))
-
-
-def put_scalars(array: jax.Array, values: Mapping[int, jax.Array]) -> jax.Array:
-    """The array `[n]` with single numbers in their places; test: likewise."""
     # Selects fuse with what reads the array; a concatenation is a kernel of its own.
     # Their flags are known while tracing: half as many operations to compile.
     place = np.arange(len(array))

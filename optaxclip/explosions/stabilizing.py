@@ -31,8 +31,8 @@ def stabilize(
     """Wraps an optimizer in the recommended stack, without a number to choose.
 
     `skip_explosions(inner, cool_down=1/64, recovery=1.002, rollback=True)`: skips
-    steps whose norm or loss is an outlier for the run. If explosions
-    persist and earlier parameters are better, it returns to these with smaller steps.
+    steps whose norm or loss is an outlier for the run. If explosions persist and
+    earlier parameters are better, it returns to these with smaller steps.
     Give the loss as `value=`, of either sign: it shows best whether the parameters are
     bad, and nothing else shows slow divergence. The update of a rollback has to be
     applied as it is: put nothing behind `stabilize` in a chain, or around it.

@@ -161,10 +161,8 @@ def _counted(state: Any) -> str:
     if state.is_skipping and num_exploded + num_skipped:
         num_rollbacks = int(noticed.counts.rollbacks)
         if not num_exploded:
-            text += (
-                " But the loss had risen, or most gradients had become 0, and earlier "
-            )
-            text += "parameters were tried."
+            text += " But the loss had risen, or most gradients had become 0, "
+            text += "and earlier parameters were tried."
         was = "was" if num_skipped == 1 else "were"
         text += f" {num_skipped} {was} skipped, and parameters went back "
         text += f"{_times(num_rollbacks)}."

@@ -134,6 +134,7 @@ def test_steps_that_are_a_little_too_large_are_taken_back():
     assert found.loss[-1] < 1e-3 * found.loss[0]
     state = jax.tree.map(lambda x: x[-1], found.state)
     told = optaxclip.explain(state, START)
+    assert "the loss had risen, or most gradients had become 0, and earlier" in told
     assert "earlier parameters were tried. 3 were skip" in told
 
 
