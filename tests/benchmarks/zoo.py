@@ -23,6 +23,8 @@ import optaxclip
 from tasks import (
     afresh,
     afresh_models,
+    blind,
+    blind_models,
     drawn,
     drawn_models,
     drawn_sequences,
@@ -194,10 +196,11 @@ last, model = unseen, unseen_models
 late, late_model, late_text = drawn, drawn_models, drawn_sequences
 newer, newer_model = newest, newest_models
 again, again_model = afresh, afresh_models
+unknown, unknown_model = blind, blind_models
 NAN = math.nan
 
 Rows = dict[str, tuple[Any, ...]]
-Part = Literal["tune", "test", "fresh", "unseen", "late", "newest", "afresh"]
+Part = Literal["tune", "test", "fresh", "unseen", "late", "newest", "afresh", "blind"]
 PARTS: tuple[Part, ...] = get_args(Part)
 TASKS: dict[str, tuple[str, Callable[[], Task], Rows]] = {}
 """Of each task the part it belongs to, what makes it, and its runs by their names."""
@@ -1513,4 +1516,120 @@ add(
     ("Adam", HEALTHY, adam, 3e-3),
     ("nesterov with warm-up", HEALTHY, warmed_up(50, nesterov), 3e-3),
     ("too large steps", RATE, adam, 1.0),
+)
+
+# Blind: grades, views, memories, and pictures.
+add(
+    "ratings",
+    "blind",
+    unknown.ratings,
+    ("RMSProp", HEALTHY, rmsprop, 3e-3),
+    ("momentum with warm-up", HEALTHY, warmed_up(50, momentum), 0.01),
+    ("too large steps", RATE, momentum, 2.0),
+)
+add(
+    "two views",
+    "blind",
+    unknown.two_views,
+    ("AdamW, one cycle", HEALTHY, one_cycle(adamw), 5e-3),
+    ("LAMB", HEALTHY, optax.lamb, 0.01),
+)
+add(
+    "recall",
+    "blind",
+    unknown.recall,
+    ("Adafactor", HEALTHY, optax.adafactor, 0.03),
+    ("nesterov", HEALTHY, nesterov, 1.0),
+    ("too large steps", RATE, lion, 0.5),
+)
+add(
+    "uncertain tasks",
+    "blind",
+    unknown.uncertain_tasks,
+    ("NAdam", HEALTHY, optax.nadam, 3e-3),
+    ("SGD", HEALTHY, sgd, 0.01),
+    ("too large steps", RATE, sgd, 1.0),
+)
+add(
+    "few shots",
+    "blind",
+    unknown.few_shots,
+    ("momentum with warm-up", HEALTHY, cosine(momentum), 3e-3),
+    ("muon", HEALTHY, muon, 0.01),
+    ("too large steps", RATE, momentum, 0.1),
+    ("too large loss scale", HALF, muon, 0.01, HALF16 | {"loss_scale": 2.0**15.9}),
+)
+add(
+    "registration",
+    "blind",
+    unknown.registration,
+    ("Adam with warm-up", HEALTHY, warmed_up(50, adam), 2e-3),
+    ("momentum", HEALTHY, momentum, 0.01),
+    ("NaN batch", DATA, adam, 2e-3, {"corrupt": at(250, factor=NAN)}),
+)
+add(
+    "lesions",
+    "blind",
+    unknown.lesions,
+    ("AdamW with warm-up", HEALTHY, cosine(adamw), 5e-3),
+    ("nesterov with L2", HEALTHY, decayed(nesterov), 0.02),
+    ("pictures x1000", DATA, nesterov, 0.02, {"corrupt": at(300, 100, factor=1e3)}),
+)
+
+# Blind: tones, orders, atoms, physics, and rewards.
+add(
+    "tones",
+    "blind",
+    unknown_model.tones,
+    ("lion with warm-up", HEALTHY, warmed_up(50, lion), 1e-3),
+    ("Adam, inverse root", HEALTHY, inverse_root(adam), 0.01),
+    ("too large steps", RATE, rmsprop, 0.5),
+)
+add(
+    "pointers",
+    "blind",
+    unknown_model.pointers,
+    ("AdamW with warm-up", HEALTHY, cosine(adamw), 0.01),
+    ("RMSProp", HEALTHY, rmsprop, 2e-3),
+    ("too large steps", RATE, rmsprop, 1.0),
+)
+add(
+    "molecules",
+    "blind",
+    unknown_model.molecules,
+    ("Adam, one cycle", HEALTHY, one_cycle(adam), 0.01),
+    ("momentum", HEALTHY, momentum, 3e-4),
+    ("rising step", RAMP, rising(momentum), 0.3),
+)
+add(
+    "linear latents",
+    "blind",
+    unknown_model.linear_latents,
+    ("Adam", HEALTHY, step_decay(adam), 3e-3),
+    ("SGD", HEALTHY, sgd, 3e-3),
+    ("too large steps", RATE, sgd, 0.1),
+)
+add(
+    "operator",
+    "blind",
+    unknown_model.operator,
+    ("AdamW with warm-up", HEALTHY, cosine(adamw), 5e-3),
+    ("momentum", HEALTHY, momentum, 3e-3),
+    ("too large weights", INIT, momentum, 3e-3, {"gain": 2.5}),
+)
+add(
+    "inverse rewards",
+    "blind",
+    unknown_model.inverse_rewards,
+    ("Adam with L2", HEALTHY, decayed(adam), 5e-3),
+    ("SGD", HEALTHY, sgd, 0.03),
+    ("too large steps", RATE, sgd, 10.0),
+)
+add(
+    "inducing points",
+    "blind",
+    unknown_model.inducing_points,
+    ("RAdam", HEALTHY, optax.radam, 0.01),
+    ("nesterov", HEALTHY, nesterov, 0.01),
+    ("too large steps", RATE, adam, 10.0),
 )
