@@ -102,7 +102,7 @@ With `rollback=True` also:
       loss, or without a rule on it, the norm does. Each of the last two outliers within
       128 steps and before this row raises the count by one.
     * Ten steps in a row have non-finite gradients.
-    * With `cool_down`, when a snapshot is due: the loss has slowly risen by half or
+    * With `cool_down`, when a snapshot is due: the loss has slowly risen by a fifth or
       more since the older one, to at least half of the first loss, and the gradients of
       at least 10 of the last 16 steps agree that it falls on the way back. If targets
       move, as in TD learning, the loss falls in the direction the parameters are
@@ -124,10 +124,11 @@ With `rollback=True` also:
    them.
 5. With `cool_down` a rollback also sets a factor for the updates. It sets none if the
    loss is above its limit at the snapshot too and nothing had died: then the data have
-   changed. Before step 64 the factor is `cool_down`. Later it is the larger of
-   `cool_down` and 1/16, or `cool_down` if it is at most 1/16 already. Each cut within
-   300 steps of another divides it by 8, to `cool_down` or less, but not below 1/4096.
-   Each healthy step multiplies it by `recovery`, up to 1.
+   changed. Before step 64 the factor is `cool_down`, and later too if the loss has only
+   risen since the first step. Else it is the larger of `cool_down` and 1/16, or
+   `cool_down` if it is at most 1/16 already. Each cut within 300 steps of another
+   divides it by 8, to `cool_down` or less, but not below 1/4096. Each healthy step
+   multiplies it by `recovery`, up to 1.
 6. If the parameters are NaN, the run is given up at once.
 
 `rollback="host"` does the same with the snapshots in the memory of the host, so that

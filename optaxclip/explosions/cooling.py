@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optaxclip.explosions.rising import Rise, has_only_risen
 from optaxclip.explosions.settings import Settings
 from optaxclip.xla import materialize
 
@@ -21,7 +22,8 @@ EARLY = 64
 because the run was never healthy with its steps."""
 LATER_CUT = 1 / 16
 """The lowest scale that a first cut after `EARLY` sets, from above it: the steps were
-right for some time."""
+right for some time. Not where the loss has only risen: with it a seed of the zoo's
+"GPT, too large steps" ends at 3.01, near the start; with a full cut at 2.59."""
 REPEATED_CUT = 1 / 8
 """The factor of a cut that soon follows another one: the scale that explodes again
 is near the one that is stable."""
@@ -33,6 +35,7 @@ run that still explodes there is not saved by smaller steps."""
 def cool(
     settings: Settings,
     scale: jax.Array,
+    rise: Rise,
     now: dict[str, Any],
     is_cut: jax.Array,
     is_healthy: jax.Array,
@@ -46,7 +49,7 @@ def cool(
         return strikes, scale
     cut = jnp.asarray(settings.cool_down, jnp.float32)
     if settings.has_snapshots:
-        lower = _cut_scale(scale, now, strikes, cut)
+        lower = _cut_scale(scale, rise, now, strikes, cut)
     else:
         # Once a row, at the step that would start a trial, not at each one after it.
         is_cut = now["in_a_row"] == settings.rollback_after
@@ -67,12 +70,16 @@ def _next_strikes(now: dict[str, Any]) -> jax.Array:
 
 
 def _cut_scale(
-    scale: jax.Array, now: dict[str, Any], strikes: jax.Array, cut: jax.Array
+    scale: jax.Array,
+    rise: Rise,
+    now: dict[str, Any],
+    strikes: jax.Array,
+    cut: jax.Array,
 ) -> jax.Array:
     """The scale after a rollback, at most the one before it."""
     # The snapshot was better, so the steps are too large, by an unknown factor.
-    # They were never right, or not at LATER_CUT either: then the cut is full.
-    is_full = (now["steps"] < EARLY) | (scale <= LATER_CUT)
+    # If they were never right, or not at LATER_CUT either, the cut is full.
+    is_full = (now["steps"] < EARLY) | (scale <= LATER_CUT) | has_only_risen(rise)
     once = jnp.where(is_full, cut, jnp.maximum(cut, LATER_CUT))
     again = jnp.minimum(cut, scale * REPEATED_CUT)
     lower = jnp.where(strikes == 1, once, again)

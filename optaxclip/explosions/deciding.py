@@ -150,7 +150,7 @@ def decide(
     # To the rules all is suspect that lives, if they know of the dead alone.
     is_cut = trial.is_confirmed & (is_back | has_died(now))
     is_back &= ~has_died(now)
-    strikes, scale = cool(settings, carried.scale, now, is_cut, is_healthy)
+    strikes, scale = cool(settings, carried.scale, rise, now, is_cut, is_healthy)
     return Decision(
         is_accepted=is_accepted,
         is_skipped=materialize(is_skipped),

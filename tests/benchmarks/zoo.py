@@ -6,9 +6,10 @@ were drawn after the limits of detection and the cut had been chosen, those of "
 later still; what recurs (`explosions/recurring.py`) was then chosen on a few of both.
 Those of "late" came after that; how a loss that rises slowly is noticed
 (`explosions/rising.py`) was chosen on runs of all of these that were not saved. Those
-of "newest" came later, and those of "afresh" after everything else; their recipes were
-chosen by runs without protection alone. Then it was chosen on a few of "newest" how
-dead networks are noticed, and on one of "afresh" that a share alone skips nothing.
+of "newest" came later, and those of "afresh" after them; their recipes were chosen by
+runs without protection alone. Then it was chosen on a few of "newest" how dead networks
+are noticed, and on one of "afresh" that a share alone skips nothing. Those of "blind"
+came after everything else, in the same way, and nothing was chosen on them.
 """
 
 import functools

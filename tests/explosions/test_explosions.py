@@ -535,6 +535,15 @@ def test_a_rollback_without_a_cut_keeps_the_next_cut_a_first_one():
     assert state["explosions"].scale == 1 / 16
 
 
+@pytest.mark.parametrize(("first", "scale"), [(1.0, 1 / 64), (2.0, 1 / 16)])
+def test_a_later_cut_is_full_if_the_loss_has_only_risen(first, scale):
+    """From 1 to 1.5 in 100 steps; or that after a step with a loss of 2."""
+    losses = [first, *np.linspace(1, 1.5, 100), *BAD, *FINE]
+    _, state, _ = run(STABILIZE, [*healthy(101), *BAD, *FINE], losses)
+    assert optaxclip.metrics(state)["explosions/num_rollbacks"] == 1
+    assert state["explosions"].scale == scale
+
+
 @pytest.mark.slow
 def test_without_a_limit_on_the_norm_no_outlier_is_taken():
     tx = optaxclip.skip_explosions(optax.sgd(1e-6), norm=None)

@@ -16,7 +16,14 @@ from jax.sharding import AxisType, PartitionSpec
 
 import optaxclip
 from optaxclip.explosions.carried import unpack_carried
-from optaxclip.explosions.rising import NUM_PULLS, RISE, SPAN, Rise, is_at_fault
+from optaxclip.explosions.rising import (
+    NUM_PULLS,
+    RISE,
+    SPAN,
+    Rise,
+    has_only_risen,
+    is_at_fault,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -185,22 +192,40 @@ def test_what_the_steps_are_not_at_fault_for_is_left_alone(rate, loss):
 @pytest.mark.parametrize(
     ("first", "older", "level", "is_risen"),
     [
-        (1.0, 0.5, 0.8, True),
-        (1.0, 0.5, 0.7, False),
+        (1.0, 0.5, 0.61, True),
+        (1.0, 0.5, 0.59, False),
         (1.0, 0.1, 0.51, True),
         (1.0, 0.1, 0.49, False),
         (24.0, 0.005, 0.06, False),
-        (1e-6, 0.5e-6, 0.8e-6, True),
-        (1e-6, 0.5e-6, 0.7e-6, False),
+        (1e-6, 0.5e-6, 0.61e-6, True),
+        (1e-6, 0.5e-6, 0.59e-6, False),
         (-5.0, -1.0, 2.0, False),
         (-5.0, 1.0, 2.0, True),
         (math.inf, math.inf, math.inf, False),
     ],
 )
 def test_how_far_a_loss_has_risen(first, older, level, is_risen):
-    """By half, to half of the first loss at least, from above zero; in any unit."""
+    """By a fifth, to half of the first loss at least, from above zero; in any unit."""
     numbers = [jnp.float32(x) for x in (first, level, older, math.inf, 4, 1)]
     assert is_at_fault(Rise(*numbers)) == is_risen
+
+
+@pytest.mark.parametrize(
+    ("first", "older", "newer", "level", "is_so"),
+    [
+        (1.0, 1.0, math.inf, 1.3, True),
+        (1.0, 1.0, 1.3, 1.3, True),
+        (1.0, 1.0, 1.3, 1.1, False),
+        (1.0, 1.0, 1.1, 1.3, False),
+        (1.0, 0.9, 1.3, 1.3, False),
+        (-1.0, 1.0, 1.0, 1.0, False),
+        (math.inf, math.inf, math.inf, math.inf, False),
+    ],
+)
+def test_whether_a_loss_has_only_risen(first, older, newer, level, is_so):
+    """Above its first level at the older snapshot, and by a fifth since the newer."""
+    numbers = [jnp.float32(x) for x in (first, level, older, newer, 0, 0)]
+    assert has_only_risen(Rise(*numbers)) == is_so
 
 
 def test_a_snapshot_that_is_no_better_costs_two_steps():
