@@ -102,7 +102,7 @@ With `rollback=True` also:
       loss, or without a rule on it, the norm does. Each of the last two outliers within
       128 steps and before this row raises the count by one.
     * Ten steps in a row have non-finite gradients.
-    * With `cool_down`, when a snapshot is due: the loss has slowly risen by a fifth or
+    * With `cool_down`, when a snapshot is due: the loss has slowly risen by half or
       more since the older one, to at least half of the first loss, and the gradients of
       at least 10 of the last 16 steps agree that it falls on the way back. If targets
       move, as in TD learning, the loss falls in the direction the parameters are

@@ -26,8 +26,6 @@ from optaxclip.reporting.states import (
 class ExplosionError(ArithmeticError):
     """A run has exploded and cannot go on; the message says what happened."""
 
-    __module__ = "optaxclip"
-
 
 def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
     """Raises if training has exploded and nothing has saved it; for the training loop.
@@ -65,7 +63,7 @@ def raise_if_exploded(opt_state: Any, params: Any = None) -> None:
       >>> optaxclip.raise_if_exploded(opt_state, params)
       Traceback (most recent call last):
       ...
-      optaxclip.ExplosionError: explosions: step 0 was non-finite...
+      optaxclip.reporting.guarding.ExplosionError: explosions: step 0 was non-finite...
     """
     states = {
         label: state
