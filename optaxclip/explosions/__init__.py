@@ -278,6 +278,9 @@ The first snapshot is of the parameters that the first step is given.
   tasks it fails to save 9 % of 161 runs, and harms 4 of 299: a run whose targets grow
   tenfold, and three in which what has to be learned is rare.
   `tests/benchmarks/README.md` names them.
+* It may take back a run that has nothing more to learn and whose loss is noise: a
+  linear regression 10 times in 80,000 steps with momentum and batches of 4, never in
+  seven other settings (`python tests/benchmarks/plateau.py`, 2026-12-01).
 * It mistakes rare but important batches for explosions. If few batches hold a positive
   of large weight, or a reward, the first of them are skipped. All of them are skipped
   if they come less often than every 64 steps, or have a norm of more than ten times its
