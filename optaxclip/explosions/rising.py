@@ -26,13 +26,13 @@ MIN_OF_FIRST = 0.5
 """Nor is a level asked about below this part of the first loss. Without noise, momentum
 that overshoots a minimum lets a loss rise by any factor as well, and fall again: that
 of Lion on a parabola falls from 24 to 0.005, and rises to 0.06."""
+FAR = 1.2
+"""A level is far above the first loss, in units of it: less may be noise. A choice."""
 SPAN = 16
 """Steps over which the level forgets: short against the age of a snapshot."""
 NUM_PULLS = 16
 """Steps before a snapshot is due of which the gradients are asked: those of them in
 which the loss has risen already."""
-FAR = 1.2
-"""A level is far above the first loss, in units of it: less may be noise. A choice."""
 LEAST_PULL = 3.0
 """How many standard errors of a sum around zero the sum of the pulls must be above it:
 16 equal ones are 4, and 10 are necessary. With 8 steps and 2 errors the zoo's healthy

@@ -9,7 +9,7 @@ Those of "late" came after that; how a loss that rises slowly is noticed
 of "newest" came later, and those of "afresh" after them; their recipes were chosen by
 runs without protection alone. Then it was chosen on a few of "newest" how dead networks
 are noticed, and on one of "afresh" that a share alone skips nothing. Those of "blind"
-came after everything else, in the same way, and nothing was chosen on them.
+were drawn last, in the same way, and nothing was chosen on them.
 """
 
 import functools
