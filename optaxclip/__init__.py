@@ -29,7 +29,8 @@ precision, and cost one read of the gradients for `ord` 1 and 2. Everything is a
 
 ```
 
-`stabilize` skips steps whose gradient norm or loss is an outlier for this run. If the
+`stabilize` skips steps whose loss or gradient norm is an outlier for this run; a norm
+that is one alone is clipped. If the
 explosion persists and earlier parameters are better, it rolls the parameters back to a
 snapshot and temporarily reduces the updates. A clip is one line:
 `optax.chain(optaxclip.clip_by_norm(1.0), optax.adam(1e-3))`.

@@ -70,11 +70,12 @@ ten steps apart (`max_gap`) count as one explosion.
    which the share of a leaf alone exceeds its limit. A layer that wakes up late raises
    its share just as one that explodes, and learns nothing from steps that are skipped.
 2. An outlier is an explosion after a step that did not explode, with finite gradients
-   and a norm of at most ten times its limit; its loss may be of any size. Batches of a
-   rare kind explode like this. So that the run learns from them, the third outlier
-   within 128 steps is taken; in the first 64 steps, the second. A norm above its limit
-   is clipped to it. An explosion right after an outlier is skipped.
-   While updates are cooled down, and without a rule on the norm, outliers are skipped.
+   and a norm of at most ten times its limit. If its loss is within its limit, the step
+   is taken. Batches of a rare kind may have any loss. So that the run learns from them,
+   the third outlier within 128 steps is taken as well; in the first 64 steps, the
+   second, and none while updates are cooled down. A norm above its limit is clipped to
+   it. An explosion right after an outlier is skipped, and so is an outlier if there is
+   no rule on the norm.
 3. If explosions persist, they are a change of regime. After nine in a row the finite
    ones are taken and learned (`max_consecutive=10`), clipped to their limit, until the
    rules find them healthy. A loss above its limit needs nine such losses in a row. With
@@ -100,13 +101,15 @@ With `rollback=True` also:
 2. The older snapshot is tried in one of four cases:
     * The loss exceeds its limit three times in a row (`rollback_after`); without a
       loss, or without a rule on it, the norm does. Each of the last two outliers within
-      128 steps and before this row raises the count by one.
+      128 steps and before this row raises the count by one. In the first 64 steps a
+      limit may be low by chance: three more are needed, unless all are above four times
+      their limit.
     * Ten steps in a row have non-finite gradients.
-    * With `cool_down`, when a snapshot is due: the loss has slowly risen by half or
-      more since the older one, to at least half of the first loss, and the gradients of
-      at least 10 of the last 16 steps agree that it falls on the way back. If targets
-      move, as in TD learning, the loss falls in the direction the parameters are
-      moving.
+    * With `cool_down`, when a snapshot is due: the loss has slowly risen by a fifth or
+      more since the older one, by more than its noise, to at least half of the first
+      loss, and the gradients of at least 10 of the last 16 steps agree that it falls on
+      the way back. If targets move, as in TD learning, the loss falls in the direction
+      the parameters are moving. Noise is the mean distance of successive losses.
     * Likewise, if the network has died, as where all ReLUs of a layer are below 0: in
       the last 16 steps fewer than a third of the leaves that had gradients since the
       snapshot still have any that are not 0.

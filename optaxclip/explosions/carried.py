@@ -27,7 +27,8 @@ class Carried(NamedTuple):
 def first_carried() -> jax.Array:
     """Packed, before the first step: no signal is known, and nothing is scaled."""
     first = dict.fromkeys(CARRIED.names, math.inf)
-    first |= {"scale": 1.0, "pulls": 0.0, "squares": 0.0}
+    zeros = ("noise", "older_noise", "newer_noise", "pulls", "squares")
+    first |= {"scale": 1.0} | dict.fromkeys(zeros, 0.0)
     return jnp.asarray(CARRIED.pack_known(first), jnp.float32)
 
 

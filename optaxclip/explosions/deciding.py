@@ -132,15 +132,14 @@ def decide(
     rise = learn(carried.rise, seen, now, compared.pull, is_healthy, every)
     now = now | count_living(settings, seen, now, is_healthy)
     is_change = _is_change(settings, seen, now, carried.lowest_signal)
-    is_outlier, is_recurring = find_outlier(seen, now, is_trial)
+    is_outlier, is_taken = find_outlier(seen, now, is_trial)
     # It starts no trial: after another outlier, one suspect step is not enough.
-    is_recurring &= now["phase"] == TRAINING
-    is_accepted = (is_change | is_recurring) & ~is_spoiled
+    is_taken &= now["phase"] == TRAINING
+    is_accepted = (is_change | is_taken) & ~is_spoiled
     is_doubted = is_at_fault(rise) | has_died(now)
     aging = _age_snapshots(every, now, is_doubted, is_healthy, is_accepted)
-    is_away, to_beat = compared.is_away, carried.to_beat
     trial = next_trial(
-        settings, seen, now, to_beat, is_change, is_away, aging.is_doubted
+        settings, seen, now, carried, compared.is_away, is_change, aging.is_doubted
     )
     # Here alone it is decided that a step is skipped.
     is_skipped = (seen.is_bad & ~is_accepted) | is_spoiled

@@ -1,10 +1,11 @@
-"""Outliers that recur, as where batches of a rare kind are part of the data.
+"""Outliers that are taken, as where batches of a rare kind are part of the data.
 
 Internal. An outlier is a step that is bad (see `Verdict`) where the step before it was
 not, with finite gradients of a norm of at most `MAX_RATIO` times its limit, whatever
 the loss. Whoever skips each batch of a rare kind never learns that kind. So an outlier
-is taken and learned if two others came in the 128 steps before, early if one did; and
-outliers that come alone, again and again, are less of a reason to doubt the parameters.
+is taken, clipped, if its loss is usual, and if two others came in the 128 steps before,
+early if one did. Outliers that come alone, again and again, are less of a reason to
+doubt the parameters.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ well, clipped, the zoo's "regression, inputs x1000" with each 40th batch corrupt
 MEMORY = 128
 """The third outlier within so many steps is taken: the window of the rules. In the
 first `EARLY` steps it is the second. Of the zoo's "deep classifier, rising step" one
-seed of four was lost where it was the second later too, and two where it was the first.
+seed of four was lost where it was the second later too, and two where it was the first,
+whatever its loss.
 Each of the two before makes one more suspect step necessary for a trial."""
 
 
 def find_outlier(
     seen: Verdict, now: dict[str, Any], is_trial: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Whether the step is an outlier, and whether outliers recur, so that it is taken.
+    """Whether the step is an outlier, and whether it is taken.
 
     Its loss may be of any size: that of a rare kind may be hundreds of times the usual
     one, as a first reward where values are near zero. Its norm is clipped.
@@ -44,7 +46,12 @@ def find_outlier(
     before = jnp.where(
         now["steps"] <= EARLY, now["last_outlier"], now["last_outlier_but_one"]
     )
-    return is_outlier, is_outlier & (before >= 0) & (_step(now) - before <= MEMORY)
+    is_taken = (before >= 0) & (_step(now) - before <= MEMORY)
+    if seen.has_loss_rule:
+        # A norm that is clipped does no harm where the loss is usual. A reward that
+        # comes once in 50 steps is never learned if those are skipped.
+        is_taken |= (seen.signal <= seen.signal_limit) & jnp.isfinite(seen.signal)
+    return is_outlier, is_outlier & is_taken
 
 
 def remember(

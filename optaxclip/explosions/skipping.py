@@ -86,9 +86,10 @@ def skip_explosions(
     of a leaf alone exceeds its limit, or the loss alone is non-finite. The updates are
     zeros, the inner state stays, bit for bit, and the rules learn nothing from it.
     Explosions that persist, or recur as outliers, are taken in the end, clipped to the
-    limit on the norm. A step with non-finite gradients is never taken; after
-    `give_up_after` in a row the run is given up. All of it step by step, and what goes
-    where in a trainer, is in `help(optaxclip.explosions)`.
+    limit on the norm, and so is a norm alone that is an outlier. A step with non-finite
+    gradients is never taken; after `give_up_after` in a row the run is given up. All of
+    it step by step, and what goes where in a trainer, is in
+    `help(optaxclip.explosions)`.
 
     Updates that `inner` makes non-finite out of finite gradients become 0. They are not
     counted: another read of every update can cost more than the step. To count them,

@@ -54,8 +54,12 @@ CARRIED = Packing(
         "to_beat",
         "first",
         "level",
+        "last",
+        "noise",
         "older",
+        "older_noise",
         "newer",
+        "newer_noise",
         "pulls",
         "squares",
     )
