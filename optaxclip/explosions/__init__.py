@@ -278,17 +278,15 @@ The first snapshot is of the parameters that the first step is given.
   2026-11-28).
 * On 14 tasks on which no number was chosen, it failed to save 7 % of 14 exploding runs
   (1 to 31), and harmed none of 28 healthy ones (0 to 12 %). On all 193 tasks it fails
-  to save 9 % of 161 runs, and harms 4 of 299: a run whose targets grow tenfold, and
-  three in which what has to be learned is rare. `tests/benchmarks/README.md` names
-  them.
-* It may take back a run that has nothing more to learn and whose loss is noise: a
-  linear regression 17 times in 80,000 steps with momentum and batches of 4, in seven
-  other settings once or never (`python tests/benchmarks/plateau.py`, 2026-12-01).
+  to save 8 % of 161 runs, and harms 4 of 299, in one or two seeds of four each.
+  `tests/benchmarks/README.md` names them.
+* It may take back a run that has nothing more to learn and whose loss is noise:
+  `python tests/benchmarks/plateau.py` counts how often.
 * It mistakes rare but important batches for explosions. If few batches hold a positive
-  of large weight, or a reward, the first of them are skipped. All of them are skipped
-  if they come less often than every 64 steps, or have a norm of more than ten times its
-  limit. Look at `skipped_steps`, and turn the rules off there with `norm=None,
-  loss=None`.
+  of large weight, or a reward, the first of them are skipped, unless only their norm is
+  above its limit. All of them are skipped if they come less often than every 64 steps,
+  or have a norm of more than ten times its limit. Look at `skipped_steps`, and turn the
+  rules off there with `norm=None, loss=None`.
 """
 
 from optaxclip.explosions.detecting import detect_explosions as detect_explosions

@@ -23,8 +23,9 @@ it too, so it decides nothing alone. Some that are at fault rise by little more:
 zoo's "rows of digits", "three scales" and "selective copying"."""
 MIN_NOISE = 1.0
 """Nor is a rise asked about that noise explains: less than this many times the noise.
-Of a normal loss, 1 is 4.4 standard errors of the difference of two levels. What is gone
-without: `tests/benchmarks/README.md`, under "Nothing to learn"."""
+Of a normal loss, 1 is 4.4 standard errors of the difference of two levels. How many
+healthy runs were taken back before: `tests/benchmarks/README.md`, "Nothing to learn".
+"""
 MIN_FIRST_NOISE = 1.5
 """The same above the first loss, which may be low by chance: 1.6 standard errors. With
 2, two seeds of the runs named above are lost."""

@@ -26,8 +26,8 @@ costs little; a loss scale that starts 2**9 too high is not the parameters' faul
 NUM_DOUBTFUL = 3
 """So many suspect steps more are necessary in the first `EARLY`: until then a limit is
 a multiple of the largest loss so far, which may be low by chance. The steps are
-skipped, so waiting costs little. How many runs that begin with nothing to learn are
-rolled back: `tests/benchmarks/README.md`, under "Nothing to learn"."""
+skipped, so waiting costs little. Runs that begin with nothing to learn:
+`tests/benchmarks/README.md`, "Nothing to learn"."""
 MAX_DOUBTFUL = 4.0
 """Not where all of the row are above so many times the limit. If those wait too, two
 seeds each of the zoo's "missed and false" and "stock" are lost, which explode again."""
