@@ -500,6 +500,12 @@ def test_an_outlier_of_the_norm_alone_is_clipped(size, loss, is_taken):
     np.testing.assert_allclose(optaxclip.global_norm(found[0]), expected, rtol=0.05)
 
 
+def test_where_no_loss_is_known_an_outlier_of_the_norm_is_skipped():
+    """All are inf, and so is their limit."""
+    _, _, found = run(SKIP_PLAIN, [*healthy(20), 20.0], [math.inf] * 21)
+    assert [i for i, updates in enumerate(found) if is_zero(updates)] == [20]
+
+
 def test_only_the_first_in_a_row_is_an_outlier():
     sizes = [20.0, 1.0, 20.0, 1.0, 20.0, 20.0, math.nan, 20.0, 1.0, 20.0]
     _, _, found = explode(SKIP_PLAIN, [*healthy(128), *sizes])

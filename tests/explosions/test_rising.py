@@ -22,6 +22,7 @@ from optaxclip.explosions.rising import (
     RISE,
     SPAN,
     Rise,
+    follow,
     has_only_risen,
     is_at_fault,
 )
@@ -257,6 +258,26 @@ def test_a_rise_that_noise_explains_is_left_alone():
     found = train(optaxclip.stabilize, TOO_LARGE, bowl_and_noise)
     assert found.numbers_after(DUE + 2) == NONE
     assert np.mean(found.loss[DUE - SPAN : DUE]) > 2 * found.loss[0]
+
+
+@pytest.mark.parametrize(
+    ("flag", "now", "older", "newer"),
+    [
+        ("is_confirmed", (2.0, 0.2), (2.0, 0.2), (3.0, 0.3)),
+        ("is_failed", (1.0, 0.1), (1.0, 0.1), (3.0, 0.3)),
+        ("is_copied", (1.0, 0.1), (2.0, 0.2), (1.0, 0.1)),
+        ("is_swapped", (1.0, 0.1), (3.0, 0.3), (3.0, 0.3)),
+    ],
+)
+def test_level_and_noise_move_with_the_snapshots(flag, now, older, newer):
+    known = {"level": 1.0, "noise": 0.1, "older": 2.0, "older_noise": 0.2}
+    before = a_rise(**known, first=4.0, newer=3.0, newer_noise=0.3)
+    flags = dict.fromkeys(("is_confirmed", "is_failed", "is_copied", "is_swapped"))
+    flags = {name: jnp.bool(name == flag) for name in flags}
+    found = follow(before, **flags)
+    np.testing.assert_allclose((found.level, found.noise), now)
+    np.testing.assert_allclose((found.older, found.older_noise), older)
+    np.testing.assert_allclose((found.newer, found.newer_noise), newer)
 
 
 @pytest.mark.parametrize(
