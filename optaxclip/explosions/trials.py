@@ -29,8 +29,8 @@ a multiple of the largest loss so far, which may be low by chance. The steps are
 skipped, so waiting costs little. Runs that begin with nothing to learn:
 `tests/benchmarks/README.md`, "Nothing to learn"."""
 MAX_DOUBTFUL = 4.0
-"""Not where all of the row are above so many times the limit. If those wait too, two
-seeds each of the zoo's "missed and false" and "stock" are lost, which explode again."""
+"""Not where all of the row are above so many times the limit. If those wait too, no
+seed of the zoo's "missed and false" and "stock" is saved, which explode again."""
 
 
 def is_trial_in(phase: jax.Array) -> jax.Array:
