@@ -29,10 +29,10 @@ precision, and cost one read of the gradients for `ord` 1 and 2. Everything is a
 
 ```
 
-`stabilize` skips steps whose loss or gradient norm is an outlier for this run; a norm
-that is one alone is clipped. If the
-explosion persists and earlier parameters are better, it rolls the parameters back to a
-snapshot and temporarily reduces the updates. A clip is one line:
+`stabilize` skips steps whose loss or gradient norm is an outlier for this run; if only
+the norm is one, it clips them. If the explosion persists and earlier parameters are
+better, it rolls the parameters back to a snapshot and temporarily reduces the updates.
+A clip is one line:
 `optax.chain(optaxclip.clip_by_norm(1.0), optax.adam(1e-3))`.
 
 ## Which one do I want?

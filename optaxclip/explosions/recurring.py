@@ -3,8 +3,8 @@
 Internal. An outlier is a step that is bad (see `Verdict`) where the step before it was
 not, with finite gradients of a norm of at most `MAX_RATIO` times its limit, whatever
 the loss. Whoever skips each batch of a rare kind never learns that kind. So an outlier
-is taken, clipped, if its loss is usual, and if two others came in the 128 steps before,
-early if one did. Outliers that come alone, again and again, are less of a reason to
+is taken, clipped, if its loss is usual, or if two others came in the 128 steps before;
+early, if one did. Outliers that come alone, again and again, are less of a reason to
 doubt the parameters.
 """
 
@@ -26,8 +26,8 @@ MEMORY = 128
 """The third outlier within so many steps is taken: the window of the rules. In the
 first `EARLY` steps it is the second. Of the zoo's "deep classifier, rising step" one
 seed of four was lost where it was the second later too, and two where it was the first,
-whatever its loss.
-Each of the two before makes one more suspect step necessary for a trial."""
+whatever its loss. Each of the two before makes one more suspect step necessary for a
+trial."""
 
 
 def find_outlier(

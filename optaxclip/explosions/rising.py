@@ -28,7 +28,8 @@ healthy runs were taken back before: `tests/benchmarks/README.md`, "Nothing to l
 """
 MIN_FIRST_NOISE = 1.5
 """The same above the first loss, which may be low by chance: 1.6 standard errors. With
-2, two seeds of the runs named above are lost."""
+2, a seed of "rows of digits" is lost; with 1, four times as many runs that begin with
+nothing to learn are taken back, of those with momentum on batches of 4."""
 MIN_OF_FIRST = 0.5
 """Nor is a level asked about below this part of the first loss. Without noise, momentum
 that overshoots a minimum lets a loss rise by any factor as well, and fall again: that

@@ -119,7 +119,7 @@ def skip_explosions(
       rollback_after: How many losses above their limit in a row (norms where there is
         no rule on the loss) start the trial of a snapshot; at least 1, 3 by default,
         because one or two are often the fault of their batches. Up to two more where
-        outliers recur.
+        outliers recur, and three more early, where the limit may be low by chance.
       give_up_after: How many non-finite steps in a row end the run; at least 1, 100 by
         default. A dynamic loss scale needs up to 24 to fall from 2**24 to 1.
       max_gap: As in `detect_explosions`.
